@@ -1,0 +1,386 @@
+"""A case: the image, label and mask of one subject on one voxel grid, and how to read and write them.
+
+Axes. Everything in memory is in RAS+ order: an image is `(C, D, H, W)` where D runs from the patient's left to the
+right, H from posterior to anterior and W from inferior to superior. `Case.affine` maps voxel indices (d, h, w) to world
+millimetres. Files in another orientation are turned on reading and turned back on writing, so that a result always lies
+on the very grid of the file it was made from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from nibabel import orientations
+
+from .paths import atomic_write
+
+GRID_TOLERANCE = 1e-3  # mm: affines that differ by less describe the same grid
+
+
+@dataclass(eq=False)
+class Case:
+    """One subject.
+
+    Attributes:
+        image: `(C, D, H, W)` intensities, one channel per sequence.
+        channels: name of each channel, for example `("flair", "t1c")`.
+        name: what messages, plots and result files call this case.
+        label: `(D, H, W)` uint8 class of each voxel, or None where it is not known.
+        mask: `(D, H, W)` bool, True inside the region of interest (the brain), or None for the whole volume.
+        affine: `(4, 4)` voxel indices to RAS+ world millimetres.
+        native_axes: orientation of the file it came from, such as "LPS"; `write_nifti` turns results back to it.
+        header: NIfTI header of the file it came from, kept for writing.
+        extra: further maps `(D, H, W)` on the same grid (a phantom's tissue fractions, say).
+        info: facts about the case (site, grade, voxel counts), for tables and captions.
+    """
+
+    image: np.ndarray
+    channels: tuple[str, ...]
+    name: str = "case"
+    label: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    affine: np.ndarray = field(default_factory=lambda: np.eye(4))
+    native_axes: str = "RAS"
+    header: nibabel.Nifti1Header | None = None
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+    info: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.channels = tuple(self.channels)
+        self.affine = np.asarray(self.affine, np.float64)
+        if self.image.ndim != 4:
+            raise ValueError(
+                f"{self.name}: the image has shape {self.image.shape}; expected (channels, D, H, W). "
+                "For a single 2-D slice use image[None, :, :, None]"
+            )
+        if len(self.channels) != self.image.shape[0]:
+            raise ValueError(
+                f"{self.name}: {self.image.shape[0]} channels but {len(self.channels)} names {self.channels}"
+            )
+        if self.affine.shape != (4, 4):
+            raise ValueError(f"{self.name}: the affine has shape {self.affine.shape}; expected (4, 4)")
+        for what in ("label", "mask"):
+            array = getattr(self, what)
+            if array is not None and array.shape != self.shape:
+                raise ValueError(
+                    f"{self.name}: the {what} is {_size(array.shape)} but the image is {_size(self.shape)}; "
+                    "image, label and mask of one case must share one grid"
+                )
+
+    def __repr__(self) -> str:
+        parts = [
+            f"{self.name!r}",
+            f"{'+'.join(self.channels)}",
+            f"{_size(self.shape)} voxels",
+            f"{_size(self.spacing)} mm",
+        ]
+        parts += ["label"] * (self.label is not None) + ["mask"] * (self.mask is not None)
+        return f"Case({', '.join(parts)})"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along (D, H, W)."""
+        return self.image.shape[1:]
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel size in mm along (D, H, W)."""
+        return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
+
+    @property
+    def axes(self) -> str:
+        """Direction in which each index grows, for example "RAS"."""
+        return "".join(nibabel.aff2axcodes(self.affine))
+
+    def replace(self, **changes) -> Case:
+        """A copy with some attributes changed (arrays that are not changed are shared, not copied)."""
+        return dataclasses.replace(self, **changes)
+
+    def select(self, channels: Iterable[str]) -> Case:
+        """A copy with only these channels, in this order."""
+        channels = tuple(channels)
+        missing = [c for c in channels if c not in self.channels]
+        if missing:
+            raise ValueError(f"{self.name} has no {', '.join(missing)}; its channels are {', '.join(self.channels)}")
+        return self.replace(image=self.image[[self.channels.index(c) for c in channels]], channels=channels)
+
+    def crop(self, box: tuple[slice, slice, slice]) -> Case:
+        """The part of the case inside `box`, with the affine moved along so that world coordinates stay true."""
+        start = [s.indices(n)[0] for s, n in zip(box, self.shape)]
+        affine = self.affine.copy()
+        affine[:3, 3] += affine[:3, :3] @ start
+
+        def cut(array):
+            return None if array is None else array[box]
+
+        return self.replace(
+            image=self.image[(slice(None), *box)],
+            label=cut(self.label),
+            mask=cut(self.mask),
+            affine=affine,
+            extra={k: cut(v) for k, v in self.extra.items()},
+        )
+
+
+def bounding_box(mask: np.ndarray, border: int = 0) -> tuple[slice, ...]:
+    """Smallest box that holds every True voxel of `mask`, widened by `border` voxels within the array."""
+    box = []
+    for axis, size in enumerate(mask.shape):
+        inside = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
+        if not len(inside):
+            raise ValueError("the mask is empty: no voxel is True, so it has no bounding box")
+        box.append(slice(max(int(inside[0]) - border, 0), min(int(inside[-1]) + 1 + border, size)))
+    return tuple(box)
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(eq=False)
+class Scan:
+    """One file as read: array in RAS+ order, its affine, and what is needed to write back on the same grid."""
+
+    array: np.ndarray
+    affine: np.ndarray
+    native_axes: str
+    header: nibabel.Nifti1Header
+    path: Path
+
+
+def read_nifti(path: str | Path) -> Scan:
+    """Read a `.nii` or `.nii.gz` file and turn it to RAS+.
+
+    A trailing axis of length one is dropped. Raises FileNotFoundError or a ValueError that says what the file really
+    is (a text file, an HTML page, a Git-LFS pointer, a truncated download) and what to do about it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*.nii*"))[:6] if path.parent.is_dir() else []
+        hint = f"; that folder holds {', '.join(beside)}" if beside else ""
+        raise FileNotFoundError(f"{path} does not exist{hint}")
+    _check_is_nifti(path)
+    try:
+        image = nibabel.load(path)
+        array = np.asanyarray(image.dataobj)
+    except (EOFError, zlib.error, gzip.BadGzipFile, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read to its end ({error}); the file is truncated or damaged: download or export it again"
+        ) from error
+    except nibabel.filebasedimages.ImageFileError as error:
+        raise ValueError(f"{path} is not a NIfTI file ({error}); expected .nii or .nii.gz") from error
+    while array.ndim > 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim not in (3, 4):
+        raise ValueError(
+            f"{path} is {array.ndim}-D ({_size(array.shape)}); expected a 3-D volume. Export the whole volume, not one slice"
+        )
+    affine = image.affine
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ValueError(
+            f"{path} has an unusable affine {affine.tolist()}; set its orientation (sform or qform) and save again"
+        )
+    native = "".join(nibabel.aff2axcodes(affine))
+    turn = orientations.io_orientation(affine)
+    affine = affine @ orientations.inv_ornt_aff(turn, array.shape[:3])
+    return Scan(orientations.apply_orientation(array, turn), affine, native, image.header, path)
+
+
+def read_case(
+    images: Mapping[str, str | Path],
+    *,
+    label: str | Path | None = None,
+    mask: str | Path | None = None,
+    name: str | None = None,
+    labels: Iterable[int] | None = None,
+) -> Case:
+    """Read the files of one subject, check that they fit together, and return a `Case`.
+
+    Args:
+        images: file of each channel, `{"flair": path, ...}`; their order becomes the channel order.
+        label: file with the class of each voxel. Float files are accepted when every value is a whole number.
+        mask: file of the region of interest; values above one half are inside (stored masks may hold 0.99999997).
+        name: name of the case; by default the name of the folder that the files lie in.
+        labels: the classes allowed, for example `range(5)`; any other value is an error.
+
+    Raises:
+        FileNotFoundError, ValueError: with the file, what was found, what was expected and what to do.
+    """
+    if not images:
+        raise ValueError("read_case needs at least one image file")
+    scans = {channel: read_nifti(path) for channel, path in images.items()}
+    first = next(iter(scans.values()))
+    name = name or first.path.parent.name
+    for scan in scans.values():
+        if scan.array.ndim != 3:
+            raise ValueError(
+                f"{scan.path} is 4-D ({_size(scan.array.shape)}); expected one 3-D volume per file and sequence"
+            )
+        _check_same_grid(scan, first)
+        _check_intensities(scan)
+    image = np.stack([_as_native_float(s.array) for s in scans.values()])
+    label_array = mask_array = None
+    if label is not None:
+        scan = read_nifti(label)
+        _check_same_grid(scan, first)
+        label_array = as_label(scan.array, labels, scan.path)
+    if mask is not None:
+        scan = read_nifti(mask)
+        _check_same_grid(scan, first)
+        mask_array = scan.array > 0.5
+        if not mask_array.any():
+            raise ValueError(
+                f"{scan.path} is an empty mask: no value is above 0.5; make the mask again or leave it out"
+            )
+    return Case(
+        image=image, channels=tuple(scans), name=name, label=label_array, mask=mask_array,
+        affine=first.affine, native_axes=first.native_axes, header=first.header,
+    )  # fmt: skip
+
+
+def as_label(array: np.ndarray, labels: Iterable[int] | None = None, source: object = "the label") -> np.ndarray:
+    """Check class numbers and return them as uint8.
+
+    Raises ValueError where a value is not finite, not whole, or not among `labels`.
+    """
+    if array.dtype.kind == "f":
+        whole = np.rint(array)
+        if not np.isfinite(array).all():
+            raise ValueError(f"{source} has NaN or infinite values; a label holds whole class numbers")
+        if np.abs(array - whole).max(initial=0) > 1e-3:
+            odd = float(array[np.abs(array - whole) > 1e-3].flat[0])
+            raise ValueError(
+                f"{source} holds {odd:g}, not a whole class number; it was interpolated: "
+                "resample labels with nearest neighbour"
+            )
+        array = whole
+    found = np.unique(array)
+    if found.size and (found[0] < 0 or found[-1] > 255):
+        raise ValueError(f"{source} holds classes {found[0]:g} to {found[-1]:g}; expected 0 to 255")
+    if labels is not None:
+        wrong = sorted(set(found.astype(int).tolist()) - set(labels))
+        if wrong:
+            raise ValueError(
+                f"{source} holds label {', '.join(map(str, wrong))}; expected only {', '.join(map(str, labels))}. "
+                "Map its labels first, or say which ones you use"
+            )
+    return array.astype(np.uint8)
+
+
+def write_nifti(path: str | Path, array: np.ndarray, case: Case) -> Path:
+    """Write `(D, H, W)`, or `(K, D, H, W)` as a 4-D file, on the grid of the file that `case` was read from.
+
+    The affine, orientation and header fields of the original are kept; bool and integer arrays are stored as they are,
+    others as float32. The file appears only when complete.
+    """
+    path = Path(path)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{path} must end in .nii or .nii.gz")
+    array = np.asarray(array)
+    if array.shape[-3:] != case.shape or array.ndim not in (3, 4):
+        raise ValueError(f"the array is {_size(array.shape)} but {case.name} is {_size(case.shape)}")
+    if array.ndim == 4:
+        array = np.moveaxis(array, 0, -1)
+    if array.dtype == bool:
+        array = array.astype(np.uint8)
+    elif array.dtype.kind not in "iu":
+        array = array.astype(np.float32)
+    elif array.dtype.itemsize == 8:
+        array = array.astype(np.int32)
+    turn = orientations.ornt_transform(
+        orientations.axcodes2ornt(case.axes), orientations.axcodes2ornt(tuple(case.native_axes))
+    )
+    affine = case.affine @ orientations.inv_ornt_aff(turn, case.shape)
+    header = case.header.copy() if case.header is not None else nibabel.Nifti1Header()
+    header.set_data_dtype(array.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0  # the original's display range says nothing about a result
+    image = nibabel.Nifti1Image(orientations.apply_orientation(array, turn), affine, header)
+    if case.header is None:
+        image.header.set_xyzt_units("mm")
+    with atomic_write(path) as temporary:
+        nibabel.save(image, temporary)
+    return path
+
+
+def write_case(folder: str | Path, case: Case) -> Path:
+    """Write a case as a folder: one `<channel>.nii.gz` per sequence, `label.nii.gz` and `mask.nii.gz` where known."""
+    folder = Path(folder)
+    for channel, image in zip(case.channels, case.image):
+        write_nifti(folder / f"{channel}.nii.gz", image, case)
+    if case.label is not None:
+        write_nifti(folder / "label.nii.gz", case.label, case)
+    if case.mask is not None:
+        write_nifti(folder / "mask.nii.gz", case.mask, case)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_is_nifti(path: Path) -> None:
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if path.name.startswith("._"):
+        raise ValueError(f"{path} is macOS metadata, not an image; use the file without the leading '._'")
+    if not start:
+        raise ValueError(f"{path} is empty; download or export it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git-LFS pointer, not the data; run `git lfs pull` in its repository")
+    if start.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
+        raise ValueError(
+            f"{path} is a web page, not an image; the download was answered by a login or error page: fetch it again"
+        )
+    if path.name.endswith(".gz") and not start.startswith(b"\x1f\x8b"):
+        kind = "a text file" if _is_text(start) else "not gzip-compressed"
+        raise ValueError(f"{path} is {kind}, not a compressed NIfTI image; check what was saved under this name")
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{path} must end in .nii or .nii.gz to be read as NIfTI")
+
+
+def _is_text(start: bytes) -> bool:
+    try:
+        text = start.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return all(c.isprintable() or c.isspace() for c in text)
+
+
+def _check_same_grid(scan: Scan, first: Scan) -> None:
+    here, there = scan.array.shape[:3], first.array.shape[:3]
+    if here != there:
+        raise ValueError(
+            f"{scan.path} is {_size(here)} but {first.path.name} is {_size(there)}; the files of one case must share one grid: "
+            "resample it to the other's grid first"
+        )
+    if np.abs(scan.affine - first.affine).max() > GRID_TOLERANCE:
+        axes = f" ({scan.native_axes} against {first.native_axes})" if scan.native_axes != first.native_axes else ""
+        raise ValueError(
+            f"{scan.path} and {first.path.name} have the same size but lie elsewhere in the world{axes}: their affines differ by "
+            f"{np.abs(scan.affine - first.affine).max():.3g} mm; resample one onto the other, or correct its header"
+        )
+
+
+def _check_intensities(scan: Scan) -> None:
+    if scan.array.dtype.kind == "f" and not np.isfinite(scan.array).all():
+        count = int((~np.isfinite(scan.array)).sum())
+        raise ValueError(
+            f"{scan.path} has {count} NaN or infinite voxels; replace them (numpy.nan_to_num) or export it again"
+        )
+    if scan.array.size and scan.array.min() == scan.array.max():
+        raise ValueError(f"{scan.path} is {scan.array.flat[0]:g} everywhere: there is no image in it; export it again")
+
+
+def _as_native_float(array: np.ndarray) -> np.ndarray:
+    """float32, C-ordered: what every network and transform here expects."""
+    return np.ascontiguousarray(array, np.float32)
+
+
+def _size(numbers: Iterable[float]) -> str:
+    return "×".join(f"{n:g}" for n in numbers)
