@@ -140,6 +140,27 @@ def bounding_box(mask: np.ndarray, border: int = 0) -> tuple[slice, ...]:
     return tuple(box)
 
 
+def padded_region(array: np.ndarray, start: Iterable[int], stop: Iterable[int]) -> np.ndarray:
+    """`array[..., start:stop]` over the last axes, where indices beyond the border are mirrored back inside.
+
+    The border voxel itself is not repeated (`numpy.pad`'s "reflect"), and any distance is allowed.
+    """
+    start, stop = list(start), list(stop)
+    for axis, (a, b) in enumerate(zip(start, stop), array.ndim - len(start)):
+        size = array.shape[axis]
+        if a >= 0 and b <= size:
+            array = array[(slice(None),) * axis + (slice(a, b),)]
+            continue
+        index = np.arange(a, b)
+        if size > 1:
+            index = index % (2 * size - 2)
+            index = np.where(index < size, index, 2 * size - 2 - index)
+        else:
+            index = np.zeros_like(index)
+        array = np.take(array, index, axis=axis)
+    return array
+
+
 # ---------------------------------------------------------------------------------------------------------- reading
 
 

@@ -1,0 +1,116 @@
+"""What several of the networks share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class RollingBatchNorm(nn.Module):
+    """Batch normalisation whose inference statistics are the plain average over the last `window` training batches.
+
+    DeepMedic keeps the mean and variance of its last 60 batches and averages them, the variance with the unbiased
+    factor n/(n-1). Unlike an exponential average this forgets the untrained network's statistics completely, which
+    matters in short runs. Works on `(B, C, ...)` of any dimension.
+
+    Args:
+        channels: C.
+        window: number of batches that the inference statistics average over.
+        eps: added to the variance.
+
+    Source: Ioffe and Szegedy 2015; Kamnitsas et al. 2017, section 2.3, and its code (rolling average over 60 batches).
+    """
+
+    def __init__(self, channels: int, *, window: int = 60, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("recent", torch.zeros(window, 2, channels))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if x.numel() == x.shape[1]:
+            raise ValueError(
+                f"batch normalisation cannot train on a single value per channel (input {tuple(x.shape)}); "
+                "use a larger batch or a larger segment"
+            )
+        # With momentum 1 the running statistics become those of this batch, the variance already unbiased.
+        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        y = F.batch_norm(x, mean, var, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
+        with torch.no_grad():
+            window = self.recent.shape[0]
+            self.recent[self.batches % window] = torch.stack([mean, var])
+            self.batches += 1
+            filled = torch.arange(window, device=x.device) < self.batches
+            average = (self.recent * filled[:, None, None]).sum(0) / filled.sum()
+            self.running_mean.copy_(average[0])
+            self.running_var.copy_(average[1])
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, window={self.recent.shape[0]}, eps={self.eps}"
+
+
+class ConvBlock(nn.Sequential):
+    """Dropout, valid convolution, batch normalisation, PReLU: `(B, C_in, *n) -> (B, C_out, *(n - kernel + 1))`.
+
+    Without batch normalisation the convolution has a bias instead. PReLU has one slope per channel, 0.01 at the start.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        spatial_dims: int = 3,
+        batch_norm: bool = True,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if dropout:
+            self.drop = nn.Dropout(dropout)
+        self.conv = CONV[spatial_dims](in_channels, out_channels, kernel, bias=not batch_norm)
+        if batch_norm:
+            self.norm = RollingBatchNorm(out_channels)
+        self.act = nn.PReLU(out_channels, init=0.01)
+
+
+def init_he(model: nn.Module) -> None:
+    """Draw every convolution's kernel from N(0, √(2/n_in)), n_in = C_in · kernel voxels; set biases to zero.
+
+    Source: He et al. 2015; Kamnitsas et al. 2017, section 2.3.
+    """
+    for conv in convolutions(model):
+        nn.init.normal_(conv.weight, std=(2 / conv.weight[0].numel()) ** 0.5)
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
+
+
+def init_normal(model: nn.Module, std: float = 0.01) -> None:
+    """Draw every convolution's kernel from N(0, std), std a standard deviation; set biases to zero.
+
+    Source: Kamnitsas et al. 2017, appendix B (shallow networks); Kayalibay et al. 2017, section 3.
+    """
+    for conv in convolutions(model):
+        nn.init.normal_(conv.weight, std=std)
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
+
+
+def convolutions(model: nn.Module) -> list[nn.Module]:
+    """Every convolution of a network, in the order of its definition."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+
+
+def scaled(count: int, width: float) -> int:
+    """A feature-map count times `width`, at least one."""
+    return max(1, round(count * width))

@@ -1,0 +1,128 @@
+"""Optimisers and schedules that the papers use and PyTorch does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+
+class RMSpropNesterov(torch.optim.Optimizer):
+    """RMSProp with Nesterov momentum, as DeepMedic trains.
+
+        acc  ← ρ acc + (1 − ρ) g²
+        step = (1 − m) · lr · g / √(acc + ε)
+        v    ← m v − step
+        θ    ← θ + m v − step
+
+    `torch.optim.RMSprop` differs in three points: it has no Nesterov look-ahead, does not scale the step by 1 − m, and
+    adds ε outside the root.
+
+    Args:
+        parameters: what to train.
+        lr: learning rate (1e-3 in the paper; 1e-4 for Shallow).
+        momentum: m (0.6).
+        rho: decay of the squared-gradient average (0.9).
+        eps: ε, inside the root (1e-4).
+
+    Source: Kamnitsas et al. 2017, appendix B, and its code for ρ, ε and the (1 − m) factor.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable,
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.6,
+        rho: float = 0.9,
+        eps: float = 1e-4,
+    ):
+        if lr < 0 or eps <= 0 or not 0 <= momentum < 1 or not 0 <= rho < 1:
+            raise ValueError(
+                f"lr={lr}, momentum={momentum}, rho={rho}, eps={eps}; expected lr >= 0, eps > 0, "
+                "momentum and rho from 0 to below 1"
+            )
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "rho": rho, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update from the gradients in `.grad`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["acc"] = torch.zeros_like(p)
+                    self.state[p]["velocity"] = torch.zeros_like(p)
+            grads = [p.grad for p in params]
+            acc = [self.state[p]["acc"] for p in params]
+            velocity = [self.state[p]["velocity"] for p in params]
+            momentum = group["momentum"]
+
+            torch._foreach_mul_(acc, group["rho"])
+            torch._foreach_addcmul_(acc, grads, grads, 1 - group["rho"])
+            root = torch._foreach_sqrt(torch._foreach_add(acc, group["eps"]))
+            steps = torch._foreach_div(grads, root)
+            torch._foreach_mul_(steps, (1 - momentum) * group["lr"])
+            torch._foreach_mul_(velocity, momentum)
+            torch._foreach_sub_(velocity, steps)
+            torch._foreach_add_(params, velocity, alpha=momentum)
+            torch._foreach_sub_(params, steps)
+        return loss
+
+
+class HalveOnPlateau(ReduceLROnPlateau):
+    """Halve the learning rate when a score has not improved for `patience` validations.
+
+    Args:
+        optimizer: whose rate to change.
+        patience: validations without improvement to sit through.
+        mode: "max" for a score such as Dice, "min" for a loss.
+        threshold: smallest absolute change that counts as an improvement.
+        minimum: the rate is never set below this.
+
+    Source: Kamnitsas et al. 2017, appendix B (halved whenever convergence plateaus).
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        patience: int = 3,
+        mode: str = "max",
+        threshold: float = 1e-3,
+        minimum: float = 0.0,
+    ):
+        super().__init__(
+            optimizer,
+            mode=mode,
+            factor=0.5,
+            patience=patience,
+            threshold=threshold,
+            threshold_mode="abs",
+            min_lr=minimum,
+        )
+
+
+class HalveAt:
+    """Halve the learning rate at given steps, the fixed schedule of DeepMedic's published configuration.
+
+    Args:
+        optimizer: whose rate to change.
+        steps: update counts after which the rate is halved.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, steps: Iterable[int]):
+        self.optimizer, self.steps = optimizer, frozenset(steps)
+
+    def after(self, step: int) -> None:
+        """Called after every update with the number of updates made."""
+        if step in self.steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] /= 2

@@ -1,0 +1,175 @@
+"""Where training segments come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .volume import Case, bounding_box, padded_region
+
+SCHEMES = ("foreground", "uniform", "equal")
+
+
+class Batch(NamedTuple):
+    """Network input (a tensor `(B, C, *n)`, or a tuple of them where the network has several) and labels `(B, *n_out)`."""
+
+    inputs: Tensor | tuple[Tensor, ...]
+    label: Tensor
+
+
+@dataclass
+class _Prepared:
+    image: np.ndarray  # (C, *(region + 2 margin)), mirrored beyond the border of the volume
+    label: np.ndarray  # (*region)
+    groups: list[np.ndarray]  # flat voxel numbers within the region, from which centres are drawn
+    std: np.ndarray  # (C,) inside the mask
+
+
+class SegmentSampler:
+    """Draws batches of image segments and the labels of the voxels that the network predicts for them.
+
+    `batch(step)` depends on the seed and the step alone: any worker can make it, in any order, and a resumed run sees the
+    segments that the interrupted one would have seen.
+
+    Schemes (Kamnitsas et al. 2017, sections 2.2 and 3.2), each choosing the centre of a segment among the mask's voxels:
+        "foreground": half of each batch centred on a labelled voxel, half on background: the paper's proposal;
+        "uniform": every voxel equally likely (P_uni with `output=1`);
+        "equal": every class equally likely (P_eq with `output=1`).
+    Cases are drawn with equal probability among those that have such a voxel. Near the border of the volume a centre moves
+    inwards until all its predicted voxels exist.
+
+    Args:
+        cases: labelled cases, normalised as the network is to see them, all with the same channels.
+        output: side of the predicted block in voxels (9 for the paper's 25³ segments).
+        margin: voxels of context on each side, `model.margin`.
+        cut: `model.cut` of networks that take several inputs; it is applied to each patch before anything is copied.
+        batch_size: segments per batch.
+        scheme: one of the above.
+        flip: mirror each segment left to right with probability one half.
+        shift: standard deviation of the random intensity shift r_c · σ_c of each channel (.1 for TBI, section 4.1.2;
+            σ_c is the channel's standard deviation inside the mask).
+        spatial_dims: 3, or 2 for axial slices.
+        seed: of all random choices.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        *,
+        output: int = 9,
+        margin: int = 0,
+        cut: Callable | None = None,
+        batch_size: int = 10,
+        scheme: str = "foreground",
+        flip: bool = True,
+        shift: float = 0.0,
+        spatial_dims: int = 3,
+        seed: int = 0,
+    ):
+        if scheme not in SCHEMES:
+            raise ValueError(f"scheme={scheme!r}; expected one of {', '.join(SCHEMES)}")
+        if not cases:
+            raise ValueError("no cases to sample from; give at least one labelled case")
+        if output < 1 or batch_size < 1:
+            raise ValueError(f"output={output}, batch_size={batch_size}; both must be at least 1")
+        for case in cases:
+            if case.label is None:
+                raise ValueError(f"{case.name} has no label; training needs one")
+            if case.channels != cases[0].channels:
+                raise ValueError(
+                    f"{case.name} has channels {case.channels} but {cases[0].name} has {cases[0].channels}"
+                )
+        self.block = (output,) * spatial_dims + (1,) * (3 - spatial_dims)
+        self.margin = (margin,) * spatial_dims + (0,) * (3 - spatial_dims)
+        self.cut = cut or (lambda patch: (patch,))
+        self.batch_size, self.scheme, self.flip, self.shift = batch_size, scheme, flip, shift
+        self.spatial_dims, self.seed = spatial_dims, seed
+        self._classes = 1 + max(int(c.label.max()) for c in cases)
+        self._cases = [self._prepare(c) for c in cases]
+        # For every group of voxels, the cases that have any.
+        self._holders = [
+            [n for n, case in enumerate(self._cases) if len(case.groups[g])] for g in range(len(self._cases[0].groups))
+        ]
+        if scheme == "equal":  # a class that no case has cannot be drawn
+            self._present = [g for g, holders in enumerate(self._holders) if holders]
+        elif not all(self._holders):
+            empty = ["labelled", "background"][[bool(h) for h in self._holders].index(False)]
+            raise ValueError(
+                f"none of the {len(cases)} cases has a {empty} voxel inside its mask; scheme={scheme!r} needs some"
+            )
+
+    def _prepare(self, case: Case) -> _Prepared:
+        half = [b // 2 for b in self.block]
+        for what, need, have in zip("DHW", self.block, case.shape):
+            if have < need:
+                raise ValueError(
+                    f"{case.name} is only {have} voxels along {what}; the predicted block needs {need}: choose a smaller output"
+                )
+        mask = np.ones(case.shape, bool) if case.mask is None else case.mask
+        wanted = mask | (case.label > 0)
+        if not wanted.any():
+            raise ValueError(f"{case.name}: the mask is empty, so there is no voxel to sample")
+        box = bounding_box(wanted)
+        start = [max(0, min(s.start - h, n - b)) for s, h, n, b in zip(box, half, case.shape, self.block)]
+        stop = [min(n, max(s.stop + h, a + b)) for s, h, n, a, b in zip(box, half, case.shape, start, self.block)]
+        region = tuple(slice(a, b) for a, b in zip(start, stop))
+        image = padded_region(
+            case.image, [a - m for a, m in zip(start, self.margin)], [b + m for b, m in zip(stop, self.margin)]
+        )
+        label, mask = np.ascontiguousarray(case.label[region]), mask[region]
+        if self.scheme == "uniform":
+            groups = [mask]
+        elif self.scheme == "foreground":
+            groups = [label > 0, mask & (label == 0)]
+        else:
+            groups = [(label == c) & (mask | (c > 0)) for c in range(self._classes)]
+        return _Prepared(
+            image=np.ascontiguousarray(image, np.float32),
+            label=label,
+            groups=[np.flatnonzero(g).astype(np.int32) for g in groups],
+            std=case.image[:, case.mask].std(axis=1) if case.mask is not None else case.image.std(axis=(1, 2, 3)),
+        )
+
+    def batch(self, step: int) -> Batch:
+        """Batch number `step`."""
+        rng = np.random.default_rng([self.seed, step])
+        inputs, label = None, None
+        for n, group in enumerate(self._draw_groups(rng)):
+            case = self._cases[rng.choice(self._holders[group])]
+            patch, target = self._segment(case, group, rng)
+            if self.spatial_dims == 2:
+                patch, target = patch[..., 0], target[..., 0]
+            if self.flip and rng.random() < 0.5:
+                patch, target = patch[:, ::-1], target[::-1]
+            parts = self.cut(patch)
+            if inputs is None:
+                inputs = tuple(np.empty((self.batch_size, *p.shape), np.float32) for p in parts)
+                label = np.empty((self.batch_size, *target.shape), np.int64)
+            offset = rng.normal(0, self.shift, len(patch)) * case.std if self.shift else None
+            for store, part in zip(inputs, parts):
+                store[n] = part
+                if offset is not None:
+                    store[n] += offset.astype(np.float32).reshape(-1, *(1,) * self.spatial_dims)
+            label[n] = target
+        tensors = tuple(torch.from_numpy(i) for i in inputs)
+        return Batch(tensors if len(tensors) > 1 else tensors[0], torch.from_numpy(label))
+
+    def _draw_groups(self, rng: np.random.Generator) -> np.ndarray:
+        if self.scheme == "uniform":
+            return np.zeros(self.batch_size, int)
+        if self.scheme == "equal":
+            return rng.choice(self._present, self.batch_size)
+        return (np.arange(self.batch_size) + rng.integers(2)) % 2
+
+    def _segment(self, case: _Prepared, group: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        voxels = case.groups[group]
+        centre = np.unravel_index(voxels[rng.integers(len(voxels))], case.label.shape)
+        start = [min(max(int(c) - b // 2, 0), n - b) for c, b, n in zip(centre, self.block, case.label.shape)]
+        block = tuple(slice(a, a + b) for a, b in zip(start, self.block))
+        patch = tuple(slice(a, a + b + 2 * m) for a, b, m in zip(start, self.block, self.margin))
+        return case.image[(slice(None), *patch)], case.label[block]

@@ -1,0 +1,277 @@
+"""The training loop: resumable, watched, and stopped clearly when something goes wrong."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import losses
+from .paths import atomic_write
+from .volume import Case
+
+STATE = "last.pt"
+
+
+def fit(
+    model: nn.Module,
+    sampler,
+    *,
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Tensor, Tensor], Tensor] = losses.cross_entropy,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    schedule=None,
+    validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    validate_every: int = 100,
+    folder: str | Path | None = None,
+    precision: str = "auto",
+    seed: int = 0,
+    progress: bool = True,
+    on_validation: Callable[[int, dict[str, float]], None] | None = None,
+) -> pd.DataFrame:
+    """Train a network on the device that it lies on.
+
+    Args:
+        model: the network, changed in place.
+        sampler: anything with `batch(step) -> (inputs, label)` that depends on the step alone.
+        steps: updates in all, those of an interrupted run included.
+        optimizer: over `model.parameters()`.
+        loss: `loss(logits, label)`, a scalar.
+        l1, l2: weight penalties on the kernels, see `losses.weight_penalty`.
+        schedule: an object with `step(score)`, called with the first validation score (or the mean training loss since the
+            last time when there is no validation), or with `after(step)`, called after every update; or None.
+        validate: `validate(model) -> {"dice_whole": .83, ...}`, see `validate_on`.
+        validate_every: updates between validations, schedule steps and saved states.
+        folder: where the state is kept (`last.pt`, `history.csv`). A run found there is continued: it gives the
+            same network as one never interrupted. None keeps nothing.
+        precision: "float32", "bfloat16", "float16", or "auto" (bfloat16 on CUDA where it is supported, else float32).
+        seed: of dropout. Batches have the sampler's seed, and the weights were drawn when the model was built.
+        progress: whether to show a bar with loss, rate, last validation score and time left.
+        on_validation: called with the step and the scores after each validation (live plots).
+
+    Returns:
+        One row per update: step, loss (without penalties), learning_rate, seconds since the start, and the validation scores
+        where there was a validation.
+
+    Raises:
+        FloatingPointError: when the loss is not finite; the last saved state is still there.
+        ValueError: when `folder` holds another run.
+    """
+    if steps < 1 or validate_every < 1:
+        raise ValueError(f"steps={steps}, validate_every={validate_every}; both must be at least 1")
+    device = next(model.parameters()).device
+    autocast, scaler = _precision(precision, device)
+    run = _Run(model, optimizer, schedule, scaler, Path(folder) if folder else None, seed)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        done = run.resume()
+        if done > steps:
+            raise ValueError(
+                f"{run.path} has {done} updates already, more than the {steps} asked for; use another folder"
+            )
+        bar = tqdm(total=steps, initial=done, desc="training", disable=not progress, dynamic_ncols=True)
+        score = ""
+        model.train()
+        clock = time.perf_counter() - (run.history[-1]["seconds"] if run.history else 0)
+        with bar, _Interruptible() as interruption:
+            for step, batch in zip(range(done + 1, steps + 1), _ahead(sampler, done, steps), strict=True):
+                inputs, label = _to(batch[0], device), _to(batch[1], device)
+                with autocast:
+                    value = loss(model(inputs), label)
+                    total = value + losses.weight_penalty(model, l1=l1, l2=l2) if l1 or l2 else value
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(total).backward()
+                number = float(value.detach())
+                if not math.isfinite(number):
+                    raise FloatingPointError(
+                        f"the loss became {number} at update {step} (learning rate {_rate(optimizer):g}); lower the learning "
+                        "rate, check the images for extreme values, or train in float32"
+                        + (f". The state of update {run.saved} is kept in {run.path}" if run.saved else "")
+                    )
+                scaler.step(optimizer)
+                scaler.update()
+                if hasattr(schedule, "after"):
+                    schedule.after(step)
+                row = {
+                    "step": step,
+                    "loss": number,
+                    "learning_rate": _rate(optimizer),
+                    "seconds": time.perf_counter() - clock,
+                }
+                run.history.append(row)
+                if step % validate_every == 0 or step == steps:
+                    if validate is not None:
+                        scores = _quietly(validate, model)
+                        row.update(scores)
+                        name, best = next(iter(scores.items()))
+                        score = f", {name.replace('_', ' ')} {best:.3f}"
+                        if on_validation is not None:
+                            on_validation(step, scores)
+                    if hasattr(schedule, "step"):
+                        recent = np.mean([r["loss"] for r in run.history[-validate_every:]])
+                        schedule.step(best if validate is not None else recent)
+                    run.save(step)
+                bar.update()
+                bar.set_postfix_str(f"loss {number:.3f}, rate {_rate(optimizer):.1e}{score}")
+                if interruption.asked:
+                    run.save(step)
+                    again = f"; the same call goes on from {run.path}" if run.path else ""
+                    raise KeyboardInterrupt(f"stopped after update {step}{again}")
+    model.eval()
+    return pd.DataFrame(run.history)
+
+
+def validate_on(
+    cases: Sequence[Case], *, regions: str = "brats2015", **options
+) -> Callable[[nn.Module], dict[str, float]]:
+    """A validation for `fit`: segment `cases` and return the mean Dice of each region, `{"dice_whole": ...}`.
+
+    Args:
+        cases: labelled cases, normalised like the training cases.
+        regions: name of a set of regions in `metrics.regions`, or a dict from region to labels.
+        options: passed on to `inference.predict`.
+    """
+    from . import inference, metrics
+
+    table = metrics.regions[regions] if isinstance(regions, str) else regions
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        found = {name: [] for name in table}
+        for case in cases:
+            labels = inference.predict(model, case, progress=False, **options)
+            for name, members in table.items():
+                found[name].append(metrics.dice(np.isin(labels, list(members)), np.isin(case.label, list(members))))
+        return {f"dice_{name}": float(np.mean(values)) for name, values in found.items()}
+
+    return validate
+
+
+class _Run:
+    """The state that outlives an interruption."""
+
+    def __init__(self, model, optimizer, schedule, scaler, folder: Path | None, seed: int):
+        self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+        if hasattr(schedule, "state_dict"):
+            self.parts["schedule"] = schedule
+        self.device = next(model.parameters()).device
+        self.config = {"network": getattr(model, "config", type(model).__name__), "seed": seed}
+        self.path = folder / STATE if folder else None
+        self.history: list[dict[str, float]] = []
+        self.saved = 0
+
+    def resume(self) -> int:
+        """Restore a state if there is one; the number of updates it has."""
+        if self.path is None or not self.path.exists():
+            return 0
+        try:
+            state = torch.load(self.path, map_location=self.device, weights_only=True)
+            config, rng = state["config"], state["rng"]
+        except Exception as error:
+            raise ValueError(
+                f"{self.path} is not a training state ({error}); remove it or choose another folder"
+            ) from error
+        if config != self.config:
+            raise ValueError(
+                f"{self.path} is of another run, {config}; this one is {self.config}: choose another folder"
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(rng["cpu"].cpu())
+        if self.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
+        self.history = state["history"]
+        self.saved = len(self.history)
+        return self.saved
+
+    def save(self, step: int) -> None:
+        if self.path is None:
+            return
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        with atomic_write(self.path) as temporary:
+            torch.save({"config": self.config, "rng": rng, "history": self.history, **state}, temporary)
+        with atomic_write(self.path.with_name("history.csv")) as temporary:
+            pd.DataFrame(self.history).to_csv(temporary, index=False)
+        self.saved = step
+
+
+class _Interruptible:
+    """Within the block, the first Ctrl-C (or the notebook's stop button) is noted instead of raised, so that the update
+    under way is finished and saved; a second one stops at once."""
+
+    asked = False
+
+    def __enter__(self) -> _Interruptible:
+        self.previous = None
+        if threading.current_thread() is threading.main_thread():
+            self.previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, number, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+
+
+def _ahead(sampler, done: int, steps: int) -> Iterator:
+    """The batches done … steps − 1, each made by a thread while the network works on the one before."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = pool.submit(sampler.batch, done)
+        for step in range(done, steps):
+            batch = following.result()
+            if step + 1 < steps:
+                following = pool.submit(sampler.batch, step + 1)
+            yield batch
+
+
+def _quietly(validate: Callable, model: nn.Module) -> dict[str, float]:
+    """Validate in evaluation mode, without disturbing the random numbers of the training that goes on."""
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+            return {k: float(v) for k, v in validate(model).items()}
+    finally:
+        model.train()
+
+
+def _precision(precision: str, device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if precision == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision = "bfloat16" if fast else "float32"
+    if precision not in types:
+        raise ValueError(f"precision={precision!r}; expected auto, {', '.join(types)}")
+    dtype = types[precision]
+    if device.type == "cpu" and dtype == torch.float16:
+        raise ValueError("float16 training needs a CUDA device; use precision='float32' on the CPU")
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def _to(batch, device: torch.device):
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    return tuple(part.to(device, non_blocking=True) for part in batch)
+
+
+def _rate(optimizer: torch.optim.Optimizer) -> float:
+    return optimizer.param_groups[0]["lr"]
