@@ -1,0 +1,12 @@
+"""Real scans: one module per public data set, and a loader for the reader's own folder.
+
+Nothing here is needed to run the course, whose default data are generated. Data sets are looked for under
+`$MEDSEG_DATA_DIR`, or in the cache where a download puts them. `downloads` holds what can be fetched, by name.
+"""
+
+from .brats2013_deepmedic import brats2013_deepmedic, download_brats2013_deepmedic
+from .nifti_folder import NiftiFolder, nifti_folder
+
+downloads = {"brats2013_deepmedic": download_brats2013_deepmedic}
+
+__all__ = ["NiftiFolder", "brats2013_deepmedic", "download_brats2013_deepmedic", "downloads", "nifti_folder"]
