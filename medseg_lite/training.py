@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import losses
+from . import inference, losses, metrics
 from .paths import atomic_write
 from .volume import Case
 
@@ -140,20 +140,15 @@ def validate_on(
 
     Args:
         cases: labelled cases, normalised like the training cases.
-        regions: name of a set of regions in `metrics.regions`, or a dict from region to labels.
+        regions: as in `metrics.evaluate`.
         options: passed on to `inference.predict`.
     """
-    from . import inference, metrics
-
-    table = metrics.regions[regions] if isinstance(regions, str) else regions
 
     def validate(model: nn.Module) -> dict[str, float]:
-        found = {name: [] for name in table}
-        for case in cases:
-            labels = inference.predict(model, case, progress=False, **options)
-            for name, members in table.items():
-                found[name].append(metrics.dice(np.isin(labels, list(members)), np.isin(case.label, list(members))))
-        return {f"dice_{name}": float(np.mean(values)) for name, values in found.items()}
+        predictions = (inference.predict(model, case, progress=False, **options) for case in cases)
+        table = metrics.evaluate_cohort(predictions, cases, regions=regions, metrics=["dice"])
+        means = table.groupby("region", sort=False)["dice"].mean()
+        return {f"dice_{region}": float(value) for region, value in means.items()}
 
     return validate
 

@@ -1,0 +1,32 @@
+# make lab opens the course, make test runs every test; both build .venv first when it is missing or out of date.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+
+.PHONY: lab test test-fast notebooks lint clean
+
+lab: $(VENV)/ready
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider $(NOTEBOOKS)
+
+test-fast: $(VENV)/ready
+	$(BIN)/python -m pytest tests -m "not slow and not browser and not real"
+
+notebooks: $(VENV)/ready
+	$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check medseg_lite tests benchmarks notebooks
+	$(BIN)/ruff format --check medseg_lite tests benchmarks notebooks
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,test]'
+	touch $@

@@ -1,0 +1,7 @@
+"""`python -m medseg_lite`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

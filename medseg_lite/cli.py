@@ -1,0 +1,324 @@
+"""The command line: `python -m medseg_lite train | segment | evaluate | phantom | download`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from . import __version__, datasets, ensembles, inference, metrics, models, phantoms, recipes, statistics, transforms
+from .paths import atomic_write
+from .volume import Case, read_nifti, write_case, write_nifti
+
+EXAMPLES = """\
+examples
+
+  twelve generated brains, and a small DeepMedic trained on them for two minutes
+    python -m medseg_lite phantom --count 12 --out my_phantoms
+    python -m medseg_lite train deepmedic --data my_phantoms --channels flair t1 t1c t2 --width 0.3 --steps 200 --out runs/first
+
+  real brain tumours: fetch, train on all cases but one, segment and score that one
+    python -m medseg_lite download brats2013_deepmedic
+    python -m medseg_lite train deepmedic --data brats2013_deepmedic --hold-out brats_2013_pat0003_1 --steps 500 --out runs/real
+    python -m medseg_lite segment --model runs/real/model.safetensors --data brats2013_deepmedic --cases brats_2013_pat0003_1 --out runs/real/predictions
+    python -m medseg_lite evaluate --predictions runs/real/predictions --data brats2013_deepmedic --cases brats_2013_pat0003_1
+
+  your own scans: one sub-folder per case; say how each file is named
+    python -m medseg_lite train deepmedic --data my_scans --channels 'flair=*flair.nii.gz' 't1c=*t1ce.nii.gz' --label '*seg.nii.gz' --out runs/mine
+
+`python -m medseg_lite COMMAND --help` explains each command. Not for clinical use.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. Mistakes in the input end with one readable line on standard error."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, FileNotFoundError, FloatingPointError, ConnectionError, OSError) as error:
+        print(f"medseg_lite {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'stopped'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(options) -> None:
+    cases = _read(options, needs_label=True)
+    held = [c for c in cases if c.name in options.hold_out]
+    missing = set(options.hold_out) - {c.name for c in held}
+    if missing:
+        raise ValueError(
+            f"--hold-out {', '.join(sorted(missing))}: no such case; there are {', '.join(c.name for c in cases)}"
+        )
+    cases = [c for c in cases if c.name not in options.hold_out]
+    if not cases:
+        raise ValueError("every case is held out; leave at least one to train on")
+    device = _device(options.device)
+    print(f"{len(cases)} cases to train on, {len(held)} held out, on {device}")
+    out = Path(options.out)
+    for member in range(options.ensemble):
+        folder = out / f"member{member}" if options.ensemble > 1 else out
+        model = recipes.deepmedic(
+            cases, network=options.network, steps=options.steps, halvings=options.halvings, folder=folder, width=options.width,
+            shift=options.shift, conv_dropout=options.conv_dropout, validation=held if options.validate_every else (),
+            validate_every=options.validate_every or 500, device=device, seed=options.seed + member,
+        )  # fmt: skip
+        card = model.card | {"normalise": options.normalise, "held_out": [c.name for c in held], "command": _command()}
+        path = models.save(folder / "model.safetensors", model, card)
+        print(f"saved {path}")
+        if held:
+            predictions = [inference.predict(model, c) for c in held]
+            table = metrics.evaluate_cohort(predictions, held, regions=recipes.regions_of(model.classes))
+            _save_table(folder / "held_out.csv", table)
+            print(table.round(3).to_string(index=False))
+
+
+def _segment(options) -> None:
+    device = _device(options.device)
+    members = [models.load(path).to(device) for path in options.model]
+    model = ensembles.Ensemble(members) if len(members) > 1 else members[0]
+    cards = [m.card for m in members]
+    if any(c.get("normalise") != cards[0].get("normalise") for c in cards):
+        raise ValueError("the networks of the ensemble were trained on differently normalised images")
+    options.normalise = cards[0].get("normalise", "standardise")
+    if options.channels is None and options.data not in _KNOWN:
+        options.channels = cards[0].get("channels")
+    cases = _read(options, needs_label=False)
+    out = Path(options.out)
+    for case in tqdm(cases, desc="cases", disable=len(cases) == 1):
+        if cards[0].get("channels"):
+            case = case.select(cards[0]["channels"])
+        if options.probabilities:
+            probabilities = inference.predict(model, case, output="probabilities")
+            write_nifti(out / f"{case.name}_probabilities.nii.gz", probabilities, case)
+            labels = probabilities.argmax(0).astype("uint8")
+        else:
+            labels = inference.predict(model, case)
+        path = write_nifti(out / f"{case.name}.nii.gz", labels, case)
+        tqdm.write(f"wrote {path}")
+
+
+def _evaluate(options) -> None:
+    cases = _read(options, needs_label=True, normalise=False)
+    folder = Path(options.predictions)
+    predictions = []
+    for case in cases:
+        scan = read_nifti(folder / f"{case.name}.nii.gz")
+        if scan.array.shape != case.shape:
+            raise ValueError(
+                f"{scan.path} is {scan.array.shape} but {case.name} is {case.shape}; segment the same grid"
+            )
+        predictions.append(scan.array.round().astype("uint8"))
+    classes = 1 + max(int(c.label.max()) for c in cases)
+    table = metrics.evaluate_cohort(predictions, cases, regions=options.regions or recipes.regions_of(classes))
+    print(table.round(3).to_string(index=False))
+    print("\nmean (standard deviation) over cases; distances in mm")
+    print(statistics.summary(table).to_string())
+    if options.out:
+        _save_table(Path(options.out), table)
+        print(f"\nwrote {options.out}")
+
+
+def _phantom(options) -> None:
+    for n in tqdm(range(options.count), desc="phantoms"):
+        site = options.sites[n % len(options.sites)]
+        lesion = None if options.lesion == "none" else options.lesion
+        case = phantoms.brain(options.seed + n, site=site, spacing=options.spacing, lesion=lesion)
+        write_case(Path(options.out) / case.name, case)
+    print(f"wrote {options.count} cases to {options.out}")
+
+
+def _download(options) -> None:
+    cases = datasets.brats2013_deepmedic(options.folder, download=True)
+    print(f"{len(cases)} cases are ready: {', '.join(c.name for c in cases)}")
+
+
+# ------------------------------------------------------------------------------------------------------------ input
+
+_KNOWN = ("brats2013_deepmedic", "phantoms")
+
+
+def _read(options, *, needs_label: bool, normalise: bool = True) -> list[Case]:
+    """The cases that --data and its companions name."""
+    if options.data == "brats2013_deepmedic":
+        cases = datasets.brats2013_deepmedic(cases=options.cases or None)
+    elif options.data == "phantoms":
+        cases = phantoms.brain_cohort(options.count, progress=True)
+    else:
+        if not options.channels:
+            raise ValueError(
+                "--channels is needed to read a folder, for example --channels flair t1c or 'flair=*flair.nii.gz'"
+            )
+        pairs = (c.split("=", 1) if "=" in c else (c, f"{c}.nii.gz") for c in options.channels)
+        label = options.label or ("label.nii.gz" if needs_label else None)
+        folder = Path(options.data)
+        mask = options.mask or ("mask.nii.gz" if any(folder.glob("*/mask.nii.gz")) else None)
+        cases = datasets.nifti_folder(folder, channels=dict(pairs), label=label, mask=mask)
+    if options.cases:
+        missing = set(options.cases) - {c.name for c in cases}
+        if missing:
+            raise ValueError(
+                f"--cases {', '.join(sorted(missing))}: no such case; there are {', '.join(c.name for c in cases)}"
+            )
+        cases = [c for c in cases if c.name in options.cases]
+    if normalise and options.normalise == "standardise":
+        cases = [transforms.standardise(c) for c in cases]
+    return cases
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
+    return name
+
+
+def _save_table(path: Path, table: pd.DataFrame) -> None:
+    with atomic_write(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def _command() -> str:
+    return "python -m medseg_lite " + " ".join(sys.argv[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------- options
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number above zero")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m medseg_lite", description="Train, use and judge networks that segment medical images.",
+        epilog=EXAMPLES, formatter_class=raw,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"medseg_lite {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text.split(".")[0].lower(), description=text, formatter_class=raw)
+        sub.set_defaults(run=run)
+        return sub
+
+    def data(sub: argparse.ArgumentParser) -> None:
+        group = sub.add_argument_group("data")
+        group.add_argument(
+            "--data", required=True, help="brats2013_deepmedic, phantoms, or a folder with one sub-folder per case"
+        )
+        group.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="only these cases")
+        group.add_argument(
+            "--channels", nargs="+", metavar="NAME[=PATTERN]",
+            help="the sequences to read from each case's folder, in this order; PATTERN finds the file (default NAME.nii.gz)",
+        )  # fmt: skip
+        group.add_argument(
+            "--label", metavar="PATTERN", help="finds the file with the true classes (default label.nii.gz)"
+        )
+        group.add_argument(
+            "--mask",
+            metavar="PATTERN",
+            help="finds the brain mask; 'all' for the whole volume; default: mask.nii.gz, or else where the image is not 0",
+        )
+        group.add_argument("--count", type=_positive, default=24, help="phantoms to generate with --data phantoms (24)")
+
+    def device(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, or auto (a GPU if there is one)")
+
+    train = command(
+        "train", _train,
+        "Train a network. The run is kept in --out: last.pt to go on from (the same command resumes), history.csv, and "
+        "model.safetensors at the end. Defaults are the paper's; they take a GPU a day. On a CPU try --steps 500.",
+    )  # fmt: skip
+    networks = [n for n in models.__all__ if n not in ("load", "save")]
+    train.add_argument("network", choices=networks, metavar="NETWORK", help="one of " + ", ".join(networks))
+    train.add_argument("--out", required=True, help="folder of the run")
+    data(train)
+    train.add_argument(
+        "--hold-out", nargs="+", default=[], metavar="NAME", help="cases kept from training and scored at the end"
+    )
+    train.add_argument(
+        "--steps", type=_positive, default=recipes.DEEPMEDIC_STEPS, help="updates of 10 segments (70000)"
+    )
+    train.add_argument(
+        "--halvings", type=float, nargs="*", default=recipes.DEEPMEDIC_HALVINGS, metavar="FRACTION",
+        help="fractions of the run after which the learning rate is halved (the published schedule); short runs do better with .6 .8 .9",
+    )  # fmt: skip
+    train.add_argument("--width", type=float, default=1.0, help="scales every feature-map count; 1 is the paper's size")
+    train.add_argument("--shift", type=float, default=0.0, help="random intensity shift; .1 for brain injuries")
+    train.add_argument(
+        "--conv-dropout", type=float, default=0.0, help="dropout on convolutions; .02 for brain injuries"
+    )
+    train.add_argument(
+        "--ensemble", type=_positive, default=1, help="train this many networks that differ by their seed (paper: 3)"
+    )
+    train.add_argument(
+        "--validate-every",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="segment the held-out cases this often; 0: only at the end",
+    )
+    train.add_argument(
+        "--normalise",
+        choices=("standardise", "none"),
+        default="standardise",
+        help="zero mean, unit variance inside the mask, or leave as is",
+    )
+    train.add_argument("--seed", type=int, default=0, help="of weights, segments and dropout")
+    device(train)
+
+    segment = command(
+        "segment", _segment,
+        "Segment cases with a trained network, or with the average of several. Writes one NIfTI file of classes per case, on "
+        "the grid of the case's own files. Images are normalised as the network's card says.",
+    )  # fmt: skip
+    segment.add_argument("--model", nargs="+", required=True, help="model.safetensors; several are averaged")
+    segment.add_argument("--out", required=True, help="folder for the results")
+    data(segment)
+    segment.add_argument(
+        "--probabilities", action="store_true", help="also write the class probabilities as a 4-D file"
+    )
+    device(segment)
+
+    evaluate = command(
+        "evaluate", _evaluate,
+        "Score segmentations against the truth: Dice, precision, sensitivity, specificity, average and Hausdorff surface "
+        "distance for each region and case, and their mean and standard deviation.",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--predictions", required=True, help="folder with CASE.nii.gz files, as `segment` writes them"
+    )
+    data(evaluate)
+    evaluate.add_argument(
+        "--regions", choices=sorted(metrics.regions), help="default: BRATS 2015 for five classes, else each class"
+    )
+    evaluate.add_argument("--out", help="also write the table to this CSV file")
+
+    phantom = command("phantom", _phantom, "Generate brain phantoms. Writes them as NIfTI folders, ready for --data.")
+    phantom.add_argument("--out", required=True, help="folder for the cases")
+    phantom.add_argument("--count", type=_positive, default=1)
+    phantom.add_argument("--seed", type=int, default=0, help="of the first phantom; the others follow")
+    phantom.add_argument("--sites", default="ABC", help="scanner sites, taken in turn (D is the held-out one)")
+    phantom.add_argument("--spacing", type=float, default=2.0, help="voxel side in mm: 2 (fast) or 1 (full)")
+    phantom.add_argument("--lesion", default="glioma", choices=("glioma", "contusions", "stroke", "none"))
+
+    download = command(
+        "download",
+        _download,
+        "Download a public data set. Into the cache, checked by checksum; see data/README.md for its licence.",
+    )
+    download.add_argument("dataset", choices=("brats2013_deepmedic",))
+    download.add_argument("--folder", help="where to put it instead of the cache or MEDSEG_DATA_DIR")
+    return parser

@@ -1,0 +1,56 @@
+"""What every notebook's first cell calls: which machine this is, and how large a run it can afford."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import __version__, paths
+
+SCALES = ("cpu", "gpu")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine a notebook runs on.
+
+    Attributes:
+        device: "cuda" or "cpu", to be handed to `model.to(...)`.
+        scale: "cpu" (narrow networks, few cases, minutes) or "gpu" (the paper's sizes).
+    """
+
+    device: str
+    scale: str
+
+    def pick(self, *, cpu, gpu):
+        """The value for this machine's scale: `width = machine.pick(cpu=0.3, gpu=1.0)`."""
+        return gpu if self.scale == "gpu" else cpu
+
+
+def start() -> Machine:
+    """Print one line about this machine and return its settings.
+
+    The scale is "gpu" where PyTorch sees a CUDA device and "cpu" elsewhere; the environment variable MEDSEG_SCALE
+    overrides it.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scale = os.environ.get("MEDSEG_SCALE") or ("gpu" if device == "cuda" else "cpu")
+    if scale not in SCALES:
+        raise ValueError(f"MEDSEG_SCALE={scale!r}; expected one of {', '.join(SCALES)}")
+    what = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    size = "the papers' sizes" if scale == "gpu" else "a short run: narrow networks, few cases"
+    print(
+        f"medseg_lite {__version__} is ready on {what}, scale {scale} ({size}); "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+    return Machine(device, scale)
+
+
+def real_cases_available(dataset: str = "brats2013_deepmedic") -> Path | None:
+    """The folder of a real data set when it is on this machine, else None (the notebooks then show phantoms only)."""
+    folder = paths.real_data(dataset)
+    return folder if folder.is_dir() else None
