@@ -9,7 +9,6 @@ on the very grid of the file it was made from.
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -190,20 +189,28 @@ def read_nifti(path: str | Path) -> Scan:
     try:
         image = nibabel.load(path)
         array = np.asanyarray(image.dataobj)
-    except (EOFError, zlib.error, gzip.BadGzipFile, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read to its end ({error}); the file is truncated or damaged: download or export it again"
-        ) from error
     except nibabel.filebasedimages.ImageFileError as error:
-        raise ValueError(f"{path} is not a NIfTI file ({error}); expected .nii or .nii.gz") from error
+        raise ValueError(
+            f"{path} is not a NIfTI file: its start is damaged or cut off, or it is another format under this name; "
+            "download or export it again"
+        ) from error
+    except (EOFError, zlib.error, OSError, ValueError, OverflowError, nibabel.spatialimages.HeaderDataError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} cannot be read ({reason}); the file is truncated or damaged: download or export it again"
+        ) from error
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"{path} holds {_kind(array.dtype)} values; expected one real number per voxel")
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim not in (3, 4):
         raise ValueError(
             f"{path} is {array.ndim}-D ({_size(array.shape)}); expected a 3-D volume. Export the whole volume, not one slice"
         )
+    if not array.size:
+        raise ValueError(f"{path} has no voxels ({_size(array.shape)}); export it again")
     affine = image.affine
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    if not _places_voxels(affine):
         raise ValueError(
             f"{path} has an unusable affine {affine.tolist()}; set its orientation (sform or qform) and save again"
         )
@@ -285,6 +292,7 @@ def as_label(array: np.ndarray, labels: Iterable[int] | None = None, source: obj
     if found.size and (found[0] < 0 or found[-1] > 255):
         raise ValueError(f"{source} holds classes {found[0]:g} to {found[-1]:g}; expected 0 to 255")
     if labels is not None:
+        labels = tuple(labels)
         wrong = sorted(set(found.astype(int).tolist()) - set(labels))
         if wrong:
             raise ValueError(
@@ -313,6 +321,8 @@ def write_nifti(path: str | Path, array: np.ndarray, case: Case) -> Path:
     elif array.dtype.kind not in "iu":
         array = array.astype(np.float32)
     elif array.dtype.itemsize == 8:
+        if array.min() < -(2**31) or array.max() >= 2**31:
+            raise ValueError(f"the array holds {array.min()} to {array.max()}, which does not fit in 32 bits")
         array = array.astype(np.int32)
     turn = orientations.ornt_transform(
         orientations.axcodes2ornt(case.axes), orientations.axcodes2ornt(tuple(case.native_axes))
@@ -363,6 +373,20 @@ def _check_is_nifti(path: Path) -> None:
         raise ValueError(f"{path} is {kind}, not a compressed NIfTI image; check what was saved under this name")
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"{path} must end in .nii or .nii.gz to be read as NIfTI")
+
+
+def _kind(dtype: np.dtype) -> str:
+    return "colour" if dtype.names else "complex" if dtype.kind == "c" else str(dtype)
+
+
+def _places_voxels(affine: np.ndarray) -> bool:
+    """Whether the affine is finite and its three axes are not flat, whatever the voxel size."""
+    if not np.isfinite(affine).all():
+        return False
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (spacing > 0).all() or not np.isfinite(spacing).all():
+        return False
+    return abs(np.linalg.det(affine[:3, :3] / spacing)) > 1e-3 and None not in nibabel.aff2axcodes(affine)
 
 
 def _is_text(start: bytes) -> bool:
