@@ -22,6 +22,7 @@ cannot be compared with averages made with the other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 import pandas as pd
@@ -211,7 +212,12 @@ def evaluate_cohort(predictions: Iterable, cases: Iterable[Case], *, use_mask: b
     `statistics.summary` turns the result into means and standard deviations.
     """
     tables = []
-    for prediction, case in zip(predictions, cases, strict=True):
+    for prediction, case in zip_longest(predictions, cases):
+        if prediction is None or case is None:
+            raise ValueError(
+                f"{'predictions' if prediction is None else 'cases'} ended after {len(tables)}; "
+                "expected as many predictions as cases, in the same order"
+            )
         if case.label is None:
             raise ValueError(f"{case.name} has no label to compare with; leave it out of the evaluation")
         if use_mask and case.mask is None:
