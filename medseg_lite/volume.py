@@ -368,7 +368,7 @@ def _check_is_nifti(path: Path) -> None:
         raise ValueError(
             f"{path} is a web page, not an image; the download was answered by a login or error page: fetch it again"
         )
-    if path.name.endswith(".gz") and not start.startswith(b"\x1f\x8b"):
+    if path.name.endswith(".gz") and not start.startswith(b"\x1f\x8b"[: len(start)]):
         kind = "a text file" if _is_text(start) else "not gzip-compressed"
         raise ValueError(f"{path} is {kind}, not a compressed NIfTI image; check what was saved under this name")
     if not path.name.endswith((".nii", ".nii.gz")):
