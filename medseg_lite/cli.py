@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from . import __version__, datasets, ensembles, inference, metrics, models, phantoms, recipes, statistics, transforms
 from .paths import atomic_write
-from .volume import Case, read_nifti, write_case, write_nifti
+from .volume import Case, as_label, read_nifti, write_case, write_nifti
 
 EXAMPLES = """\
 examples
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(options) -> None:
-    cases = _read(options, needs_label=True)
+    cases = list(_cases(options, label=True, normalise=options.normalise))
     held = [c for c in cases if c.name in options.hold_out]
     missing = set(options.hold_out) - {c.name for c in held}
     if missing:
@@ -87,14 +88,13 @@ def _segment(options) -> None:
     cards = [m.card for m in members]
     if any(c.get("normalise") != cards[0].get("normalise") for c in cards):
         raise ValueError("the networks of the ensemble were trained on differently normalised images")
-    options.normalise = cards[0].get("normalise", "standardise")
+    channels = cards[0].get("channels")
     if options.channels is None and options.data not in _KNOWN:
-        options.channels = cards[0].get("channels")
-    cases = _read(options, needs_label=False)
+        options.channels = channels
     out = Path(options.out)
-    for case in tqdm(cases, desc="cases", disable=len(cases) == 1):
-        if cards[0].get("channels"):
-            case = case.select(cards[0]["channels"])
+    for case in _cases(options, label=False, normalise=cards[0].get("normalise", "standardise")):
+        if channels:
+            case = case.select(channels)
         if options.probabilities:
             probabilities = inference.predict(model, case, output="probabilities")
             write_nifti(out / f"{case.name}_probabilities.nii.gz", probabilities, case)
@@ -102,22 +102,17 @@ def _segment(options) -> None:
         else:
             labels = inference.predict(model, case)
         path = write_nifti(out / f"{case.name}.nii.gz", labels, case)
-        tqdm.write(f"wrote {path}")
+        print(f"wrote {path}")
 
 
 def _evaluate(options) -> None:
-    cases = _read(options, needs_label=True, normalise=False)
-    folder = Path(options.predictions)
-    predictions = []
-    for case in cases:
+    folder, tables = Path(options.predictions), []
+    for case in _cases(options, label=True, normalise="none"):
         scan = read_nifti(folder / f"{case.name}.nii.gz")
-        if scan.array.shape != case.shape:
-            raise ValueError(
-                f"{scan.path} is {scan.array.shape} but {case.name} is {case.shape}; segment the same grid"
-            )
-        predictions.append(scan.array.round().astype("uint8"))
-    classes = 1 + max(int(c.label.max()) for c in cases)
-    table = metrics.evaluate_cohort(predictions, cases, regions=options.regions or recipes.regions_of(classes))
+        prediction = as_label(scan.array, source=scan.path)
+        regions = options.regions or recipes.regions_of(1 + int(max(case.label.max(), prediction.max(), 1)))
+        tables.append(metrics.evaluate_cohort([prediction], [case], regions=regions))
+    table = pd.concat(tables, ignore_index=True)
     print(table.round(3).to_string(index=False))
     print("\nmean (standard deviation) over cases; distances in mm")
     print(statistics.summary(table).to_string())
@@ -136,17 +131,17 @@ def _phantom(options) -> None:
 
 
 def _download(options) -> None:
-    cases = datasets.brats2013_deepmedic(options.folder, download=True)
-    print(f"{len(cases)} cases are ready: {', '.join(c.name for c in cases)}")
+    folder = datasets.downloads[options.dataset](options.folder)
+    print(f"{options.dataset} is ready in {folder}")
 
 
 # ------------------------------------------------------------------------------------------------------------ input
 
-_KNOWN = ("brats2013_deepmedic", "phantoms")
+_KNOWN = ("brats2013_deepmedic", "phantoms")  # --data that is not a folder
 
 
-def _read(options, *, needs_label: bool, normalise: bool = True) -> list[Case]:
-    """The cases that --data and its companions name."""
+def _cases(options, *, label: bool, normalise: str) -> Iterator[Case]:
+    """The cases that --data and its companions name, read one at a time."""
     if options.data == "brats2013_deepmedic":
         cases = datasets.brats2013_deepmedic(cases=options.cases or None)
     elif options.data == "phantoms":
@@ -157,20 +152,16 @@ def _read(options, *, needs_label: bool, normalise: bool = True) -> list[Case]:
                 "--channels is needed to read a folder, for example --channels flair t1c or 'flair=*flair.nii.gz'"
             )
         pairs = (c.split("=", 1) if "=" in c else (c, f"{c}.nii.gz") for c in options.channels)
-        label = options.label or ("label.nii.gz" if needs_label else None)
         folder = Path(options.data)
-        mask = options.mask or ("mask.nii.gz" if any(folder.glob("*/mask.nii.gz")) else None)
-        cases = datasets.nifti_folder(folder, channels=dict(pairs), label=label, mask=mask)
-    if options.cases:
-        missing = set(options.cases) - {c.name for c in cases}
-        if missing:
-            raise ValueError(
-                f"--cases {', '.join(sorted(missing))}: no such case; there are {', '.join(c.name for c in cases)}"
-            )
-        cases = [c for c in cases if c.name in options.cases]
-    if normalise and options.normalise == "standardise":
-        cases = [transforms.standardise(c) for c in cases]
-    return cases
+        cases = datasets.nifti_folder(
+            folder,
+            channels=dict(pairs),
+            label=(options.label or "label.nii.gz") if label else None,
+            mask=options.mask or ("mask.nii.gz" if any(folder.glob("*/mask.nii.gz")) else None),
+            cases=options.cases or None,
+        )
+    for case in cases:
+        yield transforms.standardise(case) if normalise == "standardise" else case
 
 
 def _device(name: str) -> str:
@@ -319,6 +310,6 @@ def _parser() -> argparse.ArgumentParser:
         _download,
         "Download a public data set. Into the cache, checked by checksum; see data/README.md for its licence.",
     )
-    download.add_argument("dataset", choices=("brats2013_deepmedic",))
+    download.add_argument("dataset", choices=sorted(datasets.downloads))
     download.add_argument("--folder", help="where to put it instead of the cache or MEDSEG_DATA_DIR")
     return parser

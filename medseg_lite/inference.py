@@ -146,7 +146,8 @@ def _tile_size(model, start, stop, tile, device) -> list[int]:
     widest = max(c.in_channels + c.out_channels for c in convolutions(model) if max(c.kernel_size) > 1)
     voxels = _workspace(device) / (4 * 1.5 * widest)
     pieces = [1, 1, 1]
-    margin = [2 * model.margin] * model.spatial_dims + [0] * (3 - model.spatial_dims)
+    # Full-resolution feature maps start `reach` voxels outside the tile; what lies further out is only seen sub-sampled.
+    margin = [2 * getattr(model, "reach", model.margin)] * model.spatial_dims + [0] * (3 - model.spatial_dims)
     while math.prod(math.ceil(s / p) + m for s, p, m in zip(size, pieces, margin)) > voxels:
         axis = int(np.argmax([s / p if s / p > 4 * g else 0 for s, p, g in zip(size, pieces, grid)]))
         if size[axis] / pieces[axis] <= 4 * grid[axis]:

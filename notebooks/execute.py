@@ -1,0 +1,66 @@
+"""Run notebooks from top to bottom and store their outputs: what `make notebooks` calls.
+
+    python notebooks/execute.py notebooks/03_dense_training.ipynb
+
+Updates the header's date and the minutes it took at the scale it ran at, and leaves no widget state behind (GitHub and
+nbconvert show nothing where that is stored). A notebook that fails is not changed.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from medseg_lite.course import start
+from medseg_lite.paths import atomic_write
+
+
+def execute(path: Path, scale: str) -> float:
+    """Run one notebook in its own folder; the minutes it took."""
+    notebook = nbformat.read(path, as_version=4)
+    began = time.perf_counter()
+    NotebookClient(
+        notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+    ).execute()
+    minutes = (time.perf_counter() - began) / 60
+    header = notebook.cells[0]
+    header.source = re.sub(r"(\*\*Last executed\*\*) .*", rf"\1 {date.today()}", header.source)
+    number = f"{minutes:.1f} min"
+    pattern = r"(\*\*Time\*\* )[^;]*(;.*)" if scale == "cpu" else r"(\*\*Time\*\* [^;]*; ).*()"
+    where = "on a 2-core CPU" if scale == "cpu" else "on a GPU"
+    header.source = re.sub(pattern, rf"\g<1>{number} {where}\g<2>", header.source)
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook.cells:
+        for key in ("execution", "collapsed"):
+            cell.metadata.pop(key, None)
+    with atomic_write(path) as temporary:
+        temporary.write_text(
+            json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
+        )
+    return minutes
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    options = parser.parse_args()
+    os.environ["MEDSEG_SCALE"] = start().scale
+    failed = False
+    for path in options.notebooks:
+        try:
+            print(f"{path.name}: {execute(path, os.environ['MEDSEG_SCALE']):.1f} min")
+        except CellExecutionError as error:
+            failed = True
+            print(f"{path.name} failed and was left as it was:\n{error}", file=sys.stderr)
+    sys.exit(failed)

@@ -1,0 +1,108 @@
+"""The contract that every notebook keeps; `make test` also runs each of them through nbval."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+FIELDS = ("Paper", "You will learn", "Before this", "Time", "Data", "Last executed")
+SECTIONS = ("Exercises", "Where our version departs from the paper", "What to take away", "Going further")
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def tags(cell: dict) -> list[str]:
+    return cell["metadata"].get("tags", [])
+
+
+def code(notebook: dict) -> list[dict]:
+    return [c for c in notebook["cells"] if c["cell_type"] == "code"]
+
+
+def test_there_are_notebooks():
+    assert [p.name[:2] for p in NOTEBOOKS][:1] == ["00"]
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda p: p.stem)
+def path(request) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def notebook(path) -> dict:
+    return read(path)
+
+
+def test_header(path, notebook):
+    header = source(notebook["cells"][0])
+    assert notebook["cells"][0]["cell_type"] == "markdown"
+    assert re.match(rf"# {path.stem[:2]} \S", header), "the title starts with the notebook's number"
+    for field in FIELDS:
+        assert re.search(rf"\*\*{field}\*\* \S", header), f"the header lacks **{field}**"
+    assert re.search(r"\*\*Last executed\*\* \d{4}-\d\d-\d\d", header)
+    assert re.search(r"\*\*Time\*\* [\d.]+ min on a 2-core CPU;", header)
+    assert f"/notebooks/{path.name}" in header, "the Colab badge points at another file"
+    minutes = float(re.search(r"\*\*Time\*\* ([\d.]+) min", header)[1])
+    assert minutes <= 2.0, "one notebook takes at most two minutes on two CPU cores"
+
+
+def test_setup_is_first_and_touches_nothing_installed(notebook):
+    first = source(code(notebook)[0])
+    assert "find_spec" in first and "course.start()" in first
+    assert not re.search(r"pip.*(torch|numpy)", first)
+
+
+def test_sections(notebook):
+    text = "\n".join(source(c) for c in notebook["cells"] if c["cell_type"] == "markdown")
+    for section in SECTIONS:
+        assert re.search(rf"^#+ {section}", text, re.MULTILINE), f"no section '{section}'"
+
+
+def test_executed_in_order_without_errors(notebook):
+    cells = [c for c in code(notebook) if source(c).strip()]
+    assert [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1))
+    assert not [o for c in cells for o in c["outputs"] if o["output_type"] == "error"]
+    assert not [o for c in cells for o in c["outputs"] if o.get("name") == "stderr"], "warnings or bars were stored"
+
+
+def test_claims_are_checked(notebook):
+    assert sum("assert" in source(c) for c in code(notebook)) >= 3
+    assert sum("nbval-check-output" in tags(c) for c in code(notebook)) >= 2, "tag cells whose output nbval compares"
+
+
+def test_exercises_have_checks_and_collapsed_solutions(notebook):
+    cells = notebook["cells"]
+    starters = [n for n, c in enumerate(cells) if "exercise" in tags(c)]
+    solutions = [n for n, c in enumerate(cells) if "solution" in tags(c)]
+    assert len(starters) >= 2 and len(solutions) == len(starters)
+    for n in solutions:
+        assert cells[n]["metadata"].get("jupyter", {}).get("source_hidden"), "solutions are collapsed"
+        assert "check" in source(cells[n]), "the solution runs the exercise's own check"
+
+
+def test_stored_size_and_metadata(path, notebook):
+    assert path.stat().st_size < 3_000_000
+    assert "widgets" not in notebook["metadata"]
+
+
+def test_every_picture_has_alt_text(notebook):
+    for cell in code(notebook):
+        for output in cell["outputs"]:
+            if "image/png" in output.get("data", {}):
+                alt = output.get("metadata", {}).get("image/png", {}).get("alt", "")
+                assert len(alt) > 20, f"a picture of cell {cell['execution_count']} has no alt text"
+
+
+def test_speaks_of_the_project_alone(notebook):
+    text = json.dumps(notebook)
+    assert not re.search(r"/work/|/root/|/home/\w|/tmp/|site-packages", text), (
+        "a path of the machine that ran it was stored"
+    )
