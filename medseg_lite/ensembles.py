@@ -26,7 +26,11 @@ class Ensemble(nn.Module):
             if len(set(values)) > 1:
                 raise ValueError(f"the networks of an ensemble must agree, but their {name} are {values}")
             setattr(self, name, values[0])
-        self.card = getattr(members[0], "card", {})
+        cards = [getattr(m, "card", {}) for m in members]
+        channels = [c["channels"] for c in cards if "channels" in c]
+        if any(c != channels[0] for c in channels):
+            raise ValueError(f"the networks of an ensemble were trained on different channels: {channels}")
+        self.card = cards[0]
 
     def for_inference(self) -> nn.Module:
         """The ensemble of its members' inference forms."""

@@ -111,10 +111,9 @@ class SegmentSampler:
                     f"{case.name} is only {have} voxels along {what}; the predicted block needs {need}: choose a smaller output"
                 )
         mask = np.ones(case.shape, bool) if case.mask is None else case.mask
-        wanted = mask | (case.label > 0)
-        if not wanted.any():
-            raise ValueError(f"{case.name}: the mask is empty, so there is no voxel to sample")
-        box = bounding_box(wanted)
+        if not mask.any():
+            raise ValueError(f"{case.name}: the mask is empty; correct it, or leave it out to sample the whole volume")
+        box = bounding_box(mask | (case.label > 0))
         start = [max(0, min(s.start - h, n - b)) for s, h, n, b in zip(box, half, case.shape, self.block)]
         stop = [min(n, max(s.stop + h, a + b)) for s, h, n, a, b in zip(box, half, case.shape, start, self.block)]
         region = tuple(slice(a, b) for a, b in zip(start, stop))

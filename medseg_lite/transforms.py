@@ -16,6 +16,8 @@ def standardise(case: Case) -> Case:
     Source: Kamnitsas et al. 2017, section 4.2.1.
     """
     inside = case.image[:, case.mask] if case.mask is not None else case.image.reshape(len(case.channels), -1)
+    if not inside.size:
+        raise ValueError(f"{case.name}: the mask is empty, so there is nothing to measure; correct it or leave it out")
     mean = inside.mean(axis=1, dtype=np.float64)
     std = inside.std(axis=1, dtype=np.float64)
     if (std == 0).any():

@@ -59,11 +59,19 @@ def load(path: str | Path) -> nn.Module:
     name = config.pop("builder", None)
     if name not in models.__all__ or name in ("load", "save"):
         raise ValueError(f"{path} asks for network {name!r}, which this version of medseg_lite does not have")
-    model = getattr(models, name)(**config)
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    missing = [k for k in missing if not _training_only(k)]
-    if missing or unexpected:
-        raise ValueError(f"{path} does not fit {name}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    try:
+        model = getattr(models, name)(**config)
+    except TypeError as error:
+        raise ValueError(f"{path} asks for options that {name} does not have in this version ({error})") from error
+    expected = {k: v.shape for k, v in model.state_dict().items() if not _training_only(k)}
+    wrong = sorted(
+        k for k in expected.keys() | tensors.keys() if k not in tensors or tensors[k].shape != expected.get(k)
+    )
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit {name}: {len(wrong)} tensors are missing, unknown or of another shape ({', '.join(wrong[:3])}, …)"
+        )
+    model.load_state_dict(tensors, strict=False)
     model.card = json.loads(metadata.get("card", "{}"))
     return model.eval()
 

@@ -1,0 +1,61 @@
+"""What several test files share: small cases, and networks whose every parameter matters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from medseg_lite.volume import Case
+
+torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
+
+
+@pytest.fixture
+def noise_case():
+    """`noise_case(shape, channels=..., seed=...)`: noise, with a label that can be told from its first channel."""
+
+    def make(shape=(12, 15, 9), *, channels=("flair", "t1c"), seed=0, mask=False, name="noise") -> Case:
+        rng = np.random.default_rng(seed)
+        image = rng.normal(size=(len(channels), *shape)).astype(np.float32)
+        label = (image[0] > 0).astype(np.uint8)
+        inside = None
+        if mask:
+            inside = np.zeros(shape, bool)
+            inside[2:-3, 1:-2, 2:-1] = True
+            inside &= rng.random(shape) < 0.8
+        return Case(image=image, channels=channels, name=name, label=label, mask=inside)
+
+    return make
+
+
+@pytest.fixture
+def grid_case():
+    """`grid_case(shape)`: the intensities of a voxel are its own indices (d, h, w), so that a patch tells where it is from."""
+
+    def make(shape=(14, 11, 12), *, classes=3, mask=None, name="grid") -> Case:
+        image = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")).astype(np.float32)
+        label = ((image[0] + 2 * image[1] + 5 * image[2]) % classes).astype(np.uint8)
+        return Case(image=image, channels=("d", "h", "w"), name=name, label=label, mask=mask)
+
+    return make
+
+
+@pytest.fixture
+def stir():
+    """`stir(model)`: move biases, slopes and normalisation away from their neutral starting values, as training does."""
+
+    def apply(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            for name, buffer in model.named_buffers():
+                if name.endswith("running_mean"):
+                    buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+                elif name.endswith("running_var"):
+                    buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+        return model.eval()
+
+    return apply

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from medseg_lite import losses, models
+
+# Three voxels, three classes: the probabilities of each class, the true class, and -log p of it by hand.
+PROBABILITIES = [[0.7, 0.2, 0.1], [0.25, 0.5, 0.25], [0.1, 0.1, 0.8]]
+TARGET = [0, 2, 1]
+NEGATIVE_LOG = [0.356675, 1.386294, 2.302585]
+
+
+def table() -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `(1, 3, 3)` that softmax to PROBABILITIES (any constant may be added), and the target `(1, 3)`."""
+    logits = torch.tensor(PROBABILITIES).log().T + torch.tensor([3.0, -1.0, 0.5])
+    return logits[None].requires_grad_(), torch.tensor([TARGET])
+
+
+def test_cross_entropy_by_hand():
+    logits, target = table()
+    assert float(losses.cross_entropy(logits.detach(), target)) == pytest.approx(sum(NEGATIVE_LOG) / 3, abs=1e-5)
+
+
+def test_cross_entropy_gradient_by_hand():
+    logits, target = table()
+    losses.cross_entropy(logits, target).backward()
+    one_hot = np.eye(3)[TARGET]
+    np.testing.assert_allclose(logits.grad[0].T, (np.array(PROBABILITIES) - one_hot) / 3, atol=1e-6)
+
+
+def test_cross_entropy_is_the_mean_over_segments_and_voxels():
+    """Equation 4: 1 / (B V) times the sum over B segments and V voxels of -log p of the true class."""
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 4, 3, 2, 5), torch.randint(4, (2, 3, 2, 5))
+    total = 0.0
+    for s in range(2):
+        for v in np.ndindex(3, 2, 5):
+            scores = logits[(s, slice(None), *v)].double().exp()
+            total -= math.log(scores[target[(s, *v)]] / scores.sum())
+    assert float(losses.cross_entropy(logits, target)) == pytest.approx(total / (2 * 30), rel=1e-5)
+
+
+def test_uniform_prediction_costs_log_of_the_class_count():
+    assert float(losses.cross_entropy(torch.zeros(2, 5, 4), torch.randint(5, (2, 4)))) == pytest.approx(math.log(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_masked_cross_entropy(dtype):
+    logits, target = table()
+    mask = torch.tensor([[1, 0, 1]]).to(dtype)
+    value = losses.cross_entropy(logits, target, mask=mask)
+    assert value.item() == pytest.approx((NEGATIVE_LOG[0] + NEGATIVE_LOG[2]) / 2, abs=1e-5)
+    value.backward()
+    assert not logits.grad[..., 1].any() and logits.grad[..., 0].any() and logits.grad[..., 2].any()
+
+
+def test_a_full_mask_changes_nothing():
+    logits, target = table()
+    full = losses.cross_entropy(logits, target, mask=torch.ones(1, 3, dtype=torch.bool))
+    torch.testing.assert_close(full, losses.cross_entropy(logits, target))
+
+
+def test_an_empty_mask_costs_nothing():
+    logits, target = table()
+    value = losses.cross_entropy(logits, target, mask=torch.zeros(1, 3, dtype=torch.bool))
+    value.backward()
+    assert value.item() == 0 and logits.grad is not None and not logits.grad.any()
+
+
+@pytest.mark.parametrize("shape", [(2, 25, 25, 25), (1, 9, 9, 9), (2, 9, 9), (2, 3, 9, 9, 9)])
+def test_target_of_another_shape(shape):
+    with pytest.raises(ValueError, match=r"predict \(2, 9, 9, 9\) voxels but the target is .*crop the label"):
+        losses.cross_entropy(torch.zeros(2, 3, 9, 9, 9), torch.zeros(shape, dtype=torch.long))
+
+
+def test_mask_of_another_shape():
+    logits, target = table()
+    with pytest.raises(ValueError, match=r"mask has shape \(3,\); expected .*\(1, 3\)"):
+        losses.cross_entropy(logits, target, mask=torch.ones(3))
+
+
+def test_weight_penalty_by_hand():
+    model = nn.Sequential(nn.Conv2d(1, 1, (1, 3)), nn.BatchNorm2d(1), nn.PReLU(), nn.Conv3d(1, 2, 1))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(100)  # what must not count
+        model[0].weight.copy_(torch.tensor([1.0, -2.0, 3.0]).view(1, 1, 1, 3))
+        model[3].weight.copy_(torch.tensor([-0.5, 0.0]).view(2, 1, 1, 1, 1))
+    assert losses.weight_penalty(model, l1=10).item() == pytest.approx(10 * 6.5)
+    assert losses.weight_penalty(model, l2=10).item() == pytest.approx(10 * 14.25)
+    both = losses.weight_penalty(model, l1=2, l2=3)
+    assert both.item() == pytest.approx(2 * 6.5 + 3 * 14.25)
+    both.backward()
+    assert model[0].weight.grad.flatten().tolist() == pytest.approx([2 + 6, -2 - 12, 2 + 18])
+    assert model[0].bias.grad is None and model[1].weight.grad is None
+    assert losses.weight_penalty(model).item() == 0
+
+
+def test_weight_penalty_covers_every_kernel_of_a_network():
+    model = models.deepmedic(width=0.1)
+    kernels = [p for name, p in model.named_parameters() if p.ndim == 5]
+    assert len(kernels) == 19
+    expected = sum(float(k.detach().double().square().sum()) for k in kernels)
+    assert float(losses.weight_penalty(model, l2=1)) == pytest.approx(expected, rel=1e-5)

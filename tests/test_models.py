@@ -1,0 +1,485 @@
+"""One battery for all networks. A new network is one more row of NETWORKS."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from medseg_lite import models
+from medseg_lite.features import measured_receptive_field, receptive_field_recursion
+from medseg_lite.models.layers import ConvBlock, RollingBatchNorm, convolutions, init_normal, scaled
+
+
+class Network(NamedTuple):
+    name: str
+    parameters: dict[tuple[int, int], int]  # (in_channels, classes): trainable scalars
+    field: int  # receptive field in voxels along each axis
+    init: str = "he"
+    dropout: tuple[float, ...] = ()  # rates in the order of the layers
+
+    def __call__(self, *, width: float = 0.1, seed: int = 0, **options) -> nn.Module:
+        torch.manual_seed(seed)
+        return getattr(models, self.name)(width=width, **options)
+
+
+HALF = (0.5, 0.5)  # inputs of the second hidden layer and of the classifier
+NETWORKS = [
+    Network("shallow", {(4, 5): 615_575, (5, 2): 619_172}, 17, init="normal"),
+    Network("shallow_plus", {(4, 5): 615_735, (5, 2): 619_332}, 17),
+    Network("deep", {(4, 5): 311_935, (5, 2): 312_592}, 17, init="normal"),
+    Network("deep_plus", {(4, 5): 312_255, (5, 2): 312_912}, 17),
+    Network("big_deep_plus", {(4, 5): 1_278_755, (5, 2): 1_279_922}, 17, dropout=HALF),
+    Network("deepmedic", {(4, 5): 663_155, (5, 2): 664_322, (2, 5): 659_915}, 51, dropout=HALF),
+    Network("dm2d_patch", {(4, 5): 248_435, (5, 2): 248_522}, 51, dropout=HALF),
+    Network("dm2d_seg", {(4, 5): 248_435, (5, 2): 248_522}, 51, dropout=HALF),
+    Network("wider2d_seg", {(4, 5): 911_165, (5, 2): 911_642}, 51, dropout=HALF),
+    Network("deeper2d_seg", {(4, 5): 486_065, (5, 2): 486_152}, 99, dropout=HALF),
+    Network("large2d_seg", {(4, 5): 875_043, (5, 2): 875_250}, 75, dropout=HALF),
+]
+TWO_SCALES = [n for n in NETWORKS if n.field > 17]
+
+
+def by_name(networks):
+    return pytest.mark.parametrize("network", networks, ids=lambda n: n.name)
+
+
+every_network = by_name(NETWORKS)
+
+
+def patch(model: nn.Module, *, batch: int = 1, out: int | None = None, seed: int = 0) -> torch.Tensor:
+    """Noise that the model turns into `out` voxels along each axis, by default the fewest it makes densely."""
+    side = (model.multiple if out is None else out) + 2 * model.margin
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, model.in_channels, *(side,) * model.spatial_dims, generator=generator)
+
+
+# ------------------------------------------------------------------------------------------------------ the battery
+
+
+def test_the_table_is_complete():
+    assert {n.name for n in NETWORKS} == set(models.__all__) - {"load", "save"}
+
+
+@every_network
+def test_parameter_count(network):
+    for (channels, classes), expected in network.parameters.items():
+        model = network(width=1, in_channels=channels, classes=classes)
+        assert sum(p.numel() for p in model.parameters()) == expected
+    assert f"{network.parameters[4, 5]:,} parameters" in getattr(models, network.name).__doc__
+
+
+@every_network
+def test_forward_and_backward(network):
+    model = network(in_channels=3, classes=4).train()
+    y = model(patch(model, batch=2))
+    assert y.shape == (2, 4, *(model.multiple,) * model.spatial_dims)
+    target = torch.randint(4, (2, *y.shape[2:]))
+    nn.functional.cross_entropy(y, target).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), f"{name} does not take part"
+
+
+@every_network
+def test_batch_of_one(network):
+    model = network().train()
+    assert model(patch(model, out=2 * model.multiple)).isfinite().all()
+    model.eval()
+    x = patch(model, batch=3)
+    torch.testing.assert_close(torch.cat([model(x[i : i + 1]) for i in range(3)]), model(x), rtol=1e-4, atol=1e-4)
+
+
+@every_network
+def test_receptive_field_measured(network):
+    model = network()
+    field = measured_receptive_field(model)
+    assert field.side == (network.field,) * model.spatial_dims
+    assert all(-a == b == network.field // 2 for a, b in zip(field.first, field.last))
+    assert model.margin <= network.field // 2  # no context is missing and at most a voxel of it is unused
+    assert model.margin >= network.field // 2 - model.multiple // 2
+
+
+@every_network
+def test_receptive_field_computed(network):
+    model = network()
+    kernels = [c.kernel_size[0] for c in convolutions(model.normal)]
+    local = receptive_field_recursion(kernels)[-1]
+    assert local == 2 * model.reach + 1 == measured_receptive_field(model, layer="normal").side[0]
+    assert network.field == (3 * local if model.low_resolution else local)
+
+
+@every_network
+def test_margin_and_multiple(network):
+    model = network(in_channels=1).eval()
+    for n in (1, 2, 3):
+        out = n * model.multiple
+        assert model(patch(model, out=out)).shape[2:] == (out,) * model.spatial_dims
+    shape = [2 * model.margin + model.multiple * n for n in (3, 1, 2)[: model.spatial_dims]]
+    assert model(torch.zeros(1, 1, *shape)).shape[2:] == tuple(n - 2 * model.margin for n in shape)
+    with pytest.raises(ValueError, match=f"loses {model.margin} on each side and needs more than {2 * model.margin}"):
+        model(patch(model, out=0))
+
+
+@by_name(TWO_SCALES)
+def test_sizes_that_do_not_fit_the_low_resolution_grid(network):
+    model = network()
+    rim = 2 * model.margin
+    with pytest.raises(ValueError, match=f"{rim + 5} voxels in give 5 out; .* multiples of 3 .* feed {rim + 3} voxels"):
+        model(patch(model, out=5))
+
+
+@every_network
+def test_one_voxel(network):
+    """A patch as large as one prediction needs: 49 to 1 for DeepMedic, whose context is then centred exactly."""
+    model = network().eval()
+    assert model(patch(model, out=1)).shape[2:] == (1,) * model.spatial_dims
+    field = measured_receptive_field(model, voxel=0, size=1 + 2 * model.margin)
+    assert field.first == (-model.margin,) * model.spatial_dims and field.last == (model.margin,) * model.spatial_dims
+
+
+@every_network
+def test_every_prediction_sees_only_its_own_field(network):
+    """Dense output equals the outputs of the patches around each group of voxels."""
+    model = network().eval()
+    m, g = model.margin, model.multiple
+    x = patch(model, out=2 * g)
+    dense = model(x)
+    corner = (..., *(slice(g, None),) * model.spatial_dims)
+    torch.testing.assert_close(model(x[corner]), dense[corner], rtol=1e-4, atol=1e-4)
+    assert x[corner].shape[-1] == g + 2 * m
+
+
+@every_network
+def test_determinism_by_seed(network):
+    first, same, other = network(seed=1), network(seed=1), network(seed=2)
+    x = patch(first, batch=2)
+    for model in (first, same, other):
+        model.train()
+        torch.manual_seed(3)
+        model.result = model(x)
+    assert torch.equal(first.result, same.result)
+    assert not torch.equal(first.result, other.result)
+
+
+@every_network
+def test_save_and_load(network, tmp_path, stir):
+    model = stir(network(in_channels=2, classes=3))
+    card = {"channels": ["flair", "t1c"], "test_dice": 0.5}
+    path = models.save(tmp_path / "net.safetensors", model, card)
+    again = models.load(path)
+    x = patch(model)
+    assert torch.equal(model(x), again(x))
+    assert not again.training and again.card == card and again.config == model.config
+    assert sum("running_var" in n for n, _ in again.named_buffers()) == sum(
+        "norm.weight" in n for n in model.state_dict()
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+@every_network
+def test_export(network, stir):
+    model = stir(network(in_channels=1, classes=2))
+    x = patch(model)
+    exported = torch.export.export(model, (x,))
+    other = patch(model, seed=1)
+    torch.testing.assert_close(exported.module()(other), model(other), rtol=1e-4, atol=1e-4)
+
+
+@every_network
+def test_half_precision(network, stir):
+    model = stir(network(in_channels=1, classes=2))
+    x = patch(model)
+    exact = model(x).detach()
+    half = model.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16 and half.isfinite().all()
+    torch.testing.assert_close(half.float(), exact, rtol=0.1, atol=0.05 * float(exact.abs().max()))
+
+
+@every_network
+def test_half_precision_training(network):
+    model = network(in_channels=1, classes=2).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(patch(model, batch=2))
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@every_network
+@pytest.mark.parametrize("width", [0.1, 1.0])
+def test_for_inference(network, width, stir):
+    model = stir(network(width=width, in_channels=2, classes=3))
+    fast = model.for_inference()
+    for out in (1, model.multiple, 2 * model.multiple) if width < 1 else (1, model.multiple):
+        x = patch(model, batch=2, out=out)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@every_network
+def test_initial_weights(network):
+    model = network(width=1)
+    for conv in convolutions(model):
+        weight = conv.weight.detach()
+        expected = 0.01 if network.init == "normal" else (2 / weight[0].numel()) ** 0.5
+        error = (2 * weight.numel()) ** -0.5  # standard error of a standard deviation, relative
+        assert abs(float(weight.std()) / expected - 1) < 5 * error
+        assert abs(float(weight.mean())) < 5 * expected / weight.numel() ** 0.5
+        assert conv.bias is None or not conv.bias.any()
+    assert all((m.weight == 0.01).all() for m in model.modules() if isinstance(m, nn.PReLU))
+
+
+@every_network
+def test_dropout_only_where_it_should_be(network):
+    model = network()
+    assert tuple(m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p) == network.dropout
+    x = patch(model, batch=2)
+    model.train()
+    assert torch.equal(model(x), model(x)) is not bool(network.dropout)
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+@every_network
+def test_dropout_of_the_convolutions(network):
+    model = network(conv_dropout=0.02)
+    paths = [model.normal, *([model.low] if model.low_resolution else [])]
+    assert all(block.drop.p == 0.02 for path in paths for block in path)
+    rates = [m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p]
+    assert rates == [0.02] * sum(map(len, paths)) + list(network.dropout)
+
+
+@pytest.mark.parametrize("options", [{"in_channels": 0}, {"classes": 1}])
+def test_impossible_channels_and_classes(options):
+    with pytest.raises(ValueError, match="at least 1 channel and 2 classes"):
+        models.deepmedic(**options)
+
+
+# ----------------------------------------------------------------------------------------------- what papers differ in
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("deeper2d_seg", [30, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43, 45, 46, 47, 49, 50]),
+    ("large2d_seg", [45, 48, 51, 55, 58, 61, 64, 67, 70, 74, 77, 80]),
+    ("wider2d_seg", [60, 60, 80, 80, 80, 80, 100, 100]),
+    ("deepmedic", [30, 30, 40, 40, 40, 40, 50, 50]),
+])  # fmt: skip
+def test_feature_maps(name, expected):
+    model = getattr(models, name)()
+    assert [c.out_channels for c in convolutions(model.normal)] == expected
+    assert [c.out_channels for c in convolutions(model.low)] == expected
+
+
+def test_scaled_keeps_at_least_one_map():
+    assert [scaled(30, w) for w in (1, 0.5, 0.1, 0.001)] == [30, 15, 3, 1]
+
+
+def cut_indices(out: int, *, centered: bool, spatial_dims: int = 3) -> tuple[list[int], list[int]]:
+    """Patch indices that each pathway gets, along one axis."""
+    model = models.deepmedic(in_channels=1, width=0.1, centered=centered)
+    ramp = torch.arange(out + 48).expand(out + 48, out + 48, -1)
+    normal, low = model.cut(ramp)
+    assert len(set(normal.shape)) == len(set(low.shape)) == 1
+    return normal[0, 0].tolist(), low[0, 0].tolist()
+
+
+def test_cut_of_a_training_segment():
+    normal, low = cut_indices(9, centered=True)
+    assert normal == list(range(16, 41))  # 25 voxels
+    assert low == list(range(normal[0] - 15, normal[0] - 15 + 57, 3)) and len(low) == 19
+    # The 17 samples behind the first group of predictions (patch voxels 24, 25, 26) lie around its middle one.
+    assert low[8] == 25
+
+    normal, low = cut_indices(9, centered=False)
+    assert normal == list(range(16, 41))
+    assert low == list(range(normal[0] + 1 - 17, normal[0] + 1 - 17 + 57, 3)) and len(low) == 19
+    assert low[8] == 24  # the group's first voxel, one off its middle
+
+
+@pytest.mark.parametrize("segment, low", [(25, 19), (35, 23), (45, 26), (17, 17)])
+def test_sizes_of_the_original_segments(segment, low):
+    normal, context = cut_indices(segment - 16, centered=False)
+    assert (len(normal), len(context)) == (segment, low)
+    if (segment - 16) % 3 == 0 or segment == 17:
+        normal, context = cut_indices(segment - 16, centered=True)
+        assert (len(normal), len(context)) == (segment, low)
+
+
+def test_cut_of_one_voxel_is_centred_either_way():
+    for centered in (True, False):
+        assert cut_indices(1, centered=centered) == (list(range(16, 33)), list(range(0, 49, 3)))
+
+
+def test_any_size_without_centring():
+    model = models.dm2d_seg(width=0.1, centered=False).eval()
+    for out in (2, 4, 19):
+        assert model(patch(model, out=out)).shape[2:] == (out, out)
+
+
+def test_cut_parts_are_views_and_give_the_same_result():
+    model = models.deepmedic(in_channels=1, width=0.1).eval()
+    x = patch(model, out=6)
+    parts = model.cut(x)
+    assert all(p.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for p in parts)
+    assert torch.equal(model(parts), model(x))
+    for ours, numpys in zip(parts, model.cut(x.numpy())):
+        assert np.array_equal(ours.numpy(), numpys)
+
+
+def test_context_is_repeated_three_times():
+    """With a network that passes on the low-resolution centre voxel, three neighbours show the same sample."""
+    model = models.dm2d_seg(in_channels=1, classes=2, width=0.1, batch_norm=False).eval()
+    init_normal(model, std=0)
+    with torch.no_grad():
+        for block in model.low:
+            block.conv.weight[0, 0, 1, 1] = 1
+        features = model.normal[-1].conv.out_channels
+        model.hidden[0].conv.weight[0, features] = 1
+        model.hidden[1].conv.weight[0, 0] = 1
+        model.classifier.weight[1, 0] = 1
+        ramp = torch.arange(57.0).expand(1, 1, 57, -1)
+        assert model(ramp)[0, 1, 0].tolist() == [25, 25, 25, 28, 28, 28, 31, 31, 31]
+
+
+# --------------------------------------------------------------------------------------------------------- the blocks
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 4, 5), (2, 3, 2, 3, 4)])
+def test_rolling_batch_norm(shape):
+    rng = np.random.default_rng(0)
+    norm = RollingBatchNorm(3)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0, -0.5]))
+        norm.bias.copy_(torch.tensor([0.0, 1.0, 3.0]))
+    channel = (slice(None), *(None,) * (len(shape) - 2))
+    gamma, beta = (p.detach().numpy()[channel] for p in (norm.weight, norm.bias))
+    axes = (0, *range(2, len(shape)))
+    means, variances = [], []
+    for n in range(70):
+        x = rng.normal(n, 1 + n / 10, shape)
+        y = norm.train()(torch.tensor(x, dtype=torch.float32)).detach().numpy()
+        mean, biased = x.mean(axes), x.var(axes)
+        np.testing.assert_allclose(y, gamma * (x - mean[channel]) / np.sqrt(biased + 1e-5)[channel] + beta, atol=1e-3)
+        means.append(mean)
+        variances.append(x.var(axes, ddof=1))
+        if n + 1 in (1, 5, 60, 61, 70):
+            average, spread = np.mean(means[-60:], 0), np.mean(variances[-60:], 0)
+            np.testing.assert_allclose(norm.running_mean, average, rtol=1e-5)
+            np.testing.assert_allclose(norm.running_var, spread, rtol=1e-4)
+            z = rng.normal(size=shape)
+            expected = gamma * (z - average[channel]) / np.sqrt(spread + 1e-5)[channel] + beta
+            y = norm.eval()(torch.tensor(z, dtype=torch.float32)).detach().numpy()
+            np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rolling_batch_norm_before_any_training():
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(RollingBatchNorm(3).eval()(x), x, rtol=1e-4, atol=1e-5)
+
+
+def test_rolling_batch_norm_needs_more_than_one_value():
+    with pytest.raises(ValueError, match="single value per channel"):
+        RollingBatchNorm(3).train()(torch.zeros(1, 3, 1, 1))
+    assert RollingBatchNorm(3).eval()(torch.zeros(1, 3, 1, 1)).shape == (1, 3, 1, 1)
+
+
+def test_rolling_batch_norm_resumes_in_the_middle_of_its_window():
+    torch.manual_seed(0)
+    whole, first = RollingBatchNorm(2, window=4), RollingBatchNorm(2, window=4)
+    batches = torch.randn(7, 5, 2)
+    for x in batches:
+        whole(x)
+    for x in batches[:3]:
+        first(x)
+    second = RollingBatchNorm(2, window=4)
+    second.load_state_dict(first.state_dict())
+    for x in batches[3:]:
+        second(x)
+    assert torch.equal(whole.running_mean, second.running_mean) and torch.equal(whole.running_var, second.running_var)
+
+
+def test_conv_block():
+    plain, normed = ConvBlock(2, 3, 3, batch_norm=False), ConvBlock(2, 3, 3, dropout=0.1)
+    assert [n for n, _ in plain.named_children()] == ["conv", "act"] and plain.conv.bias is not None
+    assert [n for n, _ in normed.named_children()] == ["drop", "conv", "norm", "act"] and normed.conv.bias is None
+    assert normed.act.weight.shape == (3,) and plain(torch.zeros(1, 2, 5, 6, 7)).shape == (1, 3, 3, 4, 5)
+
+
+# --------------------------------------------------------------------------------------------------- files of networks
+
+
+def test_inference_statistics_are_kept_and_training_goes_on(tmp_path):
+    torch.manual_seed(0)
+    model = models.shallow_plus(in_channels=1, classes=2, width=0.1).train()
+    for _ in range(3):
+        model(2 + 3 * torch.randn(2, 1, 19, 19, 19))
+    again = models.load(models.save(tmp_path / "net.safetensors", model, {}))
+    for before, after in zip(model.modules(), again.modules()):
+        if isinstance(before, RollingBatchNorm):
+            assert before.running_mean.any()
+            assert torch.equal(before.running_mean, after.running_mean)
+            assert torch.equal(before.running_var, after.running_var)
+    again.train()(torch.randn(2, 1, 19, 19, 19))
+
+
+def test_options_survive_the_file(tmp_path):
+    options = {"width": 0.1, "centered": False, "dropout": 0.2, "widths": [3, 4], "hidden": [5]}
+    model = models.deepmedic(in_channels=1, classes=2, **options).eval()
+    again = models.load(models.save(tmp_path / "net.safetensors", model, {}))
+    x = patch(model)
+    assert again.margin == 6 and again.centered is False and torch.equal(again(x), model(x))
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "net.safetensors"
+    model = models.dm2d_seg(width=0.1).eval()
+    models.save(path, model, {"n": 1})
+
+    def broken(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("medseg_lite.models.checkpoint.save_file", broken)
+    with pytest.raises(OSError, match="disk full"):
+        models.save(path, model, {"n": 2})
+    assert models.load(path).card == {"n": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_save_needs_a_network_of_the_package(tmp_path):
+    with pytest.raises(ValueError, match="Linear was not made by a builder"):
+        models.save(tmp_path / "net.safetensors", nn.Linear(1, 1), {})
+
+
+def test_load_rejects(tmp_path):
+    def file(name: str, config=None, tensors=None):
+        metadata = {} if config is None else {"config": json.dumps(config)}
+        save_file(tensors or {"a": torch.zeros(1)}, tmp_path / name, metadata=metadata)
+        return tmp_path / name
+
+    with pytest.raises(FileNotFoundError, match=r"absent\.safetensors does not exist"):
+        models.load(tmp_path / "absent.safetensors")
+    (tmp_path / "page.safetensors").write_text("<!doctype html>" * 20)
+    with pytest.raises(ValueError, match=r"page\.safetensors is not a safetensors file"):
+        models.load(tmp_path / "page.safetensors")
+    with pytest.raises(ValueError, match="holds no network description"):
+        models.load(file("bare.safetensors"))
+    for name in ("resnet", "load", "save", "checkpoint", "__class__", None):
+        with pytest.raises(ValueError, match=f"asks for network {name!r}"):
+            models.load(file("odd.safetensors", {"builder": name}))
+    config = {"builder": "dm2d_seg", "width": 0.1}
+    with pytest.raises(ValueError, match=r"does not fit dm2d_seg: .* missing, unknown or of another shape"):
+        models.load(file("other.safetensors", config))
+    five = models.save(tmp_path / "five.safetensors", models.dm2d_seg(width=0.1), {})
+    with pytest.raises(ValueError, match=r"does not fit dm2d_seg: 2 tensors .*\(classifier.bias, classifier.weight"):
+        models.load(file("four.safetensors", config | {"classes": 4}, load_file(five)))
+    with pytest.raises(ValueError, match=r"asks for options that dm2d_seg does not have .*depth"):
+        models.load(file("new.safetensors", config | {"depth": 3}))
+    whole = models.save(tmp_path / "net.safetensors", models.dm2d_seg(width=0.1), {})
+    whole.write_bytes(whole.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        models.load(whole)

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from medseg_lite.optimizers import HalveAt, HalveOnPlateau, RMSpropNesterov
+
+
+def gradient(theta: float) -> float:
+    return 2 * theta + 0.3 * math.cos(theta)
+
+
+def reference(theta: float, steps: int, *, lr=1e-3, momentum=0.6, rho=0.9, eps=1e-4) -> list[float]:
+    """The docstring's equations, one number at a time."""
+    acc = velocity = 0.0
+    path = []
+    for _ in range(steps):
+        g = gradient(theta)
+        acc = rho * acc + (1 - rho) * g * g
+        step = (1 - momentum) * lr * g / math.sqrt(acc + eps)
+        velocity = momentum * velocity - step
+        theta = theta + momentum * velocity - step
+        path.append(theta)
+    return path
+
+
+def descend(optimizer_of, start: float, steps: int) -> list[float]:
+    theta = nn.Parameter(torch.tensor([start], dtype=torch.float64))
+    optimizer = optimizer_of([theta])
+    path = []
+    for _ in range(steps):
+        theta.grad = torch.tensor([gradient(float(theta.detach()))], dtype=torch.float64)
+        optimizer.step()
+        path.append(float(theta.detach()))
+    return path
+
+
+@pytest.mark.parametrize("options", [
+    {},
+    {"lr": 1e-2},
+    {"lr": 0.05, "momentum": 0.0},
+    {"lr": 0.02, "momentum": 0.9, "rho": 0.5, "eps": 1e-2},
+    {"lr": 0.02, "rho": 0.0},
+])  # fmt: skip
+@pytest.mark.parametrize("start", [1.5, -0.7, 1e-3])
+def test_against_the_scalar_reference(options, start):
+    ours = descend(lambda p: RMSpropNesterov(p, **options), start, 12)
+    assert ours == pytest.approx(reference(start, 12, **options), abs=1e-12)
+
+
+def test_first_step_by_hand():
+    """g = 2: acc = .4, step = .4 · .1 · 2 / √(.4 + 1e-4), and θ moves by 1.6 steps: one, and .6 of look-ahead."""
+    theta = nn.Parameter(torch.tensor(1.0))
+    theta.grad = torch.tensor(2.0)
+    RMSpropNesterov([theta], lr=0.1).step()
+    assert float(theta.detach()) == pytest.approx(1 - 1.6 * 0.08 / math.sqrt(0.4001), abs=1e-6)
+
+
+def test_it_is_not_torchs_rmsprop():
+    ours = descend(lambda p: RMSpropNesterov(p, lr=1e-2), 1.5, 10)
+    torchs = descend(lambda p: torch.optim.RMSprop(p, lr=1e-2, alpha=0.9, eps=1e-4, momentum=0.6), 1.5, 10)
+    assert abs(ours[-1] - torchs[-1]) > 0.05
+    # Even at the same step length the look-ahead remains.
+    scaled = descend(lambda p: torch.optim.RMSprop(p, lr=4e-3, alpha=0.9, eps=1e-2, momentum=0.6), 1.5, 10)
+    assert abs(ours[-1] - scaled[-1]) > 1e-3
+
+
+def test_several_parameters_groups_and_missing_gradients():
+    torch.manual_seed(0)
+    a, b, c = (nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (3, 2, 4))
+    before = c.detach().clone()
+    expected = {p: [reference(x, 5, lr=lr)[-1] for x in p.tolist()] for p, lr in ((a, 1e-2), (b, 1e-3))}
+    optimizer = RMSpropNesterov([{"params": [a], "lr": 1e-2}, {"params": [b, c]}], lr=1e-3)
+    for _ in range(5):
+        for p in (a, b):
+            p.grad = torch.tensor([gradient(x) for x in p.tolist()], dtype=torch.float64)
+        optimizer.step()
+    for p in (a, b):
+        assert p.tolist() == pytest.approx(expected[p], abs=1e-12)
+    assert torch.equal(c, before)
+
+
+def test_state_round_trip():
+    def start():
+        theta = nn.Parameter(torch.tensor([1.0, -2.0]))
+        return theta, RMSpropNesterov([theta], lr=1e-2)
+
+    def go(theta, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            theta.pow(4).sum().backward()
+            optimizer.step()
+
+    whole, optimizer = start()
+    go(whole, optimizer, 7)
+    half, first = start()
+    go(half, first, 3)
+    rest, second = start()
+    with torch.no_grad():
+        rest.copy_(half)
+    second.load_state_dict(first.state_dict())
+    go(rest, second, 4)
+    assert torch.equal(rest, whole)
+
+
+def test_closure():
+    theta = nn.Parameter(torch.tensor(1.0))
+    optimizer = RMSpropNesterov([theta], lr=0.1)
+
+    def closure():
+        loss = theta.square()
+        loss.backward()
+        return loss
+
+    assert float(optimizer.step(closure).detach()) == 1 and float(theta.detach()) < 1
+
+
+@pytest.mark.parametrize("options", [{"lr": -1.0}, {"eps": 0.0}, {"momentum": 1.0}, {"momentum": -0.1}, {"rho": 1.0}])
+def test_bad_settings(options):
+    with pytest.raises(ValueError, match="expected lr >= 0"):
+        RMSpropNesterov([nn.Parameter(torch.zeros(1))], **options)
+
+
+# ---------------------------------------------------------------------------------------------------------- schedules
+
+
+def rates(schedule, optimizer, scores) -> list[float]:
+    found = []
+    for score in scores:
+        schedule.step(score)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def adjustable(lr: float = 1.0) -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+
+
+def test_halve_on_plateau_of_a_score():
+    optimizer = adjustable()
+    schedule = HalveOnPlateau(optimizer, patience=2)
+    scores = [0.5, 0.6, 0.6, 0.6005, 0.55, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]
+    # .6 is best; two validations without improvement are sat through (.6005 is too small a gain), the third halves.
+    assert rates(schedule, optimizer, scores) == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125]
+
+
+def test_halve_on_plateau_of_a_loss_down_to_a_minimum():
+    optimizer = adjustable()
+    schedule = HalveOnPlateau(optimizer, patience=0, mode="min", minimum=0.3)
+    assert rates(schedule, optimizer, [2, 1, 1.5, 0.5, 0.5, 0.5, 0.5]) == [1, 1, 0.5, 0.5, 0.3, 0.3, 0.3]
+
+
+def test_halve_on_plateau_resumes():
+    scores = [0.5, 0.5, 0.5, 0.6, 0.6, 0.6, 0.6]
+    optimizer = adjustable()
+    whole = rates(HalveOnPlateau(optimizer, patience=1), optimizer, scores)
+    first = adjustable()
+    schedule = HalveOnPlateau(first, patience=1)
+    start = rates(schedule, first, scores[:2])
+    second = adjustable()
+    again = HalveOnPlateau(second, patience=1)
+    second.load_state_dict(first.state_dict())
+    again.load_state_dict(schedule.state_dict())
+    assert start + rates(again, second, scores[2:]) == whole
+
+
+def test_halve_at():
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": weights[:1], "lr": 1.0}, {"params": weights[1:], "lr": 0.4}], lr=1.0)
+    schedule = HalveAt(optimizer, steps=[2, 4, 5])
+    found = []
+    for step in range(1, 7):
+        schedule.after(step)
+        found.append([g["lr"] for g in optimizer.param_groups])
+    assert found == [[1, 0.4], [0.5, 0.2], [0.5, 0.2], [0.25, 0.1], [0.125, 0.05], [0.125, 0.05]]
