@@ -111,6 +111,10 @@ def nifti_folder(
                 f"the pattern of {role} is {pattern!r}; expected one inside the folder, as in '*flair.nii.gz'"
             )
 
+    for number in [*(label_map or {}).keys(), *(label_map or {}).values()]:
+        if not 0 <= number <= 255:
+            raise ValueError(f"label_map holds {number}; expected classes from 0 to 255")
+
     if any(_images(folder, pattern) for pattern in channels.values()):
         found = _find_side_by_side(folder, patterns)
     else:
