@@ -30,7 +30,9 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--steps", type=int, default=500)
 parser.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "real_brats")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3], help="train only these (several at a time, say)")
+parser.add_argument(
+    "--folds", type=int, nargs="+", default=[0, 1, 2, 3], help="train only these (several at a time, say)"
+)
 options = parser.parse_args()
 
 cases = [transforms.standardise(c) for c in datasets.brats2013_deepmedic()]

@@ -1,0 +1,143 @@
+"""The command line as a user meets it: a whole round on tiny cases, and the mistakes people make."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from medseg_lite import models
+from medseg_lite.cli import main
+from medseg_lite.volume import Case, read_nifti, write_case
+
+AFFINE = np.array([[-2.0, 0, 0, 40], [0, -2, 0, 50], [0, 0, 3, -20], [0, 0, 0, 1]])  # LPS, as scanners often write
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three cases with a bright cube, stored in LPS."""
+    rng = np.random.default_rng(0)
+    for n in range(3):
+        label = np.zeros((22, 20, 18), np.uint8)
+        label[6:14, 5 + n : 12 + n, 5:13] = 1
+        image = rng.standard_normal((2, *label.shape)) + 3.0 * label + 20
+        affine = AFFINE @ np.diag([-1, -1, 1, 1])
+        case = Case(
+            image.astype(np.float32), ("flair", "t1c"), f"case{n}", label, np.ones(label.shape, bool), affine, "LPS"
+        )
+        write_case(tmp_path / "data" / case.name, case)
+    return tmp_path / "data"
+
+
+def train(folder, out, *more, steps=10):
+    data = ["--data", str(folder), "--channels", "flair", "t1c"]
+    options = ["--steps", str(steps), "--width", "0.1", "--out", str(out), "--device", "cpu"]
+    return main(["train", "deep_plus", *data, *options, *more])
+
+
+def test_train_segment_evaluate(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(folder, out, "--hold-out", "case2", steps=80) == 0
+    assert {"last.pt", "history.csv", "model.safetensors", "held_out.csv"} <= {p.name for p in out.iterdir()}
+    card = models.load(out / "model.safetensors").card
+    assert (
+        card["channels"] == ["flair", "t1c"]
+        and card["held_out"] == ["case2"]
+        and card["trained_on"] == ["case0", "case1"]
+    )
+
+    model = ["--model", str(out / "model.safetensors")]
+    assert main(["segment", *model, "--data", str(folder), "--out", str(tmp_path / "pred"), "--probabilities"]) == 0
+    prediction = read_nifti(tmp_path / "pred" / "case2.nii.gz")
+    original = read_nifti(folder / "case2" / "flair.nii.gz")
+    assert prediction.native_axes == original.native_axes == "LPS"
+    assert prediction.array.shape == original.array.shape and np.allclose(prediction.affine, original.affine)
+    probabilities = read_nifti(tmp_path / "pred" / "case2_probabilities.nii.gz").array
+    assert probabilities.shape == (22, 20, 18, 2) and np.allclose(probabilities.sum(-1), 1, atol=1e-5)
+    assert (probabilities.argmax(-1) == prediction.array).all()
+
+    capsys.readouterr()
+    data = ["--data", str(folder), "--channels", "flair", "--cases", "case2"]
+    arguments = ["--predictions", str(tmp_path / "pred"), *data, "--out", str(tmp_path / "scores.csv")]
+    assert main(["evaluate", *arguments]) == 0
+    assert "dice" in capsys.readouterr().out
+    scores = pd.read_csv(tmp_path / "scores.csv")
+    assert scores["case"].tolist() == ["case2"] and scores["region"].tolist() == ["lesion"]
+    held_out = pd.read_csv(out / "held_out.csv")
+    assert np.isclose(scores["dice"][0], held_out["dice"][0])
+    assert scores["dice"][0] > 0.5  # a cube three standard deviations brighter than its surroundings
+
+
+def test_training_resumes(folder, tmp_path):
+    assert train(folder, tmp_path / "run") == 0
+    first = models.load(tmp_path / "run" / "model.safetensors").state_dict()
+    assert train(folder, tmp_path / "run") == 0  # finished already: nothing is trained again
+    assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 10
+    again = models.load(tmp_path / "run" / "model.safetensors").state_dict()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_ensemble(folder, tmp_path):
+    out = tmp_path / "run"
+    assert train(folder, out, "--ensemble", "2") == 0
+    paths = [str(out / f"member{n}" / "model.safetensors") for n in range(2)]
+    first, second = (models.load(p) for p in paths)
+    assert not np.array_equal(first.classifier.weight.detach(), second.classifier.weight.detach())
+    assert (
+        main(["segment", "--model", *paths, "--data", str(folder), "--cases", "case0", "--out", str(tmp_path / "p")])
+        == 0
+    )
+    assert [p.name for p in (tmp_path / "p").iterdir()] == ["case0.nii.gz"]
+
+
+def test_phantom(tmp_path):
+    assert main(["phantom", "--out", str(tmp_path), "--seed", "3", "--spacing", "4"]) == 0
+    (case,) = tmp_path.iterdir()
+    assert {p.name for p in case.iterdir()} >= {"flair.nii.gz", "t1.nii.gz", "t1c.nii.gz", "t2.nii.gz", "label.nii.gz"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data", "nowhere", "--channels", "flair"], "nowhere"),
+        (["--data", "{folder}"], "--channels is needed"),
+        (["--data", "{folder}", "--channels", "t2"], "t2"),
+        (["--data", "{folder}", "--channels", "flair", "--hold-out", "case9"], "no such case"),
+        (["--data", "{folder}", "--channels", "flair", "--hold-out", "case0", "case1", "case2"], "held out"),
+        (["--data", "{folder}", "--channels", "flair", "--device", "cuda:9"], "CUDA"),
+        (["--data", "{folder}", "--channels", "flair", "--cases", "case7"], "case7"),
+    ],
+)
+def test_mistakes_end_with_one_readable_line(arguments, message, folder, tmp_path, capsys):
+    arguments = [a.replace("{folder}", str(folder)) for a in arguments]
+    assert main(["train", "deepmedic", *arguments, "--steps", "2", "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("medseg_lite train: ") and message in error and "Traceback" not in error
+
+
+def test_wrong_model_file(folder, tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_text("hello")
+    arguments = [
+        "--model",
+        str(tmp_path / "model.safetensors"),
+        "--data",
+        str(folder),
+        "--channels",
+        "flair",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(["segment", *arguments]) == 1
+    assert "not a safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--steps", "many"], ["--network", "vgg"]])
+def test_wrong_options_show_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "deepmedic", "--data", "x", "--out", "y", *arguments])
+    assert stop.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "examples" in capsys.readouterr().out
