@@ -43,7 +43,9 @@ class RMSpropNesterov(torch.optim.Optimizer):
                 f"lr={lr}, momentum={momentum}, rho={rho}, eps={eps}; expected lr >= 0, eps > 0, "
                 "momentum and rho from 0 to below 1"
             )
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "rho": rho, "eps": eps})
+        # Plain numbers: a saved state with NumPy scalars could not be read back without pickle.
+        settings = {"lr": lr, "momentum": momentum, "rho": rho, "eps": eps}
+        super().__init__(parameters, {name: float(value) for name, value in settings.items()})
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +60,11 @@ def fit(
         precision: "float32", "bfloat16", "float16", or "auto" (bfloat16 on CUDA where it is supported, else float32).
         seed: of dropout. Batches have the sampler's seed, and the weights were drawn when the model was built.
         progress: whether to show a bar with loss, rate, last validation score and time left.
-        on_validation: called with the step and the scores after each validation (live plots).
+        on_validation: called with the step and the scores after each validation (live plots), in evaluation mode.
 
     Returns:
-        One row per update: step, loss (without penalties), learning_rate, seconds since the start, and the validation scores
-        where there was a validation.
+        One row per update: step, loss (without penalties), learning_rate it was made with, seconds since the start, and the
+        validation scores where there was a validation.
 
     Raises:
         FloatingPointError: when the loss is not finite; the last saved state is still there.
@@ -102,8 +103,6 @@ def fit(
                     )
                 scaler.step(optimizer)
                 scaler.update()
-                if hasattr(schedule, "after"):
-                    schedule.after(step)
                 row = {
                     "step": step,
                     "loss": number,
@@ -111,14 +110,17 @@ def fit(
                     "seconds": time.perf_counter() - clock,
                 }
                 run.history.append(row)
+                if hasattr(schedule, "after"):
+                    schedule.after(step)
                 if step % validate_every == 0 or step == steps:
                     if validate is not None:
-                        scores = _quietly(validate, model)
-                        row.update(scores)
-                        name, best = next(iter(scores.items()))
-                        score = f", {name.replace('_', ' ')} {best:.3f}"
-                        if on_validation is not None:
-                            on_validation(step, scores)
+                        with _aside(model):
+                            scores = {k: float(v) for k, v in validate(model).items()}
+                            row.update(scores)
+                            name, best = next(iter(scores.items()))
+                            score = f", {name.replace('_', ' ')} {best:.3f}"
+                            if on_validation is not None:
+                                on_validation(step, scores)
                     if hasattr(schedule, "step"):
                         recent = np.mean([r["loss"] for r in run.history[-validate_every:]])
                         schedule.step(best if validate is not None else recent)
@@ -161,7 +163,12 @@ class _Run:
         if hasattr(schedule, "state_dict"):
             self.parts["schedule"] = schedule
         self.device = next(model.parameters()).device
-        self.config = {"network": getattr(model, "config", type(model).__name__), "seed": seed}
+        self.config = {
+            "network": getattr(model, "config", type(model).__name__),
+            "optimizer": type(optimizer).__name__,
+            "schedule": type(schedule).__name__,
+            "seed": seed,
+        }
         self.path = folder / STATE if folder else None
         self.history: list[dict[str, float]] = []
         self.saved = 0
@@ -173,10 +180,10 @@ class _Run:
         try:
             state = torch.load(self.path, map_location=self.device, weights_only=True)
             config, rng = state["config"], state["rng"]
-        except Exception as error:
+        except Exception:  # whatever is wrong with it; PyTorch's own message would advise to load it unsafely
             raise ValueError(
-                f"{self.path} is not a training state ({error}); remove it or choose another folder"
-            ) from error
+                f"{self.path} is not a training state: it is damaged or was not written by fit; remove it or choose another folder"
+            ) from None
         if config != self.config:
             raise ValueError(
                 f"{self.path} is of another run, {config}; this one is {self.config}: choose another folder"
@@ -237,13 +244,14 @@ def _ahead(sampler, done: int, steps: int) -> Iterator:
             yield batch
 
 
-def _quietly(validate: Callable, model: nn.Module) -> dict[str, float]:
-    """Validate in evaluation mode, without disturbing the random numbers of the training that goes on."""
+@contextmanager
+def _aside(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards the training goes on with the random numbers it would have had."""
     device = next(model.parameters()).device
     model.eval()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-            return {k: float(v) for k, v in validate(model).items()}
+            yield
     finally:
         model.train()
 
@@ -269,4 +277,4 @@ def _to(batch, device: torch.device):
 
 
 def _rate(optimizer: torch.optim.Optimizer) -> float:
-    return optimizer.param_groups[0]["lr"]
+    return float(optimizer.param_groups[0]["lr"])

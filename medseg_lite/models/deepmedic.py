@@ -142,7 +142,9 @@ def _build(name: str, in_channels: int, classes: int, width: float, options: dic
     fixed["widths"] = [scaled(w, width) for w in fixed["widths"]]
     fixed["hidden"] = [scaled(w, width) for w in fixed.get("hidden", (150, 150))]
     model = DeepMedic(in_channels, classes, **(fixed | options))
-    model.config = {"builder": name, "in_channels": in_channels, "classes": classes, "width": width, **options}
+    # Plain numbers, also where NumPy scalars were given: they are stored with weights and training states.
+    sizes = {"in_channels": int(in_channels), "classes": int(classes), "width": float(width)}
+    model.config = {"builder": name, **sizes, **options}
     return model
 
 

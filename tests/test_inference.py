@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.inferers import sliding_window_inference
+
+from medseg_lite import inference, models
+from medseg_lite.inference import SameSize, predict
+from medseg_lite.volume import Case
+
+SHAPES = [(12, 15, 9), (13, 11, 7), (5, 4, 3), (19, 2, 1)]  # multiples of 3, odd, smaller than the context, nearly flat
+
+
+@pytest.fixture
+def network(stir):
+    """`network("deepmedic")`: a narrow network for two channels and three classes whose every parameter matters."""
+
+    def build(name: str, **options):
+        torch.manual_seed(0)
+        return stir(getattr(models, name)(in_channels=2, classes=3, width=0.1, **options))
+
+    return build
+
+
+def logits_of(model, case: Case, **options) -> np.ndarray:
+    return predict(model, case, output="logits", progress=False, **options)
+
+
+def reference(model, case: Case) -> np.ndarray:
+    """The plain network on the volume mirrored by numpy, without tiles, masks or rearrangement."""
+    dims, grid = model.spatial_dims, model.multiple
+    extra = [-n % grid for n in case.shape[:dims]]
+    pad = [(0, 0), *((model.margin, model.margin + e) for e in extra)]
+    if dims == 2:
+        slices = [np.pad(case.image[..., w], pad, mode="reflect") for w in range(case.shape[2])]
+        with torch.no_grad():
+            out = torch.cat([model(torch.from_numpy(s)[None]) for s in slices]).movedim(0, -1)
+    else:
+        with torch.no_grad():
+            out = model(torch.from_numpy(np.pad(case.image, pad, mode="reflect"))[None])[0]
+    return out[(slice(None), *(slice(n) for n in case.shape))].numpy()
+
+
+def close(a, b) -> None:
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- the same answer always
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["deepmedic", "deep_plus", "shallow", "dm2d_seg", "large2d_seg"])
+def test_equals_the_plain_network_on_the_mirrored_volume(network, noise_case, name, shape):
+    model, case = network(name), noise_case(shape)
+    close(logits_of(model, case), reference(model, case))
+
+
+@pytest.mark.parametrize("tile", [1, 3, 5, 9, (6, 3, 2), (100, 4, 100)], ids=str)
+@pytest.mark.parametrize("name", ["deepmedic", "shallow_plus", "dm2d_seg"])
+def test_tiles_do_not_change_the_result(network, noise_case, name, tile):
+    model, case = network(name), noise_case((10, 8, 7))
+    close(logits_of(model, case, tile=tile), reference(model, case))
+
+
+@pytest.mark.parametrize("name, shape", [("deepmedic", (27, 24, 31)), ("dm2d_seg", (150, 121, 2))])
+def test_large_tiles_are_worked_through_in_pieces(network, noise_case, name, shape):
+    model, case = network(name), noise_case(shape)
+    close(logits_of(model, case, tile=200), reference(model, case))
+
+
+@pytest.mark.parametrize("name", ["deepmedic", "deep_plus", "dm2d_seg"])
+def test_little_memory_means_small_tiles_and_the_same_result(network, noise_case, monkeypatch, name):
+    model, case = network(name), noise_case((20, 22, 19))
+    whole = logits_of(model, case)
+    monkeypatch.setattr(inference, "_workspace", lambda device: 1e5)
+    tiles = list(
+        inference._tiles(
+            [0] * 3,
+            [21, 24, 19],
+            inference._tile_size(model, [0] * 3, [21, 24, 19], None, torch.device("cpu")),
+            case.shape,
+        )
+    )
+    assert len(tiles) > 4
+    close(logits_of(model, case), whole)
+
+
+@pytest.mark.parametrize("name", ["shallow_plus", "deep"])
+def test_equals_single_patches_anywhere(network, noise_case, name):
+    model, case = network(name), noise_case((9, 10, 11))
+    dense = logits_of(model, case)
+    m = model.margin
+    padded = torch.from_numpy(np.pad(case.image, [(0, 0), *((m, m),) * 3], mode="reflect"))
+    for d, h, w in np.random.default_rng(0).integers(case.shape, size=(6, 3)):
+        one = model(padded[None, :, d : d + 2 * m + 1, h : h + 2 * m + 1, w : w + 2 * m + 1])
+        close(dense[:, d, h, w], one.detach()[0, :, 0, 0, 0])
+
+
+@pytest.mark.parametrize("name", ["deepmedic", "dm2d_patch"])
+def test_equals_single_patches_in_the_middle_of_each_group(network, noise_case, name):
+    """Three neighbours share one low-resolution context. A patch of one voxel is centred on that voxel, so only the middle
+    voxel of a group has exactly the same context in both."""
+    model, case = network(name), noise_case((9, 10, 11))
+    dense, m, dims = logits_of(model, case), model.margin, model.spatial_dims
+    padded = torch.from_numpy(np.pad(case.image, [(0, 0), *((m, m),) * dims, *((0, 0),) * (3 - dims)], mode="reflect"))
+    for d, h, w in np.random.default_rng(0).integers(3, size=(6, 3)) * 3 + 1:
+        patch = padded[:, d : d + 2 * m + 1, h : h + 2 * m + 1]
+        patch = patch[..., w : w + 2 * m + 1] if dims == 3 else patch[..., w]
+        close(dense[:, d, h, w], model(patch[None]).detach().flatten())
+        if dims == 3:
+            off = model(padded[None, :, d - 1 : d + 2 * m, h : h + 2 * m + 1, w : w + 2 * m + 1]).detach().flatten()
+            assert np.abs(dense[:, d - 1, h, w] - off.numpy()).max() > 1e-3
+
+
+@pytest.mark.parametrize("name, core, overlap", [("deepmedic", 6, 0.88), ("deep_plus", 8, 0.7), ("dm2d_seg", 9, 0.88)])
+def test_equals_monais_sliding_window(network, noise_case, name, core, overlap):
+    model = network(name)
+    case = noise_case((15, 18, 12))
+    m, dims = model.margin, model.spatial_dims
+    roi = core + 2 * m
+    interval = int(roi * (1 - overlap))
+    assert 0 < interval <= core and interval % model.multiple == 0  # windows meet, and lie on the network's grid
+    weight = torch.zeros(1, 1, *(roi,) * dims)
+    weight[(..., *(slice(m, -m),) * dims)] = 1
+    image = case.image if dims == 3 else case.image[..., 5]
+    padded = torch.from_numpy(np.pad(image, [(0, 0), *((m, m),) * dims], mode="reflect"))[None]
+    with torch.no_grad():
+        theirs = sliding_window_inference(padded, roi, 4, SameSize(model), overlap=overlap, roi_weight_map=weight)
+    theirs = theirs[(0, slice(None), *(slice(m, -m),) * dims)].numpy()
+    ours = logits_of(model, case)
+    close(theirs, ours if dims == 3 else ours[..., 5])
+
+
+def test_same_size_has_a_rim_of_zeros(network):
+    model = network("deep_plus")
+    x = torch.randn(1, 2, 20, 19, 21)
+    y = SameSize(model)(x)
+    assert y.shape == (1, 3, 20, 19, 21)
+    assert torch.equal(y[..., 8:-8, 8:-8, 8:-8], model(x))
+    y[..., 8:-8, 8:-8, 8:-8] = 0
+    assert not y.any()
+
+
+def test_two_dimensional_networks_see_one_slice_at_a_time(network, noise_case):
+    model, case = network("dm2d_seg"), noise_case((9, 12, 5))
+    whole = logits_of(model, case)
+    for w in range(5):
+        single = Case(image=case.image[..., w : w + 1], channels=case.channels)
+        close(logits_of(model, single)[..., 0], whole[..., w])
+
+
+# ------------------------------------------------------------------------------------------------------------- outputs
+
+
+def test_labels_probabilities_and_logits_agree(network, noise_case):
+    model, case = network("dm2d_seg"), noise_case((9, 10, 4))
+    scores = logits_of(model, case)
+    probabilities = predict(model, case, output="probabilities", progress=False)
+    labels = predict(model, case, progress=False)
+    assert scores.shape == probabilities.shape == (3, 9, 10, 4) and labels.shape == (9, 10, 4)
+    assert (scores.dtype, probabilities.dtype, labels.dtype) == (np.float32, np.float32, np.uint8)
+    odds = np.exp(scores.astype(np.float64))
+    close(probabilities, odds / odds.sum(0))
+    assert np.array_equal(labels, scores.argmax(0)) and len(np.unique(labels)) > 1
+
+
+@pytest.mark.parametrize("name", ["deepmedic", "dm2d_seg"])
+def test_outside_the_mask_is_background(network, noise_case, name):
+    model, case = network(name), noise_case((13, 11, 7), mask=True)
+    full = {o: predict(model, case, output=o, inside_mask=False, progress=False) for o in inference.OUTPUTS}
+    inside = {o: predict(model, case, output=o, tile=3, progress=False) for o in inference.OUTPUTS}
+    m = case.mask
+    close(inside["logits"][:, m], full["logits"][:, m])
+    close(inside["probabilities"][:, m], full["probabilities"][:, m])
+    assert np.array_equal(inside["labels"][m], full["labels"][m]) and full["labels"][~m].any()
+    assert not inside["labels"][~m].any() and not inside["logits"][:, ~m].any()
+    assert (inside["probabilities"][0, ~m] == 1).all() and not inside["probabilities"][1:, ~m].any()
+
+
+@pytest.mark.parametrize("name", ["deepmedic", "dm2d_seg"])
+def test_the_masks_bounding_box_does_not_matter(network, noise_case, name):
+    """The groups of three lie on one grid of the volume, wherever the mask begins."""
+    model, case = network(name), noise_case((13, 11, 7))
+    full = logits_of(model, case)
+    for corner in [(0, 0, 0), (1, 2, 3), (2, 1, 1), (11, 9, 5)]:
+        mask = np.zeros(case.shape, bool)
+        mask[tuple(slice(c, c + 2) for c in corner)] = True
+        close(logits_of(model, case.replace(mask=mask))[:, mask], full[:, mask])
+
+
+def test_a_case_without_a_mask_is_segmented_whole(network, noise_case):
+    model, case = network("dm2d_seg"), noise_case((9, 6, 3))
+    close(logits_of(model, case), logits_of(model, case, inside_mask=False))
+
+
+def test_images_of_any_type_and_layout(network, noise_case):
+    model, case = network("dm2d_seg"), noise_case((9, 6, 3))
+    rounded = case.replace(image=np.round(case.image * 10).astype(np.int16))
+    plain = case.replace(image=rounded.image.astype(np.float32))
+    close(logits_of(model, rounded), logits_of(model, plain))
+    close(logits_of(model, case.replace(image=np.asfortranarray(case.image))), logits_of(model, case))
+
+
+def test_networks_without_a_rearranged_form(noise_case):
+    """All that `predict` asks of a network is `margin`, `multiple` and `spatial_dims` (and `classes`)."""
+
+    class Smooth(torch.nn.Module):
+        margin, multiple, spatial_dims, classes = 1, 1, 3, 2
+
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv3d(2, 2, 3)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    model, case = Smooth(), noise_case((6, 5, 4))
+    close(logits_of(model, case, tile=2), reference(model, case))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_network_is_left_as_it_was(network, noise_case, training):
+    model, case = network("dm2d_seg").train(training), noise_case((9, 6, 3))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    first = logits_of(model, case)
+    assert model.training is training and all(m.training is training for m in model.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    close(first, logits_of(model.eval(), case))
+
+
+def test_training_mode_returns_after_an_error(network, noise_case, monkeypatch):
+    model, case = network("dm2d_seg").train(), noise_case((9, 6, 3))
+
+    def broken(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(inference, "_run", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        predict(model, case, progress=False)
+    assert model.training
+
+
+@pytest.mark.xfail(strict=True, reason="the precision is looked at after the switch to evaluation mode")
+@pytest.mark.parametrize("precision", ["float16", "double"])
+def test_training_mode_stays_after_a_wrong_precision(network, noise_case, precision):
+    model = network("dm2d_seg").train()
+    with pytest.raises(ValueError):
+        predict(model, noise_case((9, 6, 3)), precision=precision, progress=False)
+    assert model.training
+
+
+def test_later_weights_are_used(network, noise_case):
+    """Nothing of an earlier call is kept: validation during training sees the network of that moment."""
+    model, case = network("dm2d_seg"), noise_case((9, 6, 3))
+    before = logits_of(model, case)
+    with torch.no_grad():
+        model.classifier.bias += 1
+    close(logits_of(model, case), before + 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_errors(network, noise_case):
+    model, case = network("dm2d_seg"), noise_case((9, 6, 3))
+    three = noise_case((9, 6, 3), channels=("flair", "t1", "t1c"))
+    nothing = case.replace(mask=np.zeros(case.shape, bool))
+    checks = [
+        (three, {}, r"noise has 3 channels \(flair, t1, t1c\) but the network expects 2; choose .*case\.select"),
+        (nothing, {}, "noise: the mask is empty; .*inside_mask=False"),
+        (case, {"output": "classes"}, "output='classes'; expected one of labels, probabilities, logits"),
+        (case, {"tile": 0}, "tile=0; expected a positive number of voxels, or three of them"),
+        (case, {"tile": (9, 9)}, r"tile=\(9, 9\); expected"),
+        (case, {"precision": "float16"}, "float16 is for CUDA devices; on the cpu use float32"),
+        (case, {"precision": "bfloat16"}, "bfloat16 is for CUDA devices"),
+        (case, {"precision": "double"}, "precision='double'; expected auto, float32, float16, bfloat16"),
+    ]
+    for given, options, message in checks:
+        with pytest.raises(ValueError, match=message):
+            predict(model, given, progress=False, **options)
+    assert predict(model, nothing, inside_mask=False, progress=False).shape == case.shape
+
+
+def test_channels_are_checked_by_name_where_the_network_knows_them(network, noise_case):
+    model, case = network("dm2d_seg"), noise_case((9, 6, 3))
+    model.card = {"channels": ["t1c", "flair"]}
+    with pytest.raises(ValueError, match=r"flair, t1c but the network was trained on t1c, flair; use case\.select"):
+        predict(model, case, progress=False)
+    predict(model, case.select(["t1c", "flair"]), progress=False)

@@ -1,0 +1,441 @@
+from __future__ import annotations
+
+import math
+import os
+import signal
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import ndimage
+
+from medseg_lite import losses, models
+from medseg_lite.optimizers import HalveAt, HalveOnPlateau, RMSpropNesterov
+from medseg_lite.sampling import SegmentSampler
+from medseg_lite.training import fit, validate_on
+from medseg_lite.volume import Case
+
+
+@pytest.fixture
+def setup(noise_case):
+    """`setup()`: network, sampler and optimizer of a tiny 2-D run with dropout, the same each time; keywords for `fit`."""
+
+    def build(*, seed: int = 0, schedule=None, lr: float = 1e-2, **options):
+        torch.manual_seed(seed)
+        model = models.dm2d_seg(in_channels=1, classes=2, width=0.1, **options)
+        case = noise_case((18, 18, 4), channels=("flair",))
+        sampler = SegmentSampler(
+            [case], output=3, margin=model.margin, cut=model.cut, spatial_dims=2, batch_size=4, seed=1
+        )
+        optimizer = RMSpropNesterov(model.parameters(), lr=lr)
+        keywords = {"optimizer": optimizer, "progress": False, "validate_every": 4}
+        if schedule is not None:
+            keywords["schedule"] = schedule(optimizer)
+        return model, sampler, keywords
+
+    return build
+
+
+def assert_same_network(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def assert_same_history(a: pd.DataFrame, b: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(a.drop(columns="seconds"), b.drop(columns="seconds"), check_exact=True)
+
+
+class At:
+    """A loss function that does something at one of its calls."""
+
+    def __init__(self, call: int, action):
+        self.call, self.action, self.count = call, action, 0
+
+    def __call__(self, logits, label):
+        self.count += 1
+        value = losses.cross_entropy(logits, label)
+        if self.count == self.call:
+            value = self.action(value)
+        return value
+
+
+def press_ctrl_c(value=None):
+    os.kill(os.getpid(), signal.SIGINT)
+    return value
+
+
+def crash(value=None):
+    raise RuntimeError("power cut")
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+
+
+def test_history(setup, tmp_path):
+    model, sampler, keywords = setup()
+    history = fit(model, sampler, steps=6, folder=tmp_path, **keywords)
+    assert list(history.columns) == ["step", "loss", "learning_rate", "seconds"]
+    assert history["step"].tolist() == [1, 2, 3, 4, 5, 6] and (history["learning_rate"] == 1e-2).all()
+    assert history["seconds"].is_monotonic_increasing and np.isfinite(history["loss"]).all()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "history.csv"), history)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["history.csv", "last.pt"]
+    assert not model.training
+
+
+def test_one_update_by_hand(setup):
+    model, sampler, keywords = setup(dropout=0.0)
+    twin, _, other = setup(dropout=0.0)
+    history = fit(model, sampler, steps=1, l1=1e-3, l2=1e-2, **keywords)
+    inputs, label = sampler.batch(0)
+    twin.train()
+    value = losses.cross_entropy(twin(inputs), label)
+    kernels = [p for p in twin.parameters() if p.ndim == 4]
+    (value + 1e-3 * sum(k.abs().sum() for k in kernels) + 1e-2 * sum(k.square().sum() for k in kernels)).backward()
+    other["optimizer"].step()
+    assert history["loss"][0] == pytest.approx(value.item(), rel=1e-6)  # reported without the penalties
+    for a, b in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(a, b)
+
+
+def learn(case: Case, steps: int, **options) -> np.ndarray:
+    """Losses of a small 2-D network trained on one case."""
+    torch.manual_seed(0)
+    model = models.dm2d_seg(in_channels=1, classes=2, hidden=[8], dropout=0.0, **options)
+    sampler = SegmentSampler(
+        [case], output=9, margin=model.margin, cut=model.cut, spatial_dims=2, batch_size=8, flip=False, seed=1
+    )
+    optimizer = RMSpropNesterov(model.parameters(), lr=1e-2)
+    return fit(model, sampler, steps=steps, optimizer=optimizer, progress=False)["loss"].to_numpy()
+
+
+@pytest.mark.parametrize("low_resolution", [True, False])
+def test_overfits_voxels_of_noise(noise_case, low_resolution):
+    """Every label is the sign of its own voxel among independent ones: only a network whose input, output and label agree to
+    the voxel gets below log 2 = .69."""
+    case = noise_case((30, 30, 4), channels=("flair",))
+    loss = learn(case, 40, widths=[8, 8], low_resolution=low_resolution)
+    assert loss[:3].mean() > 0.6 and loss[-10:].mean() < 0.2
+
+
+def test_only_the_second_pathway_sees_far():
+    """The label of a voxel is the sign of a smooth field 9 voxels away: outside the 9³ of one pathway, inside 27³ of both."""
+    rng = np.random.default_rng(0)
+    field = ndimage.gaussian_filter(rng.normal(size=(60, 60, 6)), (2.5, 2.5, 0))
+    label = (np.roll(field, 9, axis=0) > 0).astype(np.uint8)
+    case = Case(image=(field / field.std())[None].astype(np.float32), channels=("flair",), label=label)
+    both, one = (learn(case, 50, widths=[8] * 4, low_resolution=low)[-10:].mean() for low in (True, False))
+    assert both < 0.5 < 0.58 < one
+
+
+def test_validation_scores_are_in_the_history(setup):
+    seen = []
+    calls = iter(
+        [{"dice_whole": 0.25, "dice_core": torch.tensor(0.5)}, {"dice_whole": np.float32(0.75), "dice_core": 1}]
+    )
+
+    def validate(network):
+        assert network is model and not network.training and not torch.is_grad_enabled()
+        return next(calls)
+
+    model, sampler, keywords = setup()
+    history = fit(
+        model, sampler, steps=8, validate=validate, on_validation=lambda *given: seen.append(given), **keywords
+    )
+    assert seen == [(4, {"dice_whole": 0.25, "dice_core": 0.5}), (8, {"dice_whole": 0.75, "dice_core": 1.0})]
+    assert history["dice_whole"].dropna().to_dict() == {3: 0.25, 7: 0.75}
+    assert history["dice_core"].dropna().to_dict() == {3: 0.5, 7: 1.0}
+
+
+def test_validate_on_cases(setup, noise_case):
+    case = noise_case((9, 9, 3), channels=("flair",))
+    brain = case.replace(label=np.where(case.image[0] > 0.5, 4, 0).astype(np.uint8))
+    healthy = case.replace(label=np.zeros(case.shape, np.uint8), name="healthy")
+    model, _, _ = setup()
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([0.0, 1.0]))  # predicts class 1 everywhere
+    share = float((brain.label > 0).mean())
+    scores = validate_on([brain])(model)
+    assert scores.keys() == {"dice_whole", "dice_core", "dice_enhancing"}
+    assert scores["dice_whole"] == pytest.approx(2 * share / (1 + share)) and scores["dice_enhancing"] == 0
+    assert validate_on([brain, healthy])(model)["dice_whole"] == pytest.approx(share / (1 + share))
+    masked = brain.replace(mask=brain.label > 0)
+    assert validate_on([masked])(model)["dice_whole"] == 1
+    assert validate_on([masked], inside_mask=False)(model)["dice_whole"] == pytest.approx(2 * share / (1 + share))
+
+
+def test_validation_and_callbacks_do_not_disturb_training(setup):
+    def meddle(*_):
+        torch.rand(3)
+        for module in model.modules():
+            module.eval()
+        return {"dice": 0.0}
+
+    quiet, sampler, keywords = setup()
+    fit(quiet, sampler, steps=8, **keywords)
+    model, sampler, keywords = setup()
+    fit(model, sampler, steps=8, validate=meddle, on_validation=meddle, **keywords)
+    assert_same_network(quiet, model)
+
+
+def test_global_random_states_are_left_alone(setup):
+    model, sampler, keywords = setup()
+    state, other = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    fit(model, sampler, steps=2, **keywords)
+    assert torch.equal(state, torch.get_rng_state()) and np.array_equal(other, np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_dropout_follows_the_seed(setup):
+    def losses_of(seed):
+        model, sampler, keywords = setup()
+        return fit(model, sampler, steps=3, seed=seed, **keywords)["loss"].tolist()
+
+    assert losses_of(0) == losses_of(0) != losses_of(1)
+
+
+# ----------------------------------------------------------------------------------------------------------- schedules
+
+
+def test_halve_on_plateau_follows_the_first_score(setup):
+    scores = iter([0.5, 0.6, 0.6, 0.6])
+    model, sampler, keywords = setup(schedule=lambda o: HalveOnPlateau(o, patience=0))
+    keywords["validate_every"] = 2
+    history = fit(model, sampler, steps=8, validate=lambda m: {"dice": next(scores), "other": 1.0}, **keywords)
+    # The row of an update shows the rate it was made with; a plateau is noticed after it.
+    assert history["learning_rate"].tolist() == [0.01] * 6 + [0.005] * 2
+    assert keywords["optimizer"].param_groups[0]["lr"] == 0.0025
+
+
+def test_halve_on_plateau_of_the_training_loss(setup):
+    model, sampler, keywords = setup(schedule=lambda o: HalveOnPlateau(o, patience=0, mode="min", threshold=100))
+    keywords["validate_every"] = 2
+    fit(model, sampler, steps=6, **keywords)
+    assert keywords["optimizer"].param_groups[0]["lr"] == 0.01 / 4
+
+
+def test_halve_at(setup):
+    model, sampler, keywords = setup(schedule=lambda o: HalveAt(o, steps=[2, 3]))
+    history = fit(model, sampler, steps=4, **keywords)
+    assert history["learning_rate"].tolist() == [0.01, 0.01, 0.005, 0.0025]
+
+
+# ------------------------------------------------------------------------------------------------------- interruptions
+
+SCHEDULES = {
+    "none": None,
+    "HalveAt": lambda o: HalveAt(o, steps=[3, 6]),
+    "HalveOnPlateau": lambda o: HalveOnPlateau(o, patience=0, mode="min", threshold=0.02),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_a_crashed_run_continues_as_if_nothing_had_happened(setup, tmp_path, schedule):
+    whole, sampler, keywords = setup(schedule=schedule)
+    history = fit(whole, sampler, steps=11, **keywords)
+
+    model, sampler, keywords = setup(schedule=schedule)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(model, sampler, steps=11, folder=tmp_path, loss=At(7, crash), **keywords)
+    model, sampler, keywords = setup(schedule=schedule, seed=9)  # other weights, to be overwritten
+    counting = At(0, None)
+    resumed = fit(model, sampler, steps=11, folder=tmp_path, loss=counting, **keywords)
+    assert counting.count == 7  # updates 5 to 11: the state of 4 was kept
+    assert_same_network(whole, model)
+    assert_same_history(history, resumed)
+    assert resumed["seconds"].is_monotonic_increasing
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_ctrl_c_saves_and_the_run_continues(setup, tmp_path, schedule):
+    whole, sampler, keywords = setup(schedule=schedule)
+    history = fit(whole, sampler, steps=9, **keywords)
+
+    before = signal.getsignal(signal.SIGINT)
+    model, sampler, keywords = setup(schedule=schedule)
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after update 3; the same call goes on from .*last\.pt"):
+        fit(model, sampler, steps=9, folder=tmp_path, loss=At(3, press_ctrl_c), **keywords)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert pd.read_csv(tmp_path / "history.csv")["step"].tolist() == [1, 2, 3]
+    model, sampler, keywords = setup(schedule=schedule, seed=9)
+    assert_same_history(history, fit(model, sampler, steps=9, folder=tmp_path, **keywords))
+    assert_same_network(whole, model)
+
+
+def test_ctrl_c_during_a_validation(setup, tmp_path):
+    model, sampler, keywords = setup()
+    seen = []
+    with pytest.raises(KeyboardInterrupt, match="stopped after update 4"):
+        fit(
+            model, sampler, steps=9, folder=tmp_path, validate=lambda m: {"dice": 0.5},
+            on_validation=lambda *given: (press_ctrl_c(), seen.append(given)), **keywords,
+        )  # fmt: skip
+    assert len(seen) == 1  # it was finished first
+    assert pd.read_csv(tmp_path / "history.csv")["dice"].tolist()[-1] == 0.5
+
+
+def test_ctrl_c_without_a_folder(setup):
+    model, sampler, keywords = setup()
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped after update 2$"):
+        fit(model, sampler, steps=9, loss=At(2, press_ctrl_c), **keywords)
+
+
+def test_a_second_ctrl_c_stops_at_once(setup, tmp_path):
+    model, sampler, keywords = setup()
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        fit(
+            model, sampler, steps=9, folder=tmp_path, loss=At(3, lambda v: press_ctrl_c() or press_ctrl_c()), **keywords
+        )
+    assert not str(stopped.value) and not (tmp_path / "last.pt").exists()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_finished_run_is_returned_as_it_is(setup, tmp_path):
+    model, sampler, keywords = setup()
+    history = fit(model, sampler, steps=5, folder=tmp_path, **keywords)
+    again, sampler, keywords = setup(seed=9)
+    assert_same_history(fit(again, sampler, steps=5, folder=tmp_path, loss=crash, **keywords), history)
+    assert_same_network(model, again)
+    assert not again.training
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(setup, tmp_path):
+    whole, sampler, keywords = setup()
+    history = fit(whole, sampler, steps=8, **keywords)
+    model, sampler, keywords = setup()
+    fit(model, sampler, steps=4, folder=tmp_path, **keywords)
+    assert_same_history(fit(model, sampler, steps=8, folder=tmp_path, **keywords), history)
+    assert_same_network(whole, model)
+    with pytest.raises(ValueError, match=r"last\.pt has 8 updates already, more than the 6 asked for"):
+        fit(model, sampler, steps=6, folder=tmp_path, **keywords)
+
+
+@pytest.mark.parametrize("written", [b"", b"PK\x03\x04 half a state"])
+def test_death_while_writing_leaves_the_last_whole_state(setup, tmp_path, monkeypatch, written):
+    """The state of update 8 breaks off in the middle; that of update 4 must still be there, and nothing else."""
+    model, sampler, keywords = setup()
+    real, calls = torch.save, []
+
+    def save(state, path):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(written)
+            raise OSError("no space left on device")
+        real(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        with pytest.raises(OSError, match="no space"):
+            fit(model, sampler, steps=12, folder=tmp_path, **keywords)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["history.csv", "last.pt"]
+    whole, sampler, keywords = setup()
+    history = fit(whole, sampler, steps=12, **keywords)
+    model, sampler, keywords = setup(seed=9)
+    counting = At(0, None)
+    assert_same_history(fit(model, sampler, steps=12, folder=tmp_path, loss=counting, **keywords), history)
+    assert counting.count == 8
+    assert_same_network(whole, model)
+
+
+def test_numpy_scalars_do_not_spoil_the_state(noise_case, tmp_path):
+    torch.manual_seed(0)
+    model = models.dm2d_seg(in_channels=np.int64(1), classes=np.int64(2), width=np.float64(0.1))
+    sampler = SegmentSampler(
+        [noise_case((9, 9, 2), channels=("flair",))], margin=model.margin, cut=model.cut, spatial_dims=2
+    )
+    optimizer = RMSpropNesterov(model.parameters(), lr=np.float64(1e-3))
+    fit(model, sampler, steps=1, optimizer=optimizer, folder=tmp_path, progress=False)
+    assert len(fit(model, sampler, steps=2, optimizer=optimizer, folder=tmp_path, progress=False)) == 2
+    models.load(models.save(tmp_path / "net.safetensors", model, {}))
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite(setup, tmp_path, value):
+    model, sampler, keywords = setup()
+    with pytest.raises(
+        FloatingPointError, match=rf"loss became {value} at update 6 .*The state of update 4 is kept in"
+    ):
+        fit(model, sampler, steps=9, folder=tmp_path, loss=At(6, lambda v: v * value), **keywords)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["history"][-1]["step"] == 4
+    assert all(p.isfinite().all() for p in model.parameters())
+    model, sampler, keywords = setup()
+    with pytest.raises(FloatingPointError, match="lower the learning rate") as raised:
+        fit(model, sampler, steps=9, loss=At(2, lambda v: v * value), **keywords)
+    assert "kept" not in str(raised.value)
+
+
+def test_a_folder_of_another_run(setup, tmp_path):
+    model, sampler, keywords = setup()
+    fit(model, sampler, steps=2, folder=tmp_path, **keywords)
+    state = (tmp_path / "last.pt").read_bytes()
+    other, sampler, others = setup(centered=False)
+    with pytest.raises(
+        ValueError, match=r"last\.pt is of another run, .*this one is .*centered.*choose another folder"
+    ):
+        fit(other, sampler, steps=4, folder=tmp_path, **others)
+    with pytest.raises(ValueError, match="of another run"):
+        fit(model, sampler, steps=4, folder=tmp_path, seed=5, **keywords)
+    _, sampler, scheduled = setup(schedule=lambda o: HalveOnPlateau(o))
+    with pytest.raises(ValueError, match=r"of another run.*HalveOnPlateau"):
+        fit(model, sampler, steps=4, folder=tmp_path, **scheduled)
+    keywords["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"of another run.*SGD"):
+        fit(model, sampler, steps=4, folder=tmp_path, **keywords)
+    assert (tmp_path / "last.pt").read_bytes() == state
+
+
+@pytest.mark.parametrize("content", [b"", b"<!doctype html>", "half", "list", "object"])
+def test_a_state_that_is_none(setup, tmp_path, content):
+    model, sampler, keywords = setup()
+    path = tmp_path / "last.pt"
+    if content == "half":
+        fit(model, sampler, steps=1, folder=tmp_path, **keywords)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif content == "list":
+        torch.save([1, 2], path)
+    elif content == "object":  # a pickle that could run code is refused
+        torch.save({"config": pd.DataFrame()}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"last\.pt is not a training state: .*remove it or choose another folder"):
+        fit(model, sampler, steps=2, folder=tmp_path, **keywords)
+
+
+def test_errors_of_the_sampler_and_the_validation_reach_the_caller(setup):
+    model, sampler, keywords = setup()
+
+    class Broken:
+        def batch(self, step):
+            if step == 2:
+                raise RuntimeError("disk gone")
+            return sampler.batch(step)
+
+    with pytest.raises(RuntimeError, match="disk gone"):
+        fit(model, Broken(), steps=4, **keywords)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(model, sampler, steps=4, validate=crash, **keywords)
+
+
+def test_bad_settings(setup):
+    model, sampler, keywords = setup()
+    for options, message in [
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 1, "validate_every": 0}, "validate_every=0; both must be at least 1"),
+        ({"steps": 1, "precision": "float8"}, "precision='float8'; expected auto, float32"),
+        ({"steps": 1, "precision": "float16"}, "float16 training needs a CUDA device"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fit(model, sampler, **(keywords | options))
+
+
+def test_bfloat16(setup):
+    model, sampler, keywords = setup()
+    history = fit(model, sampler, steps=3, precision="bfloat16", **keywords)
+    assert np.isfinite(history["loss"]).all()
+    assert all(p.dtype == torch.float32 for p in model.parameters())
