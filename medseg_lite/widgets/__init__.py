@@ -1,0 +1,5 @@
+"""Interactive views for notebooks, drawn in the browser; each shows a static picture where no kernel or browser is at hand."""
+
+from .slice_viewer import SliceViewer
+
+__all__ = ["SliceViewer"]

@@ -1,0 +1,301 @@
+// Slice viewer: three planes of one volume with overlays, drawn on canvases. The volume comes once; every step is drawn here,
+// and the kernel only hears about it. Both axes of each picture run against the array's, so pixel u shows index n - 1 - u.
+
+/** A binary trait as bytes: JupyterLab hands over a DataView, Colab an ArrayBuffer or a Uint8Array. */
+const bytes = (b) => (b instanceof ArrayBuffer ? new Uint8Array(b) : new Uint8Array(b.buffer, b.byteOffset, b.byteLength));
+
+async function unpack(packed) {
+  const stream = new Blob([bytes(packed)]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+/** Build an element. Text is only ever set as text, so names cannot become markup. */
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+    else if (value !== undefined && value !== false) element.setAttribute(key, value === true ? "" : value);
+  }
+  element.append(...children);
+  return element;
+}
+
+const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
+const short = (x) => String(Number(x.toPrecision(3))).replace("-", "−");
+
+/** "#rrggbb" and alpha 0..255 as one pixel, in the byte order that ImageData has on every current machine. */
+function pixel(colour, alpha) {
+  const rgb = parseInt(colour.slice(1), 16);
+  return ((alpha << 24) | ((rgb & 255) << 16) | (rgb & 0xff00) | (rgb >> 16)) >>> 0;
+}
+
+function render({ model, el }) {
+  const scene = model.get("_scene"); // shape, spacing, planes, channels; never changes
+  const { shape, spacing, channels } = scene;
+  const strides = [shape[1] * shape[2], shape[2], 1];
+  const volumes = []; // unpacked channels, by number
+  const grey = new Uint32Array(256); // stored value -> pixel
+  let volume = null;
+  let layers = []; // visible or not: {name, style, data, colours: Uint32Array(256), names}
+
+  const channelNumber = () => channels.findIndex((c) => c.name === model.get("channel"));
+  const windowNow = () => model.get("windows")[model.get("channel")];
+  const set = (key, value) => { model.set(key, value); model.save_changes(); };
+  const moveTo = (position) => {
+    const next = position.map((p, axis) => clamp(p, 0, shape[axis] - 1));
+    if (next.some((p, axis) => p !== model.get("position")[axis])) set("position", next);
+  };
+  const move = (axis, by) => moveTo(model.get("position").map((p, a) => (a === axis ? p + by : p)));
+  const setWindow = (low, high) => {
+    const { low: least, high: most } = channels[channelNumber()], step = (most - least) / 255;
+    low = clamp(low, least, most - step);
+    set("windows", { ...model.get("windows"), [model.get("channel")]: [low, clamp(high, low + step, most)] });
+  };
+  const toggle = (name) => {
+    const shown = model.get("visible");
+    set("visible", layers.map((l) => l.name).filter((n) => shown.includes(n) !== (n === name)));
+  };
+
+  // ------------------------------------------------------------------------------------------------------- planes
+  const millimetres = scene.planes.map(({ x, y }) => [shape[x] * spacing[x], shape[y] * spacing[y]]);
+  const scale = Math.min(860 / millimetres.reduce((sum, [w]) => sum + w, 0), 380 / Math.max(...millimetres.map(([, h]) => h)));
+
+  const views = scene.planes.map((plane, number) => {
+    const { name, cut, x, y, edges } = plane, width = shape[x], height = shape[y];
+    const canvas = make("canvas", { width, height });
+    const [across, down] = [make("i", { class: "across" }), make("i", { class: "down" })];
+    const letters = [...edges].map((letter, i) => make("b", { class: ["left", "right", "top", "bottom"][i] }, letter));
+    const stage = make("div", {
+      class: "stage", tabindex: 0, role: "application", "aria-roledescription": "slice picture", "data-plane": name.toLowerCase(),
+      "aria-label": `${name} slice. Arrow keys move the crosshair, Page Up and Page Down change the slice.`,
+    }, canvas, across, down, ...letters);
+    const slider = make("input", {
+      type: "range", min: 0, max: shape[cut] - 1, "aria-label": `${name} slice`, disabled: shape[cut] === 1,
+      oninput: () => move(cut, +slider.value - model.get("position")[cut]),
+    });
+    const count = make("span", { class: "number" });
+    const [wide, high] = millimetres[number];
+    const box = make("figure", { style: `flex: ${wide} 1 ${0.68 * wide * scale}px; max-width: ${wide * scale}px` },
+      make("figcaption", {}, make("span", {}, name), slider, count), stage);
+    stage.style.aspectRatio = `${wide} / ${high}`;
+    // Few voxels stay visible as squares; many are smoothed, because uneven squares look like structure.
+    canvas.classList.toggle("squares", (wide * scale) / width >= 3);
+
+    const pick = (event) => {
+      const r = stage.getBoundingClientRect(), next = [...model.get("position")];
+      next[x] = width - 1 - Math.floor(((event.clientX - r.left) / r.width) * width);
+      next[y] = height - 1 - Math.floor(((event.clientY - r.top) / r.height) * height);
+      moveTo(next);
+    };
+    let grip = null; // where a right-button drag began, and the window then
+    stage.addEventListener("contextmenu", (event) => event.preventDefault());
+    stage.addEventListener("pointerdown", (event) => {
+      stage.setPointerCapture(event.pointerId);
+      if (event.button === 0) pick(event);
+      if (event.button === 2) grip = [event.clientX, event.clientY, ...windowNow()];
+    });
+    stage.addEventListener("pointermove", (event) => {
+      if (event.buttons & 1) pick(event);
+      if (event.buttons & 2 && grip) {
+        const [x0, y0, low, high] = grip, perPixel = (channels[channelNumber()].high - channels[channelNumber()].low) / 300;
+        const level = (low + high) / 2 + (event.clientY - y0) * perPixel;
+        const half = Math.max((high - low) / 2 + (event.clientX - x0) * perPixel / 2, perPixel / 2);
+        setWindow(level - half, level + half);
+      }
+    });
+    let turned = 0; // a mouse notch is one slice; a touchpad's small steps add up
+    stage.addEventListener("wheel", (event) => {
+      event.preventDefault();
+      turned += clamp(event.deltaY * (event.deltaMode ? 20 : 1), -50, 50);
+      if (Math.abs(turned) >= 50) { move(cut, -Math.sign(turned)); turned = 0; }
+    }, { passive: false });
+    stage.addEventListener("keydown", (event) => {
+      const far = event.shiftKey ? 10 : 1;
+      const step = {
+        ArrowLeft: [x, far], ArrowRight: [x, -far], ArrowUp: [y, far], ArrowDown: [y, -far],
+        PageUp: [cut, far], PageDown: [cut, -far], Home: [cut, -shape[cut]], End: [cut, shape[cut]],
+      }[event.key];
+      if (!step || event.ctrlKey || event.altKey || event.metaKey) return;
+      event.preventDefault();
+      move(...step);
+    });
+    const context = canvas.getContext("2d");
+    return {
+      ...plane, width, height, box, stage, slider, count, across, down, context, image: new ImageData(width, height), drawn: -1,
+      layer: make("canvas", { width, height }).getContext("2d"), layerImage: new ImageData(width, height),
+      padded: new Uint8Array((width + 2) * (height + 2)), // labels with a frame of background: no bounds to check
+    };
+  });
+
+  // ------------------------------------------------------------------------------------------------------ drawing
+  function paintArea({ cut, x, y, width, height }, image, data, colours, position) {
+    const out = new Uint32Array(image.data.buffer), sx = strides[x], sy = strides[y];
+    let row = position[cut] * strides[cut] + (width - 1) * sx + (height - 1) * sy;
+    for (let v = 0, o = 0; v < height; v++, row -= sy)
+      for (let u = 0, i = row; u < width; u++, i -= sx) out[o++] = colours[data[i]];
+  }
+
+  function paintOutline({ cut, x, y, width, height, padded }, image, { data, colours, style }, position) {
+    const out = new Uint32Array(image.data.buffer), sx = strides[x], sy = strides[y], line = width + 2;
+    const [period, on] = { line: [1, 1], dashes: [6, 4], dots: [3, 1] }[style];
+    let row = position[cut] * strides[cut] + (width - 1) * sx + (height - 1) * sy;
+    for (let v = 0; v < height; v++, row -= sy)
+      for (let u = 0, i = row, k = (v + 1) * line + 1; u < width; u++, i -= sx) padded[k++] = data[i];
+    for (let v = 0, o = 0; v < height; v++)
+      for (let u = 0, k = (v + 1) * line + 1; u < width; u++, k++, o++) {
+        const m = padded[k];
+        const edge = m !== padded[k - 1] || m !== padded[k + 1] || m !== padded[k - line] || m !== padded[k + line];
+        out[o] = edge && (u + v) % period < on ? colours[m] : 0;
+      }
+  }
+
+  function draw(view, position) {
+    const { context, layer, cut } = view, opacity = model.get("opacity"), visible = model.get("visible");
+    paintArea(view, view.image, volume, grey, position);
+    context.putImageData(view.image, 0, 0);
+    for (const one of layers) {
+      if (!visible.includes(one.name)) continue;
+      const outlined = !["area", "probability"].includes(one.style);
+      if (outlined) paintOutline(view, view.layerImage, one, position);
+      else paintArea(view, view.layerImage, one.data, one.colours, position);
+      layer.putImageData(view.layerImage, 0, 0);
+      context.globalAlpha = Math.min(1, opacity * (outlined ? 2 : 1)); // thin lines look fainter than areas
+      context.drawImage(layer.canvas, 0, 0);
+      context.globalAlpha = 1;
+    }
+    view.drawn = position[cut];
+  }
+
+  function place() { // only planes whose slice changed are drawn again
+    if (!volume) return;
+    const position = model.get("position");
+    for (const view of views) {
+      if (view.drawn !== position[view.cut]) draw(view, position);
+      view.down.style.left = `${((view.width - position[view.x] - 0.5) / view.width) * 100}%`;
+      view.across.style.top = `${((view.height - position[view.y] - 0.5) / view.height) * 100}%`;
+      view.slider.value = position[view.cut];
+      view.count.textContent = `${position[view.cut]} / ${shape[view.cut] - 1}`;
+    }
+    const at = position.reduce((sum, p, axis) => sum + p * strides[axis], 0), { low, high, name } = channels[channelNumber()];
+    const facts = [["voxel", position.join(", ")], [name, short(low + (volume[at] * (high - low)) / 255)]];
+    for (const { name, style, data, names } of layers) {
+      const value = data[at];
+      facts.push([name, style === "probability" ? (value / 255).toFixed(2) : `${value} ${names[value] ?? ""}`]);
+    }
+    readout.replaceChildren(...facts.map(([key, value]) => make("span", {}, make("em", {}, key), value)));
+  }
+
+  function redraw() {
+    if (!volume) return;
+    for (const view of views) view.drawn = -1;
+    place();
+  }
+
+  // ----------------------------------------------------------------------------------------------------- controls
+  const group = `channel-${Math.random().toString(36).slice(2)}`; // radio buttons of two viewers must not share a name
+  const radios = channels.map(({ name }, number) => make("input", {
+    type: "radio", name: group, value: number, onchange: () => set("channel", name),
+  }));
+  const sequence = make("fieldset", { class: "sequence" }, make("legend", {}, "Sequence"),
+    ...channels.map(({ name }, number) => make("label", {}, radios[number], make("span", {}, name))));
+
+  const range = (label, oninput, attributes = {}) => make("input", { type: "range", "aria-label": label, oninput, ...attributes });
+  const low = range("Window: intensity shown as black", () => setWindow(Math.min(+low.value, windowNow()[1]), windowNow()[1]), { step: "any" });
+  const high = range("Window: intensity shown as white", () => setWindow(windowNow()[0], Math.max(+high.value, windowNow()[0])), { step: "any" });
+  const limits = make("span", { class: "number" });
+  const reset = make("button", { type: "button", title: "Back to the window it opened with", onclick: () => setWindow(...channels[channelNumber()].window) }, "Reset");
+  const windowing = make("fieldset", {}, make("legend", {}, "Window"), low, high, limits, reset);
+
+  const boxes = make("span", { class: "boxes" });
+  const opacity = range("Opacity of the overlays", () => set("opacity", +opacity.value), { min: 0, max: 1, step: 0.05 });
+  const overlays = make("fieldset", {}, make("legend", {}, "Overlays"), boxes, make("label", { class: "opacity" }, "Opacity", opacity));
+  const legend = make("ul", { class: "key", "aria-label": "Classes" });
+  const readout = make("output", { class: "readout", "aria-live": "polite", "aria-label": "At the crosshair" });
+  const help = make("details", {}, make("summary", {}, "Keys and mouse"), make("p", {},
+    "Click or drag: crosshair. Wheel, Page Up and Page Down: slice. Right-drag: window (across: width, up and down: level). "
+    + "Arrow keys: crosshair, with Shift ten voxels. 1 to 9: sequence. O: overlays on or off."));
+
+  const root = make("div", { class: "medseg-slices", role: "group", "aria-label": `Slice viewer: ${scene.title}` },
+    make("div", { class: "toolbar" }, ...(channels.length > 1 ? [sequence] : []), windowing, overlays),
+    make("div", { class: "planes" }, ...views.map((view) => view.box)), readout, legend, help);
+  root.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.altKey || event.metaKey) return;
+    event.stopPropagation(); // the notebook has shortcuts of its own for single keys
+    if (channels[event.key - 1]) set("channel", channels[event.key - 1].name);
+    if (event.key.toLowerCase() === "o") set("visible", model.get("visible").length ? [] : layers.map((l) => l.name));
+  });
+
+  function showControls() {
+    const number = channelNumber(), [black, white] = windowNow(), visible = model.get("visible");
+    radios.forEach((radio, i) => { radio.checked = i === number; });
+    for (const slider of [low, high]) { slider.min = channels[number].low; slider.max = channels[number].high; }
+    low.value = black;
+    high.value = white;
+    limits.textContent = `${short(black)} to ${short(white)}`;
+    opacity.value = model.get("opacity");
+    boxes.querySelectorAll("input").forEach((box) => { box.checked = visible.includes(box.value); });
+  }
+
+  function showLayers() {
+    const swatch = (style, colour) => make("i", { class: `swatch ${style}`, style: colour ? `--class-colour: ${colour}` : "" });
+    boxes.replaceChildren(...layers.map(({ name, style }) => make("label", {},
+      make("input", { type: "checkbox", value: name, onchange: () => toggle(name) }), swatch(style), name)));
+    const classes = new Map();
+    for (const layer of layers) for (const [value, name, colour] of layer.classes) classes.set(`${name} ${value}`, [name, colour, layer.style]);
+    legend.replaceChildren(...[...classes.values()].map(([name, colour, style]) =>
+      make("li", {}, swatch(style === "probability" ? style : "area", colour), name)));
+    overlays.hidden = legend.hidden = layers.length === 0;
+  }
+
+  // -------------------------------------------------------------------------------------------- from state to view
+  function setGrey() {
+    const { low, high } = channels[channelNumber()], [black, white] = windowNow();
+    for (let q = 0; q < 256; q++) {
+      const g = Math.round(clamp(((low + (q * (high - low)) / 255 - black) * 255) / (white - black), 0, 255));
+      grey[q] = (0xff000000 | (g << 16) | (g << 8) | g) >>> 0;
+    }
+  }
+
+  async function onChannel() {
+    const number = channelNumber();
+    volumes[number] ??= unpack(model.get("_volumes")[number]);
+    const unpacked = await volumes[number];
+    if (number !== channelNumber()) return; // switched again meanwhile
+    volume = unpacked;
+    onWindow();
+  }
+
+  function onWindow() {
+    setGrey();
+    showControls();
+    redraw();
+  }
+
+  async function onLayers() {
+    const given = model.get("_layers");
+    const next = await Promise.all(given.map(async ({ data, classes, ...layer }) => {
+      const colours = new Uint32Array(256), names = { 0: "background" };
+      for (const [value, name, colour] of classes) { colours[value] = pixel(colour, 255); names[value] = name; }
+      if (layer.style === "probability") for (let p = 0; p < 256; p++) colours[p] = pixel(classes[0][2], p);
+      return { ...layer, classes, data: await unpack(data), colours, names };
+    }));
+    if (given !== model.get("_layers")) return;
+    layers = next;
+    showLayers();
+    onView();
+  }
+
+  function onView() {
+    showControls();
+    redraw();
+  }
+
+  const listeners = { position: place, channel: onChannel, windows: onWindow, opacity: onView, visible: onView, _layers: onLayers };
+  for (const [key, listener] of Object.entries(listeners)) model.on(`change:${key}`, listener);
+  el.append(root);
+  Promise.all([onChannel(), onLayers()]).then(() => { root.dataset.ready = "true"; });
+  return () => { for (const [key, listener] of Object.entries(listeners)) model.off(`change:${key}`, listener); };
+}
+
+const widget = { render };
+export default widget;

@@ -1,0 +1,101 @@
+"""The slice viewer in a real JupyterLab: what is done in the browser arrives in Python, and the other way round."""
+
+from __future__ import annotations
+
+import time
+
+import nbformat
+import pytest
+
+SETUP = """
+import numpy as np
+from medseg_lite.volume import Case
+from medseg_lite.widgets import SliceViewer
+d, h, w = np.indices((32, 36, 28))
+ball = ((d - 12) ** 2 + (h - 20) ** 2 + (w - 14) ** 2 < 64).astype(np.uint8)
+case = Case(image=np.stack([d + 2 * h + 3 * w + 40 * ball, 5 * h - w]).astype(np.float32),
+            channels=("flair", "t1c"), name="ball", label=ball)
+"""
+
+
+@pytest.fixture
+def open_notebook(lab, page):
+    """Write a notebook of these cells, open it and run all of them."""
+
+    def run(*cells: str):
+        address, token, folder = lab
+        name = f"n{time.time_ns()}"
+        notebook = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(c) for c in cells],
+            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+        )
+        nbformat.write(notebook, folder / f"{name}.ipynb")
+        page.goto(f"{address}/lab/workspaces/{name}/tree/{name}.ipynb?reset&token={token}")
+        page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+        # "Run All" is dropped without a word until the kernel has connected.
+        page.wait_for_function(
+            "() => document.querySelector('#jp-main-statusbar')?.innerText.includes('| Idle')", timeout=60_000
+        )
+        page.click(".jp-Notebook .jp-CodeCell .jp-InputArea-editor")
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        page.wait_for_function(
+            """() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every(e => /\\[\\d+\\]/.test(e.innerText))""",
+            timeout=60_000,
+        )
+        return page
+
+    return run
+
+
+def run_last_cell(page) -> str:
+    """Run the last cell again and return what it prints."""
+    cell = page.locator(".jp-Notebook .jp-CodeCell").last
+    before = cell.locator(".jp-InputPrompt").inner_text()
+    cell.locator(".jp-InputArea-editor").click()
+    page.keyboard.press("Control+Enter")
+    page.wait_for_function(
+        """before => { const text = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].at(-1).innerText;
+                       return /\\[\\d+\\]/.test(text) && text !== before; }""",
+        arg=before,
+    )
+    return cell.locator(".jp-OutputArea-output").last.inner_text().strip()
+
+
+def picture(page) -> str:
+    return page.eval_on_selector("[data-plane=axial] canvas", "c => c.toDataURL()")
+
+
+def test_canvas_viewer(open_notebook):
+    page = open_notebook(
+        SETUP + "viewer = SliceViewer(case)\nviewer",
+        "print(viewer.position, viewer.visible, viewer.channel)\nviewer.position = (3, 4, 5)",
+    )
+    page.wait_for_selector("[data-ready]")
+    page.wait_for_function("() => document.querySelector('.medseg-slices .readout').innerText.includes('3, 4, 5')")
+
+    first = picture(page)
+    page.get_by_label("Axial slice", exact=True).fill("14")
+    second = picture(page)
+    assert second != first
+    page.locator("[data-plane=axial]").focus()
+    page.keyboard.press("Shift+ArrowUp")
+    page.keyboard.press("1")  # in command mode the notebook would make the cell a heading
+    page.get_by_label("truth").uncheck()
+    assert picture(page) != second
+    page.get_by_role("radio", name="t1c").check()
+    page.wait_for_function("() => document.querySelector('.readout').innerText.includes('t1c')")
+    assert run_last_cell(page) == "(3, 14, 14) () t1c"
+    page.wait_for_function("() => document.querySelector('.readout').innerText.includes('3, 4, 5')")
+    assert page.locator(".jp-Notebook .jp-CodeCell").count() == 2
+
+
+def test_png_viewer(open_notebook):
+    page = open_notebook(SETUP + "viewer = SliceViewer(case, viewer='png', position=(12, 20, 14))\nviewer", "print(viewer.position)")
+    image = page.locator(".jp-OutputArea img.widget-image").first
+    image.wait_for()
+    before = image.get_attribute("src")
+    page.locator(".widget-slider .noUi-handle").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("before => document.querySelector('img.widget-image').src !== before", arg=before)
+    assert run_last_cell(page) == "(12, 20, 15)"

@@ -1,0 +1,304 @@
+"""Figures: orientation and painting against hand-made arrays, what they contain, and alt text through nbconvert."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from medseg_lite import plotting
+from medseg_lite.plotting import PLANES, Overlay, as_overlays, busiest_position, cut, outline, paint
+from medseg_lite.volume import Case
+
+AXIAL, CORONAL, SAGITTAL = PLANES
+
+
+def make_case(name="ball", shape=(12, 10, 8), **changes) -> Case:
+    d, h, w = np.indices(shape)
+    label = ((d - 4) ** 2 + (h - 5) ** 2 + (w - 3) ** 2 < 6).astype(np.uint8)
+    image = np.stack([d + 20.0 * label, h + w]).astype(np.float32)
+    return Case(image=image, channels=("flair", "t1c"), name=name, label=label, **changes)
+
+
+# ------------------------------------------------------------------------------------------------------- orientation
+
+
+@pytest.mark.parametrize(
+    ["plane", "size", "corner"],
+    # (rows, columns) of the picture, and the voxel that its top left pixel shows: right-anterior, right-superior,
+    # anterior-superior
+    [(AXIAL, (3, 2), (1, 2, 0)), (CORONAL, (4, 2), (1, 0, 3)), (SAGITTAL, (4, 3), (0, 2, 3))],
+)
+def test_cut_turns_slices_for_display(plane, size, corner):
+    volume = np.arange(24).reshape(2, 3, 4)
+    picture = cut(volume, plane, 0)
+    assert picture.shape == size
+    assert picture[0, 0] == volume[corner]
+    assert picture[-1, -1] == volume[0, 0, 0]
+
+
+def test_the_patients_left_is_on_the_right_of_the_picture():
+    volume = np.zeros((10, 10, 10))
+    volume[1, 5, 5] = 1  # D runs from left to right, so a small index is at the patient's left
+    for plane in (AXIAL, CORONAL):
+        _, column = np.argwhere(cut(volume, plane, 5))[0]
+        assert column == 8 and plane.edges[:2] == "RL"
+
+
+def test_find_plane():
+    assert plotting.find_plane("Coronal") is CORONAL
+    with pytest.raises(ValueError, match="no plane 'transverse'; expected 'axial'"):
+        plotting.find_plane("transverse")
+
+
+def test_busiest_position():
+    label = np.zeros((5, 6, 7), np.uint8)
+    label[1, 2, 3] = label[1, 4, 3] = label[3, 4, 5] = 1
+    assert busiest_position(label, label.shape) == (1, 4, 3)
+    assert busiest_position(np.zeros((5, 6, 7)), (5, 6, 7)) == busiest_position(None, (5, 6, 7)) == (2, 3, 3)
+
+
+@pytest.mark.parametrize("position", [(1, 2), (1, 2, 3, 4), 5, "abc", (1, 2, None), (1.5, 2, 3), (1, 2, float("nan"))])
+def test_check_position_rejects(position):
+    with pytest.raises(ValueError, match=r"expected three whole voxel indices \(d, h, w\)"):
+        plotting.check_position(position, (5, 6, 7))
+
+
+def test_check_position_clamps():
+    assert plotting.check_position(np.array([-3, 2.0, 99]), (5, 6, 7)) == (0, 2, 6)
+
+
+def test_default_window():
+    rng = np.random.default_rng(0)
+    volume = rng.permutation(1001).astype(np.float32).reshape(7, 11, 13)
+    assert plotting.default_window(volume) == pytest.approx((5, 995))
+    assert plotting.default_window(volume, volume > 500) == pytest.approx((503.5, 997.5), abs=1)
+    low, high = plotting.default_window(np.full((2, 2, 2), 7.0))
+    assert low < high
+    spike = np.zeros((20, 20, 20))
+    spike[3, 3, 3] = 5
+    assert plotting.default_window(spike) == (0, 5)
+
+
+# ---------------------------------------------------------------------------------------------------------- painting
+
+
+def test_paint_greys_through_the_window():
+    picture = np.array([[0.0, 10, 20, 30, 40]])
+    assert paint(picture, (10, 30))[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    assert paint(picture, (10, 30)).shape == (1, 5, 3)
+
+
+def test_paint_blends_areas_probabilities_and_outlines():
+    picture = np.zeros((5, 5))
+    classes = np.zeros((5, 5), np.uint8)
+    classes[1:4, 1:4] = 2  # sky blue (86, 180, 233)
+    area = paint(picture, (0, 1), [Overlay("truth", classes, "area")], 0.5)
+    assert area[2, 2].tolist() == [43, 90, 116] and area[0, 0].tolist() == [0, 0, 0]
+    line = paint(picture, (0, 1), [Overlay("a", classes, "line")], 0.25)
+    assert line[1, 1].tolist() == [43, 90, 116] and line[2, 2].tolist() == [0, 0, 0]
+    orange = paint(picture, (0, 1), [Overlay("p", np.full((5, 5), 0.5, np.float32), "probability")], 1.0)
+    assert orange[0, 0].tolist() == [115, 80, 0]  # half of (230, 159, 0)
+
+
+def test_outline_against_hand_drawn_masks():
+    classes = np.array(
+        [
+            [1, 1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 2, 2],
+            [1, 1, 1, 1, 2, 2],
+            [1, 1, 1, 1, 0, 0],
+        ]
+    )
+    drawn = np.array(
+        [
+            [1, 1, 1, 0, 0, 0],
+            [1, 0, 1, 0, 1, 1],
+            [1, 0, 0, 1, 1, 1],
+            [1, 1, 1, 1, 0, 0],
+        ]
+    )
+    assert (outline(classes) == drawn.astype(bool)).all()
+    row = np.ones((1, 12), int)
+    assert outline(row, "dashes")[0].astype(int).tolist() == [1, 1, 1, 1, 0, 0] * 2
+    assert outline(row, "dots")[0].astype(int).tolist() == [1, 0, 0] * 4
+
+
+def test_as_overlays_gives_every_overlay_its_style():
+    truth = np.zeros((2, 2, 2), np.uint8)
+    given = {"a": truth, "b": truth > 0, "c": truth.astype(int), "d": truth + 7.0, "p": truth + 0.5}
+    found = as_overlays(given, (2, 2, 2), label=truth)
+    assert [(o.name, o.style) for o in found] == [
+        ("truth", "area"), ("a", "line"), ("b", "dashes"), ("c", "dots"), ("d", "dots"), ("p", "probability"),
+    ]  # fmt: skip
+    assert found[2].array.dtype == np.uint8 and found[4].array.max() == 7
+    assert [o.name for o in as_overlays(truth, (2, 2, 2))] == ["prediction"]
+    assert as_overlays(None, (2, 2, 2)) == []
+
+
+@pytest.mark.parametrize(
+    ["overlays", "message"],
+    [
+        (np.zeros((3, 2, 2)), r"'prediction' has shape \(3, 2, 2\) but the image is \(2, 2, 2\).*resample"),
+        (np.zeros((1, 1, 2, 2, 2)), "without batch and channel axes"),
+        ({"x": np.full((2, 2, 2), np.nan)}, "'x' has NaN"),
+        ({"x": np.full((2, 2, 2), -1.5)}, r"floats from -1.5 to -1.5; .*softmax or the argmax"),
+        ({"x": np.full((2, 2, 2), -1)}, "classes -1 to -1; expected 0 to 255"),
+        ({"x": np.full((2, 2, 2), "a")}, "expected class numbers"),
+        ({"": np.zeros((2, 2, 2))}, "expected a text"),
+        ({3: np.zeros((2, 2, 2))}, "called 3; expected a text"),
+    ],
+)
+def test_as_overlays_rejects(overlays, message):
+    with pytest.raises(ValueError, match=message):
+        as_overlays(overlays, (2, 2, 2))
+
+
+def test_class_names_and_colours():
+    assert plotting.class_name(2, plotting.BRATS_CLASSES) == "oedema"
+    assert plotting.class_name(2, {4: "liver"}) == "class 2"
+    assert plotting.class_name(0, None) == "background"
+    assert plotting.class_colour(8) == plotting.class_colour(1) != plotting.class_colour(0)
+    assert len({plotting.class_colour(k) for k in range(8)}) == 8
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+
+def shown(figure: Figure) -> list[np.ndarray]:
+    return [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
+
+
+def legend_texts(figure: Figure) -> list[str]:
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def test_slices_by_channel():
+    case = make_case(info={"classes": {1: "ball"}})
+    figure = plotting.slices(case, overlays=np.roll(case.label, 2, axis=0))
+    assert [axes.get_title() for axes in figure.axes] == ["flair", "t1c"]
+    layers = as_overlays(np.roll(case.label, 2, axis=0), case.shape, case.label)
+    layers = [o._replace(array=cut(o.array, AXIAL, 3)) for o in layers]
+    expected = paint(cut(case.image[1], AXIAL, 3), plotting.default_window(case.image[1]), layers)
+    assert (shown(figure)[1] == expected).all()
+    assert legend_texts(figure) == ["ball", "prediction (outline)"]
+    assert [t.get_text() for t in figure.axes[0].texts] == list("RLAP")
+
+
+def test_slices_by_overlay_one_row_per_case():
+    cases = [make_case("a"), make_case("b", shape=(8, 10, 8))]
+    predictions = [{"net": cases[0].label}, {"net": np.zeros(cases[1].shape, int)}]
+    figure = plotting.slices(cases, overlays=predictions, columns="overlays", plane="coronal", letters=False)
+    assert [axes.get_title() for axes in figure.axes] == ["flair", "truth", "net", "", "", ""]
+    plain, truth, net, plain_b, truth_b, net_b = shown(figure)
+    assert (truth == net).all() and (plain != truth).any()  # side by side both are areas
+    assert (plain_b == net_b).all() and (plain_b != truth_b).any()
+    assert figure.axes[0].get_ylabel() == "a\ncoronal 5" and figure.axes[3].get_ylabel() == "b\ncoronal 5"
+    assert not figure.axes[0].texts
+
+
+def test_slices_keep_the_shape_of_voxels_and_take_options():
+    case = make_case(affine=np.diag([1, 2, 3, 1]))
+    figure = plotting.slices(case, (0, 0, 0), channels=["t1c"], plane="sagittal", windows={"t1c": (0, 1000)}, opacity=1)
+    assert figure.axes[0].get_aspect() == pytest.approx(3 / 2)
+    assert shown(figure)[0].max() <= 5
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize(
+    ["arguments", "message"],
+    [
+        (dict(cases=[]), "at least one case"),
+        (dict(cases=make_case(), columns="rows"), "expected 'channels' or 'overlays'"),
+        (dict(cases=make_case(), channels=["t2"]), "ball has no t2; its channels are flair, t1c"),
+        (dict(cases=[make_case()], overlays={"a": 1}), "a list with one entry for each of the 1 cases"),
+        (dict(cases=make_case(), position=(1, 2)), "three whole voxel indices"),
+    ],
+)
+def test_slices_rejects(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plotting.slices(**arguments)
+
+
+def test_history_groups_curves_and_skips_gaps():
+    frame = pd.DataFrame(
+        {
+            "step": [1, 2, 3, 4],
+            "loss": [4.0, 3, 2, 1],
+            "learning_rate": [0.1, 0.1, 0.01, 0.01],
+            "dice_whole": [np.nan, 0.5, np.nan, 0.8],
+            "dice_core": [np.nan, 0.4, np.nan, 0.6],
+            "note": list("abcd"),
+            "empty": np.nan,
+        }
+    )
+    figure = plotting.history(frame)
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "learning rate", "dice"]
+    whole, core = figure.axes[2].lines
+    assert whole.get_xydata().tolist() == [[2, 0.5], [4, 0.8]]
+    assert (whole.get_label(), core.get_label()) == ("whole", "core")
+    assert whole.get_linestyle() != core.get_linestyle()  # not by colour alone
+    assert figure.axes[1].get_yscale() == "log"
+
+
+@pytest.mark.parametrize("frame", [pd.DataFrame({"loss": [1.0]}), pd.DataFrame({"step": [1]}), pd.DataFrame({"step": [1], "note": ["a"]})])  # fmt: skip
+def test_history_rejects(frame):
+    with pytest.raises(ValueError, match="'step'"):
+        plotting.history(frame)
+
+
+def test_paper_table_names_its_data_and_degrades_to_text():
+    ours = pd.DataFrame({"Dice": [0.811, np.nan]}, index=["whole", "<b>core</b>"])
+    paper = pd.DataFrame({"Dice": [0.9]}, index=["whole"])
+    table = plotting.paper_table(ours, paper, ours_on="24 phantoms & <i>", paper_on="BRATS 2015")
+    assert "ours (24 phantoms & <i>)" in repr(table) and "paper (BRATS 2015)" in repr(table)
+    assert "0.81" in repr(table) and "0.811" not in repr(table) and "–" in repr(table)
+    page = table._repr_html_()
+    assert "&lt;i&gt;" in page and "<b>core" not in page and page.count("<table") == 2
+    with pytest.raises(ValueError, match="paper_on is empty"):
+        plotting.paper_table(ours, paper, ours_on="x", paper_on=" ")
+
+
+def test_style_is_local():
+    before = dict(mpl.rcParams)
+    plotting.slices(make_case())
+    with plotting.style():
+        assert mpl.rcParams["legend.frameon"] is False
+    assert dict(mpl.rcParams) == before
+    assert not plt.get_fignums()
+
+
+# ----------------------------------------------------------------------------------------------------------- showing
+
+
+def test_show_writes_the_alt_text_that_nbconvert_puts_on_the_image(monkeypatch):
+    calls = []
+    monkeypatch.setattr(plotting, "display", lambda data, **options: calls.append((data, options)))
+    figure, _ = plt.subplots()
+    plotting.show(figure, 'A ball,\n  "large" & <round>')
+    assert not plt.get_fignums()
+    ((data, options),) = calls
+    assert options == {"metadata": {"image/png": {"alt": 'A ball, "large" & <round>'}}, "raw": True}
+
+    from nbconvert import HTMLExporter
+
+    output = nbformat.v4.new_output("display_data", data=data, metadata=options["metadata"])
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[output])])
+    page, _ = HTMLExporter().from_notebook_node(notebook)
+    found = []
+    parser = HTMLParser()
+    parser.handle_startendtag = parser.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))
+    parser.feed(page)
+    assert [a["alt"] for tag, a in found if tag == "img"] == ['A ball, "large" & <round>']
+
+
+@pytest.mark.parametrize("alt", ["", "  ", None])
+def test_show_needs_alt_text(alt):
+    with pytest.raises(ValueError, match="alt is empty; describe"):
+        plotting.show(Figure(), alt)
