@@ -272,6 +272,17 @@ def read_case(
     )  # fmt: skip
 
 
+def read_label(path: str | Path, case: Case, labels: Iterable[int] | None = None) -> np.ndarray:
+    """Read a segmentation `(D, H, W)` uint8 that lies on the grid of `case`, as `write_nifti` made it.
+
+    Raises FileNotFoundError or ValueError where the file is missing, lies on another grid, or holds no class numbers.
+    """
+    scan = read_nifti(path)
+    grid = Scan(case.image[0], case.affine, case.native_axes, case.header, Path(case.name))
+    _check_same_grid(scan, grid)
+    return as_label(scan.array, labels, scan.path)
+
+
 def as_label(array: np.ndarray, labels: Iterable[int] | None = None, source: object = "the label") -> np.ndarray:
     """Check class numbers and return them as uint8.
 

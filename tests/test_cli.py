@@ -1,5 +1,6 @@
 """The command line as a user meets it: a whole round on tiny cases, and the mistakes people make."""
 
+import nibabel
 import numpy as np
 import pandas as pd
 import pytest
@@ -65,6 +66,17 @@ def test_train_segment_evaluate(folder, tmp_path, capsys):
     held_out = pd.read_csv(out / "held_out.csv")
     assert np.isclose(scores["dice"][0], held_out["dice"][0])
     assert scores["dice"][0] > 0.5  # a cube three standard deviations brighter than its surroundings
+
+
+def test_prediction_on_another_grid_is_not_scored(folder, tmp_path, capsys):
+    (tmp_path / "p").mkdir()
+    scan = nibabel.load(folder / "case0" / "label.nii.gz")
+    moved = scan.affine.copy()
+    moved[0, 3] += 4
+    nibabel.save(nibabel.Nifti1Image(np.asanyarray(scan.dataobj), moved), tmp_path / "p" / "case0.nii.gz")
+    data = ["--data", str(folder), "--channels", "flair", "--cases", "case0"]
+    assert main(["evaluate", "--predictions", str(tmp_path / "p"), *data]) == 1
+    assert "affines differ by 4 mm" in capsys.readouterr().err
 
 
 def test_training_resumes(folder, tmp_path):

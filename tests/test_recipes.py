@@ -16,7 +16,7 @@ def cases():
 
 def test_paper_settings_reach_the_optimiser(cases):
     model = recipes.deepmedic(cases, network="shallow", steps=4, halvings=(0.5,), width=0.1, progress=False)
-    assert model.history["learning_rate"].tolist() == [1e-4, 5e-5, 5e-5, 5e-5]
+    assert model.history["learning_rate"].tolist() == [1e-4, 1e-4, 5e-5, 5e-5]
     assert model.card["network"] == "shallow" and model.card["trained_on"] == ["one", "two"]
     assert not model.training
 
