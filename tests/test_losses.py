@@ -106,4 +106,4 @@ def test_weight_penalty_covers_every_kernel_of_a_network():
     kernels = [p for name, p in model.named_parameters() if p.ndim == 5]
     assert len(kernels) == 19
     expected = sum(float(k.detach().double().square().sum()) for k in kernels)
-    assert float(losses.weight_penalty(model, l2=1)) == pytest.approx(expected, rel=1e-5)
+    assert losses.weight_penalty(model, l2=1).item() == pytest.approx(expected, rel=1e-5)

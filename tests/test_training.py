@@ -227,7 +227,7 @@ def test_halve_at(setup):
 SCHEDULES = {
     "none": None,
     "HalveAt": lambda o: HalveAt(o, steps=[3, 6]),
-    "HalveOnPlateau": lambda o: HalveOnPlateau(o, patience=0, mode="min", threshold=0.02),
+    "HalveOnPlateau": lambda o: HalveOnPlateau(o, patience=0, mode="min", threshold=100),
 }
 
 
