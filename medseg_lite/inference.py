@@ -57,10 +57,6 @@ def predict(
         raise ValueError(f"{case.name}: the mask is empty; there is nothing to segment. Use inside_mask=False")
     start, stop = _region(mask, model)
     tiles = list(_tiles(start, stop, _tile_size(model, start, stop, tile, device), case.shape))
-    was_training = model.training
-    network = model.eval()
-    if device.type == "cpu" and hasattr(model, "for_inference"):
-        network = model.for_inference()
     autocast = _autocast(precision, device)
     if output == "labels":
         result = np.zeros(case.shape, np.uint8)
@@ -68,7 +64,11 @@ def predict(
         result = np.zeros((model.classes, *case.shape), np.float32)
         if output == "probabilities":
             result[0] = 1
+    was_training = model.training
     try:
+        network = model.eval()
+        if device.type == "cpu" and hasattr(model, "for_inference"):
+            network = model.for_inference()
         for a, b in tqdm(
             tiles, desc=f"segmenting {case.name}", disable=not progress or len(tiles) == 1, dynamic_ncols=True
         ):
@@ -94,7 +94,8 @@ class SameSize(nn.Module):
     """A network of valid convolutions whose output is put back into an array of the input's size, zero at the rim.
 
     For inference engines that expect as many voxels out as in. The rim of `margin` voxels holds no prediction: give the
-    engine windows that overlap by at least twice the margin and a weight map that is zero there. With MONAI:
+    engine windows that overlap by at least twice the margin and a weight map that is zero there, and see to it that windows
+    start on the network's grid: the volume and the step between windows must be multiples of `model.multiple`. With MONAI:
 
         roi = 96 + 2 * model.margin
         weight = torch.zeros(1, 1, roi, roi, roi)

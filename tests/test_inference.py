@@ -242,7 +242,6 @@ def test_training_mode_returns_after_an_error(network, noise_case, monkeypatch):
     assert model.training
 
 
-@pytest.mark.xfail(strict=True, reason="the precision is looked at after the switch to evaluation mode")
 @pytest.mark.parametrize("precision", ["float16", "double"])
 def test_training_mode_stays_after_a_wrong_precision(network, noise_case, precision):
     model = network("dm2d_seg").train()
