@@ -68,7 +68,7 @@ def _train(options) -> None:
         folder = out / f"member{member}" if options.ensemble > 1 else out
         model = recipes.deepmedic(
             cases, network=options.network, steps=options.steps, halvings=options.halvings, folder=folder, width=options.width,
-            output=options.block, shift=options.shift, conv_dropout=options.conv_dropout, validation=held if options.validate_every else (),
+            output=options.block, start=options.start, shift=options.shift, conv_dropout=options.conv_dropout, validation=held if options.validate_every else (),
             validate_every=options.validate_every or 500, device=device, seed=options.seed + member,
         )  # fmt: skip
         card = model.card | {"normalise": options.normalise, "held_out": [c.name for c in held], "command": _command()}
@@ -250,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         help="side of the block predicted at a time; 9 is the paper's (25³ segments), 21 costs less than half as much per labelled voxel",
     )
+    train.add_argument("--start", metavar="MODEL", help="begin from this model.safetensors instead of random weights (fine-tuning)")
     train.add_argument("--width", type=float, default=1.0, help="scales every feature-map count; 1 is the paper's size")
     train.add_argument("--shift", type=float, default=0.0, help="random intensity shift; .1 for brain injuries")
     train.add_argument(

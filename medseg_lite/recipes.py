@@ -31,6 +31,7 @@ def deepmedic(
     validation: Sequence[Case] = (),
     validate_every: int = 500,
     folder: str | Path | None = None,
+    start: str | Path | None = None,
     width: float = 1.0,
     output: int | None = None,
     batch_size: int | None = None,
@@ -51,6 +52,7 @@ def deepmedic(
         halvings: fractions of the run after which the learning rate is halved, by default the published schedule.
         validation: cases segmented every `validate_every` updates; their mean Dice goes into the history.
         folder: where the run is kept; the same call goes on from an interrupted run.
+        start: a checkpoint to begin from instead of random weights (fine-tuning); `network` and `width` must be its own.
         width: scales every feature-map count; 1 is the paper's size.
         output: side of the predicted block (9, so segments of 25³ for DeepMedic).
         batch_size: segments per update (Table B.1).
@@ -78,6 +80,14 @@ def deepmedic(
         torch.manual_seed(seed)
         options = {"conv_dropout": conv_dropout} if conv_dropout else {}
         model = getattr(models, network)(in_channels=len(cases[0].channels), classes=classes, width=width, **options)
+    if start is not None:
+        before = models.load(start)
+        wanted, found = (m.config | {"conv_dropout": None} for m in (model, before))
+        if wanted != found:
+            raise ValueError(
+                f"{start} holds {before.config}; this run wants {model.config}: choose the same network, width and classes"
+            )
+        model.load_state_dict(before.state_dict())
     model.to(device)
     flat = model.spatial_dims == 2
     sampler = SegmentSampler(
@@ -120,6 +130,7 @@ def deepmedic(
         "steps": steps,
         "seed": seed,
         "device": str(device),
+        **({"started_from": Path(start).name} if start else {}),
     }
     return model
 

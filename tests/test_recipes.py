@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from medseg_lite import recipes
+from medseg_lite import models, recipes
 from medseg_lite.volume import Case
 
 
@@ -44,6 +44,22 @@ def test_bad_input(cases):
         recipes.deepmedic(cases, network="load")
     with pytest.raises(ValueError, match="one has no label"):
         recipes.deepmedic([cases[0].replace(label=None)])
+
+
+def test_fine_tuning_starts_from_the_checkpoint(cases, tmp_path):
+    options = {"steps": 2, "width": 0.1, "progress": False}
+    first = recipes.deepmedic(cases, **options)
+    path = models.save(tmp_path / "first.safetensors", first, first.card)
+    tuned = recipes.deepmedic(cases, start=path, seed=1, **options)
+    fresh = recipes.deepmedic(cases, seed=1, **options)
+
+    def change(model):
+        return float((model.classifier.weight - first.classifier.weight).abs().max())
+
+    assert change(tuned) < 0.02 < change(fresh)
+    assert tuned.card["started_from"] == "first.safetensors"
+    with pytest.raises(ValueError, match="choose the same network"):
+        recipes.deepmedic(cases, start=path, network="deep_plus", **options)
 
 
 @pytest.mark.parametrize("classes, names", [(5, None), (2, ["lesion"]), (4, ["class_1", "class_2", "class_3"])])
