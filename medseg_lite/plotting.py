@@ -107,9 +107,10 @@ def cut(volume: np.ndarray, plane: Plane, index: int) -> np.ndarray:
 
 def busiest_position(label: np.ndarray | None, shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """Along each axis the slice with most labelled voxels; the middle of the volume where nothing is labelled."""
-    if label is None or not label.any():
+    labelled = None if label is None else label != 0
+    if labelled is None or not labelled.any():
         return tuple(n // 2 for n in shape)
-    return tuple(int((label != 0).sum(axis=tuple(a for a in range(3) if a != axis)).argmax()) for axis in range(3))
+    return tuple(int(labelled.sum(axis=tuple(a for a in range(3) if a != axis)).argmax()) for axis in range(3))
 
 
 def default_window(volume: np.ndarray, mask: np.ndarray | None = None) -> tuple[float, float]:
@@ -176,7 +177,11 @@ def as_overlays(
                     "or whole class numbers: take the softmax or the argmax of logits first"
                 )
         line = "area" if name == "truth" else next(outlines, "dots")
-        checked.append(Overlay(name, as_label(array, source=what), line))
+        if array.dtype.kind == "b" or array.dtype == np.uint8:
+            array = array.astype(np.uint8, copy=False)
+        else:
+            array = as_label(array, source=what)
+        checked.append(Overlay(name, array, line))
     return checked
 
 
@@ -428,9 +433,11 @@ def paper_table(ours: pd.DataFrame, paper: pd.DataFrame, *, ours_on: str, paper_
 
 
 def show(figure: Figure, alt: str) -> None:
-    """Display a figure as a PNG with alternative text, which notebook exports write as the image's `alt`, and close it.
+    """Display a figure as a PNG with alternative text, and close it.
 
-    `alt` says in a sentence or two what the picture shows to someone who cannot see it. Raises ValueError where it is empty.
+    `alt` says in a sentence or two what the picture shows to someone who cannot see it. It is stored as the output's text and
+    as `alt` in its metadata; of nbconvert's HTML templates "classic" writes it on the image, "lab" (as of 7.17) does not.
+    Raises ValueError where it is empty.
     """
     if not isinstance(alt, str) or not alt.strip():
         raise ValueError("alt is empty; describe in a sentence what the figure shows")

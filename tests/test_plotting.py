@@ -290,7 +290,7 @@ def test_show_writes_the_alt_text_that_nbconvert_puts_on_the_image(monkeypatch):
 
     output = nbformat.v4.new_output("display_data", data=data, metadata=options["metadata"])
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[output])])
-    page, _ = HTMLExporter().from_notebook_node(notebook)
+    page, _ = HTMLExporter(template_name="classic").from_notebook_node(notebook)
     found = []
     parser = HTMLParser()
     parser.handle_startendtag = parser.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))

@@ -49,6 +49,7 @@ def test_opens_at_the_lesion_with_everything_on(viewer):
     assert viewer.channel == "flair"
     assert viewer.visible == ("truth", "prediction", "risk")
     assert repr(viewer) == "SliceViewer('ball', flair+t1c, 12×10×8 voxels, truth+prediction+risk, at (3, 5, 3))"
+    assert SliceViewer(make_case(), make_case().label, visible=["truth"]).visible == ("truth",)
     assert SliceViewer(np.random.default_rng(0).random((4, 5, 6))).position == (2, 2, 3)
 
 
@@ -156,6 +157,7 @@ NAN[0, 0, 0] = np.nan
         (make_case(affine=np.diag([-1, 1, 1, 1])), {}, "ball has axes LAS; expected RAS.*letters=False"),
         (make_case(), dict(channel="t2"), "ball has no channel 't2'"),
         (make_case(), dict(position=(1, 2)), "three whole voxel indices"),
+        (make_case(), dict(visible=["net"]), "no overlay 'net'; there are 'truth'"),
         (make_case(), dict(window=(3, 1)), "the window of flair is 3 to 1"),
         (make_case(), dict(limits=(3, 1)), "limits is 3 to 1"),
         (make_case(), dict(overlays={"prediction": np.zeros((12, 10, 9))}), r"\(12, 10, 9\) but the image is \(12, 10, 8\)"),

@@ -44,6 +44,7 @@ class SliceViewer(anywidget.AnyWidget):
         position: voxel indices (d, h, w) of the crosshair; by default where most voxels are labelled, else the middle.
         window: (black, white) intensities of the first channel; by default its 0.5 and 99.5 percentiles.
         limits: (lowest, highest) intensity kept for drawing, for every channel. Narrow them for fine windows, as on CT.
+        visible: names of the overlays shown first; all by default. Areas on areas mix their colours, so show one at a time.
         opacity: of areas, 0 to 1; outlines are drawn twice as strong.
         classes: class names by number, a sequence or a mapping; by default `case.info["classes"]`.
         spacing: voxel size along (D, H, W) of an array, in any unit; a case has its own.
@@ -79,6 +80,7 @@ class SliceViewer(anywidget.AnyWidget):
         position: Sequence[int] | None = None,
         window: tuple[float, float] | None = None,
         limits: tuple[float, float] | None = None,
+        visible: Sequence[str] | None = None,
         opacity: float = 0.5,
         classes: Sequence[str] | Mapping[int, str] | None = None,
         spacing: Sequence[float] = (1, 1, 1),
@@ -104,7 +106,7 @@ class SliceViewer(anywidget.AnyWidget):
         self._case = case
         self._kind = viewer
         self._classes = classes if classes is not None else case.info.get("classes")
-        self._overlays = plotting.as_overlays(overlays, case.shape, case.label)
+        self._take_overlays(plotting.as_overlays(overlays, case.shape, case.label))
         self._limits = {name: _find_limits(image, limits) for name, image in zip(case.channels, case.image)}
         channel = self._check_channel(case.channels[0] if channel is None else channel)
         opening = {
@@ -136,7 +138,7 @@ class SliceViewer(anywidget.AnyWidget):
             position=plotting.busiest_position(case.label, case.shape) if position is None else position,
             windows=opening,
             opacity=opacity,
-            visible=tuple(o.name for o in self._overlays),
+            visible=tuple(o.name for o in self._overlays) if visible is None else tuple(visible),
         )
         self._panel = None if drawn else _png_panel(self)
 
@@ -163,7 +165,7 @@ class SliceViewer(anywidget.AnyWidget):
             del arrays[name]
         else:
             arrays[name] = array
-        self._overlays = plotting.as_overlays(arrays, self._case.shape)
+        self._take_overlays(plotting.as_overlays(arrays, self._case.shape))
         known = [o.name for o in self._overlays]
         self.visible = tuple(n for n in known if n in self.visible or n == name)
         self._layers = self._pack_layers()
@@ -207,6 +209,13 @@ class SliceViewer(anywidget.AnyWidget):
         picture = base64.b64encode(self.snapshot()).decode()
         return {**data, "image/png": picture}, {**metadata, "image/png": {"alt": alt}}
 
+    def _take_overlays(self, overlays: list[plotting.Overlay]) -> None:
+        self._overlays = overlays
+        labels = (o for o in overlays if o.style != "probability")
+        self._present = {
+            o.name: [k for k in np.flatnonzero(np.bincount(o.array.reshape(-1))).tolist() if k] for o in labels
+        }
+
     def _pack_volumes(self) -> list[bytes]:
         return [pack(_to_bytes(image, *self._limits[c])) for c, image in zip(self._case.channels, self._case.image)]
 
@@ -218,9 +227,7 @@ class SliceViewer(anywidget.AnyWidget):
             else:
                 data = array
                 classes = [
-                    (k, plotting.class_name(k, self._classes), plotting.class_colour(k))
-                    for k in np.flatnonzero(np.bincount(array.reshape(-1))).tolist()
-                    if k
+                    (k, plotting.class_name(k, self._classes), plotting.class_colour(k)) for k in self._present[name]
                 ]
             layers.append({"name": name, "style": style, "classes": classes, "data": pack(data)})
         return layers
@@ -399,9 +406,10 @@ def _legend(viewer: SliceViewer) -> list[tuple[str, str, str]]:
         (f"{o.name}, 0 to 1", plotting.PROBABILITY_COLOUR, "probability") for o in shown if o.style == "probability"
     ]
     labels = [o for o in shown if o.style != "probability"]
-    values = sorted({int(k) for o in labels for k in np.flatnonzero(np.bincount(o.array.reshape(-1))) if k})
+    values = sorted({k for o in labels for k in viewer._present[o.name]})
     classes = [(plotting.class_name(k, viewer._classes), plotting.class_colour(k), "area") for k in values]
-    outlines = [(f"{o.name} (outline)", "#555555", "line") for o in labels if o.style != "area"]
+    lines = {"line": "outline", "dashes": "dashed outline", "dots": "dotted outline"}
+    outlines = [(f"{o.name} ({lines[o.style]})", "#555555", "line") for o in labels if o.style != "area"]
     return classes + probabilities + outlines
 
 
@@ -432,7 +440,10 @@ def _png_panel(viewer: SliceViewer) -> ipywidgets.VBox:
     opacity = ipywidgets.FloatSlider(value=viewer.opacity, min=0, max=1, step=0.05, description="Opacity")
     traitlets.link((viewer, "channel"), (channel, "value"))
     traitlets.link((viewer, "opacity"), (opacity, "value"))
-    boxes = {o.name: ipywidgets.Checkbox(value=True, description=o.name, indent=False) for o in viewer._overlays}
+    boxes = {
+        o.name: ipywidgets.Checkbox(value=o.name in viewer.visible, description=o.name, indent=False)
+        for o in viewer._overlays
+    }
     for name, box in boxes.items():
         box.observe(lambda change, name=name: _set_visible(viewer, name, change["new"]), "value")
     window_place = ipywidgets.HBox([windows[viewer.channel]])

@@ -91,7 +91,9 @@ def test_canvas_viewer(open_notebook):
 
 
 def test_png_viewer(open_notebook):
-    page = open_notebook(SETUP + "viewer = SliceViewer(case, viewer='png', position=(12, 20, 14))\nviewer", "print(viewer.position)")
+    page = open_notebook(
+        SETUP + "viewer = SliceViewer(case, viewer='png', position=(12, 20, 14))\nviewer", "print(viewer.position)"
+    )
     image = page.locator(".jp-OutputArea img.widget-image").first
     image.wait_for()
     before = image.get_attribute("src")
