@@ -144,7 +144,7 @@ def _cases(options, *, label: bool, normalise: str) -> Iterator[Case]:
     if options.data == "brats2013_deepmedic":
         cases = datasets.brats2013_deepmedic(cases=options.cases or None)
     elif options.data == "phantoms":
-        cases = phantoms.brain_cohort(options.count, progress=True)
+        cases = phantoms.brain_cohort(options.count, spacing=options.spacing, progress=True)
     else:
         if not options.channels:
             raise ValueError(
@@ -160,6 +160,8 @@ def _cases(options, *, label: bool, normalise: str) -> Iterator[Case]:
             cases=options.cases or None,
         )
     for case in cases:
+        if options.channels and options.data in _KNOWN:
+            case = case.select(options.channels)
         yield transforms.standardise(case) if normalise == "standardise" else case
 
 
@@ -221,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="PATTERN",
             help="finds the brain mask; 'all' for the whole volume; default: mask.nii.gz, or else where the image is not 0",
         )
+        group.add_argument("--spacing", type=float, default=2.0, help="voxel side in mm of --data phantoms (2)")
         group.add_argument("--count", type=_positive, default=24, help="phantoms to generate with --data phantoms (24)")
 
     def device(sub: argparse.ArgumentParser) -> None:
@@ -250,7 +253,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         help="side of the block predicted at a time; 9 is the paper's (25³ segments), 21 costs less than half as much per labelled voxel",
     )
-    train.add_argument("--start", metavar="MODEL", help="begin from this model.safetensors instead of random weights (fine-tuning)")
+    train.add_argument(
+        "--start", metavar="MODEL", help="begin from this model.safetensors instead of random weights (fine-tuning)"
+    )
     train.add_argument("--width", type=float, default=1.0, help="scales every feature-map count; 1 is the paper's size")
     train.add_argument("--shift", type=float, default=0.0, help="random intensity shift; .1 for brain injuries")
     train.add_argument(
