@@ -1,0 +1,215 @@
+"""What a scanner makes of tissues: signal equations, four sites, and all that degrades an image.
+
+Signals follow the textbook equations of the steady state (for example Bernstein, King and Zhou, Handbook of MRI Pulse
+Sequences, 2004, chapters 14 and 16), with TR, TE, TI and relaxation times in ms:
+
+    spin echo   PD (1 - exp(-TR/T1)) exp(-TE/T2)
+    mprage      PD |1 - 2 exp(-TI/T1) / (1 + exp(-TR/T1))| exp(-TE/T2)
+    flair       PD |1 - 2 exp(-TI/T1) + exp(-TR/T1)| exp(-TE/T2), TI chosen so that cerebrospinal fluid vanishes
+    dwi         PD exp(-TE/T2) exp(-b D), b = 1000 s/mm2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .noise import along, bspline_noise
+
+# At 3 T: T1 ms, T2 ms, proton density, diffusion in 1e-3 mm2/s, and what a dose of gadolinium adds to 1/T1 (1/s).
+TISSUES = {
+    "csf": (4200, 900, 1.00, 3.00, 0.0),
+    "gm": (1400, 97, 0.82, 0.85, 0.012),
+    "wm": (860, 73, 0.71, 0.75, 0.006),
+    "oedema": (1500, 175, 0.86, 1.40, 0.015),
+    "necrosis": (2600, 260, 0.94, 2.00, 0.0),
+    "nonenhancing": (1750, 140, 0.87, 1.20, 0.03),
+    "enhancing": (1500, 120, 0.85, 1.00, 1.05),
+    "vessel": (1600, 55, 0.75, 1.50, 4.0),
+    "hyperintensity": (1350, 130, 0.80, 1.10, 0.0),
+    "blood": (650, 60, 0.82, 0.70, 0.0),
+    "infarct": (1650, 135, 0.86, 0.40, 0.01),
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a site acquires one channel.
+
+    Attributes:
+        kind: "spin echo", "mprage", "flair" or "dwi": which signal equation.
+        tr, te, ti: ms; a FLAIR finds its own TI.
+        level: intensity of white matter in the scanner's arbitrary units.
+        slice_mm: thickness of the slices, which lie along W.
+        blur_mm: in-plane blur, a standard deviation.
+    """
+
+    kind: str
+    tr: float
+    te: float
+    ti: float = 0.0
+    level: float = 500.0
+    slice_mm: float = 1.0
+    blur_mm: float = 0.5
+
+
+@dataclass(frozen=True)
+class Site:
+    """One hospital's scanner and how it is run.
+
+    Attributes:
+        tesla: field strength; T1 times grow with its cube root.
+        noise: standard deviation of the Rician noise in one voxel, as a fraction of white matter.
+        bias: strength of the coil's smooth shading.
+        gamma: 1 for a linear intensity scale.
+        protocols: `Protocol` of each channel.
+    """
+
+    tesla: float
+    noise: float
+    bias: float
+    gamma: float
+    protocols: Mapping[str, Protocol]
+
+
+def _dwi(level: float) -> Protocol:
+    return Protocol("dwi", 6000, 90, level=level, slice_mm=5, blur_mm=1.3)
+
+
+SITES = {
+    # A: 3 T research protocol, low noise: spin-echo T1, T2 and FLAIR of 3 mm
+    "A": Site(3.0, 0.020, 0.12, 1.0, {
+        "flair": Protocol("flair", 9000, 118, level=430, slice_mm=3, blur_mm=0.8),
+        "t1": Protocol("spin echo", 600, 12, level=480),
+        "t1c": Protocol("spin echo", 600, 12, level=520),
+        "t2": Protocol("spin echo", 4500, 95, level=700, slice_mm=3),
+        "dwi": _dwi(300),
+    }),
+    # B: 1.5 T clinical routine: 5 mm slices but for a 3-D T1 after contrast
+    "B": Site(1.5, 0.028, 0.20, 1.0, {
+        "flair": Protocol("flair", 8500, 125, level=190, slice_mm=5, blur_mm=1.0),
+        "t1": Protocol("spin echo", 520, 14, level=210, slice_mm=5),
+        "t1c": Protocol("mprage", 1900, 3.5, 950, level=1500),
+        "t2": Protocol("spin echo", 3800, 105, level=330, slice_mm=5, blur_mm=0.7),
+        "dwi": _dwi(180),
+    }),
+    # C: 3 T, everything 3-D at 1 mm, strong shading
+    "C": Site(3.0, 0.030, 0.28, 1.0, {
+        "flair": Protocol("flair", 6000, 125, level=900, blur_mm=0.6),
+        "t1": Protocol("mprage", 2000, 3, 1150, level=900),
+        "t1c": Protocol("mprage", 2000, 3, 1150, level=1100),
+        "t2": Protocol("spin echo", 3200, 110, level=1300),
+        "dwi": _dwi(600),
+    }),
+    # D, held out: an old 1.5 T scanner, thick noisy slices, shaded, and a curved intensity scale
+    "D": Site(1.5, 0.042, 0.30, 1.15, {
+        "flair": Protocol("flair", 10000, 95, level=1700, slice_mm=5, blur_mm=1.2),
+        "t1": Protocol("spin echo", 400, 16, level=1200, slice_mm=5, blur_mm=0.8),
+        "t1c": Protocol("spin echo", 450, 16, level=1300, slice_mm=5, blur_mm=0.8),
+        "t2": Protocol("spin echo", 5500, 80, level=2500, slice_mm=5, blur_mm=0.9),
+        "dwi": _dwi(900),
+    }),
+}  # fmt: skip
+
+
+def signals(site: Site, channels: Sequence[str], person: np.random.Generator, visit: np.random.Generator) -> np.ndarray:
+    """Signal of every tissue in every channel, `(channels, tissues)` in the order of `TISSUES`, white matter = 1.
+
+    T1 and T2 differ by 4 % (standard deviation) between people, drawn from `person`; the dose of contrast agent and
+    how well FLAIR nulls cerebrospinal fluid come from `visit`.
+    """
+    t1, t2, pd, diffusion, uptake = np.array(list(TISSUES.values())).T
+    wobble = person.normal(0, (0.04, 0.04, 0.01), (len(TISSUES), 3)).T
+    t1 = t1 * np.exp(wobble[0]) * (site.tesla / 3) ** (1 / 3)
+    t2, pd = t2 * np.exp(wobble[1]), pd * np.exp(wobble[2])
+    dose, null = visit.uniform(0.7, 1.3), visit.uniform(0.94, 0.99)
+    order = list(TISSUES)
+    table = np.empty((len(channels), len(TISSUES)))
+    for row, channel in zip(table, channels):
+        p = site.protocols[channel]
+        longitudinal = 1 / (1 / t1 + 1e-3 * dose * uptake) if channel == "t1c" else t1
+        if p.kind == "spin echo":
+            row[:] = 1 - np.exp(-p.tr / longitudinal)
+        elif p.kind == "mprage":
+            row[:] = np.abs(1 - 2 * np.exp(-p.ti / longitudinal) / (1 + np.exp(-p.tr / longitudinal)))
+        elif p.kind == "flair":
+            fluid = longitudinal[order.index("csf")]
+            ti = -fluid * np.log((1 + np.exp(-p.tr / fluid)) / 2) * null
+            row[:] = np.abs(1 - 2 * np.exp(-ti / longitudinal) + np.exp(-p.tr / longitudinal))
+        else:
+            row[:] = np.exp(-1000 * 1e-3 * diffusion)
+        row *= pd * np.exp(-p.te / t2)
+        row /= row[order.index("wm")]
+    return table.astype(np.float32)
+
+
+def acquire(
+    image: np.ndarray, site: Site, channels: Sequence[str], axes: Sequence[np.ndarray], rng: np.random.Generator,
+    *, extent: Sequence[tuple[float, float]], motion: float = 0.0,
+) -> np.ndarray:  # fmt: skip
+    """Scan ideal images `(C, D, H, W)`, white matter = 1: blur, thick slices, shading, noise, intensity scale.
+
+    `motion` is the standard deviation, in mm, of the head's sudden shifts during each scan.
+    """
+    spacing = float(axes[0][1] - axes[0][0]) if len(axes[0]) > 1 else 1.0
+    shape = image.shape[1:]
+    coil = bspline_noise(rng, axes, 90, extent=extent, count=len(channels) + 1)
+    out = np.empty_like(image)
+    for i, channel in enumerate(channels):
+        p = site.protocols[channel]
+        x = image[i] * np.exp(site.bias * (0.36 * coil[-1] + 0.24 * coil[i]))
+        if motion:
+            x = shake(x, motion / spacing, rng)
+        if p.blur_mm > 0.3 * spacing:
+            x = along(x, 0, blur_matrix(shape[0], p.blur_mm / spacing))
+            x = along(x, 1, blur_matrix(shape[1], p.blur_mm / spacing))
+        thin = p.slice_mm <= spacing
+        if not thin:
+            to_slices, to_voxels = slice_matrices(shape[2], spacing, p.slice_mm)
+            x = along(x, 2, to_slices)
+        sd = site.noise * rng.uniform(0.7, 1.3) * (1.0 if p.kind in ("spin echo", "mprage") else 1.2)
+        real, imaginary = np.float32(sd) * rng.standard_normal((2, *x.shape), dtype=np.float32)
+        x = np.sqrt((x + real) ** 2 + imaginary**2)
+        if not thin:
+            x = along(x, 2, to_voxels)
+        if site.gamma != 1:
+            x **= np.float32(site.gamma)
+        out[i] = x * np.float32(p.level * np.exp(rng.normal(0, 0.12)))
+    return out
+
+
+def slice_matrices(voxels: int, spacing: float, thickness: float) -> tuple[np.ndarray, np.ndarray]:
+    """Matrices `(slices, voxels)` that averages voxels into slices, and `(voxels, slices)` that interpolates back."""
+    slices = int(np.ceil(voxels * spacing / thickness))
+    p = (np.arange(voxels) - (voxels - 1) / 2) * spacing
+    q = (np.arange(slices) - (slices - 1) / 2) * thickness
+    overlap = np.minimum(q[:, None] + thickness / 2, p + spacing / 2) - np.maximum(
+        q[:, None] - thickness / 2, p - spacing / 2
+    )
+    overlap = np.clip(overlap, 0, None)
+    back = np.clip(1 - np.abs(p[:, None] - q) / thickness, 0, None)
+    return (
+        (overlap / overlap.sum(1, keepdims=True)).astype(np.float32),
+        (back / back.sum(1, keepdims=True)).astype(np.float32),
+    )
+
+
+def blur_matrix(n: int, sd: float) -> np.ndarray:
+    i = np.arange(n)
+    weights = np.exp(-0.5 * ((i[:, None] - i) / sd) ** 2)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def shake(image: np.ndarray, sd: float, rng: np.random.Generator) -> np.ndarray:
+    """Ghosts of a head that jumps between phase-encoding lines: `sd` voxels, lines along H, the centre of k-space still."""
+    lines = np.fft.fftfreq(image.shape[1])
+    jumps = np.sort(rng.uniform(0.04, 0.5, 6))  # |frequency| at which the head moves; each sign moves on its own
+    places = rng.normal(0, sd, (2, 7, 3))
+    places[:, 0] = 0
+    shift = places[(lines < 0).astype(int), np.searchsorted(jumps, np.abs(lines))]  # (H, 3)
+    spectrum = np.fft.fftn(image)
+    kd, kw = np.fft.fftfreq(image.shape[0]), np.fft.fftfreq(image.shape[2])
+    phase = kd[:, None, None] * shift[:, 0, None] + (lines * shift[:, 1])[:, None] + kw * shift[:, 2, None]
+    return np.abs(np.fft.ifftn(spectrum * np.exp(-2j * np.pi * phase))).astype(np.float32)
