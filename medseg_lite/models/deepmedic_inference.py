@@ -2,7 +2,8 @@
 
 What helps, in the order of its worth: feature maps stored channels-last; channel counts padded with zeros to what the
 convolution kernels like (30 → 32, 50 → 56); batch normalisation folded into the convolutions; the 1×1×1 layers as matrix
-products over pieces that stay in the cache, with the low-resolution half of the first one computed before its repetition.
+products over pieces that stay in the cache, with the low-resolution half of the first one computed before its repetition, and
+with one of the padded channels held at 1, so that the next layer's bias is a row of its matrix and costs no pass of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from .layers import ConvBlock
 
 DOWN = 3  # sub-sampling factor of the low-resolution pathway
-ROWS = 12000  # voxels per piece of the 1×1×1 layers: 150 channels of them fit the second-level cache of most CPUs
+PIECE = 12000  # voxels per piece of the 1×1×1 layers: 150 channels of them stay in the cache of most CPUs
 
 
 class FoldedDeepMedic(nn.Module):
@@ -27,65 +28,97 @@ class FoldedDeepMedic(nn.Module):
         self.conv = F.conv3d if model.spatial_dims == 3 else F.conv2d
         with torch.no_grad():
             self.normal = self._fold_pathway(model.normal)
-            self.low = self._fold_pathway(model.low) if model.low_resolution else []
-            self.features = model.normal[-1].conv.out_channels
-            dense = [_fold(block) for block in model.hidden]
-            self.dense = [(w.flatten(1), b, a) for w, b, a in dense]
-            self.dense.append((model.classifier.weight.flatten(1), model.classifier.bias, None))
+            self.low = self._fold_pathway(model.low) if model.low_resolution else None
+            self._fold_dense(model)
 
     def _fold_pathway(self, blocks: nn.Sequential) -> list[tuple[Tensor, Tensor, Tensor]]:
         layers, inputs = [], blocks[0].conv.in_channels
-        for block in blocks:
+        for n, block in enumerate(blocks):
             weight, bias, slope = _fold(block)
-            outputs = -(-len(weight) // 8) * 8
-            if outputs > 1.2 * len(weight):  # narrow teaching networks: padding would cost more than it gains
-                outputs = len(weight)
-            padded = weight.new_zeros(outputs, inputs, *weight.shape[2:])
-            padded[: len(weight), : weight.shape[1]] = weight
-            grow = (0, outputs - len(weight))
-            layers.append((padded.contiguous(memory_format=self.format), F.pad(bias, grow), F.pad(slope, grow)))
+            last = n == len(blocks) - 1
+            outputs = _padded(len(weight) + last)  # the last layer has room for the channel that is always 1
+            wide = weight.new_zeros(outputs, inputs, *weight.shape[2:])
+            wide[: len(weight), : weight.shape[1]] = weight
+            bias, slope = (F.pad(t, (0, outputs - len(weight))) for t in (bias, slope))
+            if last:
+                bias[len(weight)] = slope[len(weight)] = 1
+            layers.append((wide.contiguous(memory_format=self.format), bias, slope))
             inputs = outputs
         return layers
 
+    def _fold_dense(self, model) -> None:
+        """The 1×1×1 layers as matrices `(inputs, outputs)`, biases in the row of the input that is always 1."""
+        features = model.normal[-1].conv.out_channels
+        layers = [_fold(block) for block in model.hidden]
+        layers.append((model.classifier.weight.detach(), model.classifier.bias.detach(), None))
+        self.dense, self.context = [], None
+        inputs, ones = self.normal[-1][0].shape[0], features
+        for n, (weight, bias, slope) in enumerate(layers):
+            weight, final = weight.flatten(1), n == len(layers) - 1
+            outputs = len(weight) if final else _padded(len(weight) + 1)
+            matrix = weight.new_zeros(inputs, outputs)
+            matrix[ones, : len(weight)] = bias
+            if n == 0 and self.low_resolution:
+                self.context = weight.new_zeros(self.low[-1][0].shape[0], outputs)
+                self.context[:features, : len(weight)] = weight[:, features:].T
+                weight = weight[:, :features]
+            matrix[: weight.shape[1], : len(weight)] = weight.T
+            if not final:
+                matrix[ones, len(weight)] = 1
+                slope = F.pad(slope, (0, outputs - len(slope)), value=1.0)
+            self.dense.append((matrix, slope))
+            inputs, ones = outputs, len(weight)
+
     def _pathway(self, x: Tensor, layers) -> Tensor:
-        """`(B, C, *n)` to features `(B, *n_out, F)`, channels last."""
+        """`(B, C, *n)` to features `(B, *n_out, F)`."""
         x = x.contiguous(memory_format=self.format)
         for weight, bias, slope in layers:
             x = F.prelu(self.conv(x, weight, bias), slope)
-        return x.movedim(1, -1)[..., : self.features]
+        return x.movedim(1, -1).contiguous()
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, *(n + 2 margin)) -> (B, K, *n)`."""
         inputs = self.cut(x) if isinstance(x, Tensor) else x
         local = self._pathway(inputs[0], self.normal)
-        (weight, bias, slope), *rest = self.dense
-        context = None
-        if self.low_resolution:
-            # A 1×1×1 layer commutes with repetition, so its low-resolution half is 27 times cheaper before it.
-            context = F.linear(self._pathway(inputs[1], self.low), weight[:, self.features :])
-            weight = weight[:, : self.features].contiguous()
-        out = local.new_empty(*local.shape[:-1], len(self.dense[-1][1]))
-        per_row = local[0, 0].numel() // self.features
-        step = max(1, ROWS // per_row // DOWN) * DOWN
+        # A 1×1×1 layer commutes with repetition, so its low-resolution half is 27 times cheaper before it.
+        context = self._pathway(inputs[1], self.low) @ self.context if self.low_resolution else None
+        out = local.new_empty(*local.shape[:-1], self.dense[-1][0].shape[1])
+        step = max(1, PIECE // local[0, 0, ..., 0].numel() // DOWN) * DOWN
         for b in range(len(local)):
             for i in range(0, local.shape[1], step):
-                z = F.linear(local[b, i : i + step], weight, bias)
-                if context is not None:
-                    z += _repeat(context[b, i // DOWN : -(-(i + step) // DOWN)], z.shape)
-                act = slope
-                for w, c, following in rest:
-                    z = F.linear(F.prelu(z.flatten(0, -2), act), w, c)
-                    act = following
-                out[b, i : i + step] = z.view(out[b, i : i + step].shape)
+                piece = local[b, i : i + step]
+                below = None if context is None else context[b, i // DOWN : -(-(i + step) // DOWN)]
+                out[b, i : i + step] = self._dense(piece, below)
         return out.movedim(-1, 1)
+
+    def _dense(self, piece: Tensor, below: Tensor | None) -> Tensor:
+        """The 1×1×1 layers on `(*n, F)`, given the first one's share from the low-resolution pathway."""
+        shape = piece.shape[:-1]
+        (matrix, slope), *rest = self.dense
+        if below is None:
+            z = piece.flatten(0, -2) @ matrix
+        else:
+            z = _repeat(below, shape).flatten(0, -2).addmm_(piece.flatten(0, -2), matrix)
+        for matrix, following in rest:
+            z = F.prelu(z, slope) @ matrix
+            slope = following
+        return z.view(*shape, -1)
 
 
 def _repeat(x: Tensor, shape: torch.Size) -> Tensor:
-    """Repeat every voxel of `(*n, F)` three times along each axis, cut to `shape`."""
-    for axis, size in enumerate(shape[:-1]):
-        x = x.repeat_interleave(DOWN, axis).narrow(axis, 0, size)
-    return x
+    """Repeat every voxel of `(*n, F)` three times along each axis, cut to `shape`, in memory of its own."""
+    times = [DOWN if size > 1 else 1 for size in shape]
+    wide = x.new_empty(*(n for size, t in zip(x.shape, times) for n in (size, t)), x.shape[-1])
+    wide.copy_(x.view(*(n for size in x.shape[:-1] for n in (size, 1)), x.shape[-1]))
+    wide = wide.view(*(size * t for size, t in zip(x.shape, times)), x.shape[-1])
+    return wide[tuple(slice(size) for size in shape)].contiguous()
+
+
+def _padded(channels: int) -> int:
+    """The next multiple of eight, unless padding a narrow network would cost more than it gains."""
+    wide = -(-channels // 8) * 8
+    return wide if wide <= 1.2 * channels else channels
 
 
 def _fold(block: ConvBlock) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,4 +129,4 @@ def _fold(block: ConvBlock) -> tuple[Tensor, Tensor, Tensor]:
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         weight = weight * scale.view(-1, *(1,) * (weight.ndim - 1))
         bias = norm.bias - norm.running_mean * scale
-    return weight.detach(), bias.detach(), block.act.weight.detach()
+    return weight.detach(), bias.detach().clone(), block.act.weight.detach().clone()
