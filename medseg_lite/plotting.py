@@ -25,9 +25,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from .volume import BRATS_CLASSES as BRATS_CLASSES  # beside the colours, for those who draw
 from .volume import Case, as_label
-
-BRATS_CLASSES = ("background", "necrosis", "oedema", "non-enhancing tumour", "enhancing tumour")
 
 # Okabe and Ito's colour-blind-safe set (https://jfly.uni-koeln.de/color/). The four of the BRATS classes are the four of the
 # seven that stay furthest apart, blended half over grey, for normal, deuteranope, protanope and tritanope eyes (CIEDE2000 >= 10).

@@ -20,6 +20,7 @@ from nibabel import orientations
 
 from .paths import atomic_write
 
+BRATS_CLASSES = ("background", "necrosis", "oedema", "non-enhancing tumour", "enhancing tumour")  # BRATS 2012 to 2015
 GRID_TOLERANCE = 1e-3  # mm: affines that differ by less describe the same grid
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..paths import real_data
-from ..volume import Case, read_case, read_nifti
+from ..volume import BRATS_CLASSES, Case, read_case, read_nifti
 from ._download import fetch
 
 URL = (
@@ -154,7 +154,7 @@ def _read(folder: Path, name: str) -> Case:
         name=name,
         labels=range(5),
     )
-    case.info.update(dataset="brats2013_deepmedic", split=SPLITS[name], licence=LICENCE)
+    case.info.update(classes=BRATS_CLASSES, dataset="brats2013_deepmedic", split=SPLITS[name], licence=LICENCE)
     return case
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from ..volume import Case, bounding_box
+from ..volume import BRATS_CLASSES, Case, bounding_box
 from . import lesions
 from .anatomy import EXTENT, SHRINK, Axes, Person, stream
 from .mri import SITES, TISSUES, acquire, signals
@@ -69,7 +69,7 @@ def brain(
         A case in RAS order. `image` holds whole non-negative numbers on the scanner's own scale, exactly 0 outside
         `mask` and at least 1 inside. `extra` holds, as float16, the share of "csf", "gm" and "wm" in every voxel before
         the lesion replaced them (their sum is 1 inside the mask), and "midline", the distance from the falx in mm,
-        positive on the patient's right. `info` holds seed, site, age, lesion, grade, side and volumes in ml.
+        positive on the patient's right. `info` holds seed, site, age, lesion, grade, side, volumes in ml and the names of the "classes".
     """
     _check(seed, site, spacing, lesion, grade, mirrored, missing, motion, cut, shape)
     if shape is None:
@@ -115,6 +115,9 @@ def brain(
     affine = np.diag([spacing] * 3 + [1.0])
     affine[:3, 3] = [a[0] for a in axes]
     info = {"seed": seed, "site": site, "age": person.age, "lesion": None if mirrored else lesion, "mirrored": mirrored}
+    info["classes"] = {"contusions": ("background", "contusion"), "stroke": ("background", "stroke")}.get(
+        lesion, BRATS_CLASSES
+    )
     ml = spacing**3 / 1000
     if disease and not mirrored:
         info |= disease.info
