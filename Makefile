@@ -1,4 +1,5 @@
 # make lab opens the course, make test runs every test; both build .venv first when it is missing or out of date.
+# In a container: make lab LAB_OPTIONS="--allow-root --no-browser --ip=0.0.0.0"
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 .PHONY: lab test test-fast notebooks lint clean
 
 lab: $(VENV)/ready
-	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(LAB_OPTIONS)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest tests
