@@ -68,7 +68,8 @@ def _train(options) -> None:
         folder = out / f"member{member}" if options.ensemble > 1 else out
         model = recipes.deepmedic(
             cases, network=options.network, steps=options.steps, halvings=options.halvings, folder=folder, width=options.width,
-            output=options.block, start=options.start, shift=options.shift, conv_dropout=options.conv_dropout, validation=held if options.validate_every else (),
+            classes=options.classes, output=options.block, start=options.start,
+            shift=options.shift, conv_dropout=options.conv_dropout, validation=held if options.validate_every else (),
             validate_every=options.validate_every or 500, device=device, seed=options.seed + member,
         )  # fmt: skip
         card = model.card | {"normalise": options.normalise, "held_out": [c.name for c in held], "command": _command()}
@@ -157,6 +158,7 @@ def _cases(options, *, label: bool, normalise: str) -> Iterator[Case]:
             channels=dict(pairs),
             label=(options.label or "label.nii.gz") if label else None,
             mask=options.mask or ("mask.nii.gz" if any(folder.glob("*/mask.nii.gz")) else None),
+            labels=range(options.classes) if label and options.classes else None,
             cases=options.cases or None,
         )
     for case in cases:

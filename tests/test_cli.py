@@ -117,6 +117,7 @@ def test_phantom(tmp_path):
         (["--data", "{folder}", "--channels", "flair", "--hold-out", "case0", "case1", "case2"], "held out"),
         (["--data", "{folder}", "--channels", "flair", "--device", "cuda:9"], "CUDA"),
         (["--data", "{folder}", "--channels", "flair", "--cases", "case7"], "case7"),
+        (["--data", "{folder}", "--channels", "flair", "--classes", "1"], "holds label 1"),
     ],
 )
 def test_mistakes_end_with_one_readable_line(arguments, message, folder, tmp_path, capsys):
