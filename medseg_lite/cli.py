@@ -221,6 +221,12 @@ def _parser() -> argparse.ArgumentParser:
             "--label", metavar="PATTERN", help="finds the file with the true classes (default label.nii.gz)"
         )
         group.add_argument(
+            "--classes",
+            type=_positive,
+            metavar="K",
+            help="labels must lie in 0 to K - 1 (default: whatever the files hold)",
+        )
+        group.add_argument(
             "--mask",
             metavar="PATTERN",
             help="finds the brain mask; 'all' for the whole volume; default: mask.nii.gz, or else where the image is not 0",
