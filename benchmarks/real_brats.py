@@ -76,8 +76,8 @@ def score(variant: str, held_out, training: list, folder: Path, device: str) -> 
 
 
 def markdown(frame: pd.DataFrame) -> list[str]:
-    rows = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *frame.astype(str).to_numpy().tolist()]
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    rows = [frame.columns, ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
+    return ["| " + " | ".join(map(str, row)) + " |" for row in rows]
 
 
 def main():
