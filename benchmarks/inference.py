@@ -54,7 +54,8 @@ def monai(model, case, overlap: float) -> np.ndarray:
     roi = window + 2 * m
     step = window * (1 - overlap)
     model = model.to(memory_format=torch.channels_last_3d)
-    padded = np.pad(case.image, ((0, 0), *((m, m),) * 3), mode="reflect")
+    grid = [-n % model.multiple for n in case.shape]  # so that MONAI's last window starts on the network's grid too
+    padded = np.pad(case.image, ((0, 0), *((m, m + g) for g in grid)), mode="reflect")
     weight = torch.zeros(roi, roi, roi)
     weight[m:-m, m:-m, m:-m] = 1
     x = torch.from_numpy(padded)[None].contiguous(memory_format=torch.channels_last_3d)
@@ -62,7 +63,7 @@ def monai(model, case, overlap: float) -> np.ndarray:
         y = sliding_window_inference(
             x, roi, 1, inference.SameSize(model), overlap=1 - step / roi, roi_weight_map=weight
         )
-    return y[0, :, m:-m, m:-m, m:-m].numpy()
+    return y[(0, slice(None), *(slice(m, m + n) for n in case.shape))].numpy()
 
 
 def segments(model, case) -> np.ndarray:
