@@ -59,10 +59,9 @@ def monai(model, case, overlap: float) -> np.ndarray:
     weight = torch.zeros(roi, roi, roi)
     weight[m:-m, m:-m, m:-m] = 1
     x = torch.from_numpy(padded)[None].contiguous(memory_format=torch.channels_last_3d)
+    overlap = 1 - (step + 0.5) / roi  # MONAI rounds the step down
     with torch.no_grad():
-        y = sliding_window_inference(
-            x, roi, 1, inference.SameSize(model), overlap=1 - step / roi, roi_weight_map=weight
-        )
+        y = sliding_window_inference(x, roi, 1, inference.SameSize(model), overlap=overlap, roi_weight_map=weight)
     return y[(0, slice(None), *(slice(m, m + n) for n in case.shape))].numpy()
 
 
