@@ -242,8 +242,9 @@ def _parser() -> argparse.ArgumentParser:
         "Train a network. The run is kept in --out: last.pt to go on from (the same command resumes), history.csv, and "
         "model.safetensors at the end. Defaults are the paper's; they take a GPU a day. On a CPU try --steps 500.",
     )  # fmt: skip
-    networks = [n for n in models.__all__ if n not in ("load", "save")]
-    train.add_argument("network", choices=networks, metavar="NETWORK", help="one of " + ", ".join(networks))
+    train.add_argument(
+        "network", choices=models.NETWORKS, metavar="NETWORK", help="one of " + ", ".join(models.NETWORKS)
+    )
     train.add_argument("--out", required=True, help="folder of the run")
     data(train)
     train.add_argument(

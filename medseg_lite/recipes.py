@@ -71,10 +71,8 @@ def deepmedic(
     for case in cases:
         if case.label is None:
             raise ValueError(f"{case.name} has no label; training needs one")
-    if network not in models.__all__ or network in ("load", "save"):
-        raise ValueError(
-            f"network={network!r}; expected one of {', '.join(n for n in models.__all__ if n not in ('load', 'save'))}"
-        )
+    if network not in models.NETWORKS:
+        raise ValueError(f"network={network!r}; expected one of {', '.join(models.NETWORKS)}")
     classes = classes or 1 + max(int(c.label.max()) for c in cases)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

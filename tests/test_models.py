@@ -63,7 +63,7 @@ def patch(model: nn.Module, *, batch: int = 1, out: int | None = None, seed: int
 
 
 def test_the_table_is_complete():
-    assert {n.name for n in NETWORKS} == set(models.__all__) - {"load", "save"}
+    assert {n.name for n in NETWORKS} == set(models.NETWORKS) == set(models.__all__) - {"NETWORKS", "load", "save"}
 
 
 @every_network

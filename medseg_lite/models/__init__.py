@@ -16,6 +16,7 @@ from .deepmedic import (
 )
 
 __all__ = [
+    "NETWORKS",
     "big_deep_plus",
     "deep",
     "deep_plus",
@@ -30,3 +31,5 @@ __all__ = [
     "shallow_plus",
     "wider2d_seg",
 ]
+
+NETWORKS = tuple(name for name in __all__ if name not in ("NETWORKS", "load", "save"))  # the builders, by name

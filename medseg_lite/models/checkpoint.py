@@ -57,7 +57,7 @@ def load(path: str | Path) -> nn.Module:
         raise ValueError(f"{path} holds no network description; expected a file written by medseg_lite.models.save")
     config = json.loads(metadata["config"])
     name = config.pop("builder", None)
-    if name not in models.__all__ or name in ("load", "save"):
+    if name not in models.NETWORKS:
         raise ValueError(f"{path} asks for network {name!r}, which this version of medseg_lite does not have")
     try:
         model = getattr(models, name)(**config)
