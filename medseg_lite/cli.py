@@ -18,7 +18,7 @@ from .volume import Case, read_label, write_case, write_nifti
 EXAMPLES = """\
 examples
 
-  twelve generated brains, and a small DeepMedic trained on them for two minutes
+  twelve generated brains, and a small DeepMedic trained on them for a minute or two
     python -m medseg_lite phantom --count 12 --out my_phantoms
     python -m medseg_lite train deepmedic --data my_phantoms --channels flair t1 t1c t2 --width 0.3 --steps 200 --out runs/first
 
