@@ -1,0 +1,322 @@
+"""A picture, a kernel that can be edited, and the feature map that they make, computed in the browser with every key pressed."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import anywidget
+import numpy as np
+import traitlets
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from .. import plotting
+from ..paths import atomic_write
+from ._base import pack, page
+from .slice_viewer import StateError
+
+_HERE = Path(__file__).parent
+LARGEST = 1024 * 1024  # pixels: more would no longer follow the keys
+HEAVIEST = 1e6  # weights beyond this are typing errors
+QUANTILE = 0.97  # of |feature map|: where the colours end, so that the rim of a stripped brain does not pale its inside
+
+# Negative, zero, positive: blue and vermilion of Okabe and Ito's set, which colour-blind readers tell apart.
+SIGNED_COLOURS = ("#0072B2", "#FFFFFF", "#D55E00")
+OWN = "your own"
+
+
+def _as_tuples(array: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in np.asarray(array, np.float64).tolist())
+
+
+def _presets(size: int) -> dict[str, np.ndarray]:
+    """Kernels worth knowing, `(size, size)` each."""
+    identity = np.zeros((size, size))
+    identity[size // 2, size // 2] = 1
+    if size == 3:
+        smooth, slope = np.array([1, 2, 1]), np.array([-1, 0, 1])
+        laplacian = np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]])
+    else:
+        smooth, slope = np.array([1, 4, 6, 4, 1]), np.array([-1, -2, 0, 2, 1])
+        rim = np.array([[0, 0, 1, 0, 0], [0, 1, 2, 1, 0], [1, 2, 0, 2, 1], [0, 1, 2, 1, 0], [0, 0, 1, 0, 0]])
+        laplacian = (rim - rim.sum() * identity) / 4
+    return {
+        "identity": identity,
+        "blur": np.full((size, size), 1 / size**2),
+        "Sobel x": np.outer(smooth, slope),
+        "Sobel y": np.outer(slope, smooth),
+        "Laplacian": laplacian,
+        "sharpen": identity - laplacian,
+    }
+
+
+PRESETS = {size: {name: _as_tuples(k) for name, k in _presets(size).items()} for size in (3, 5)}
+
+
+class KernelEditor(anywidget.AnyWidget):
+    """A kernel to edit, beside a picture and its feature map.
+
+        editor = KernelEditor(image)            # image: (rows, columns)
+        editor.kernel = [[0, 1, 0], [1, -4, 1], [0, 1, 0]]
+        editor.preset = "Sobel x"               # the same, by name
+        editor.feature_map                      # (rows - k + 1, columns - k + 1)
+
+    Each pixel of the feature map is the sum of products of the kernel and the pixels under it, as `torch.nn.functional.conv2d`
+    computes it, without padding: no value where the kernel would reach over the edge. One pixel is marked, and its
+    arithmetic shown. Colours of the map are symmetric about zero: blue below, white at zero, vermilion above.
+
+    Args:
+        image: one picture `(rows, columns)` of real numbers, an array or a CPU tensor.
+        kernel: 3×3 or 5×5 numbers; the 3×3 identity by default.
+        preset: name of a kernel instead: "identity", "blur", "Sobel x", "Sobel y", "Laplacian", "sharpen".
+        size: side of that preset, 3 or 5.
+        position: (row, column) of the marked pixel, counted in the image; its middle by default.
+        window: intensities shown as black and white; by default the image's 0.5 and 99.5 percentiles.
+
+    Attributes:
+        kernel, position: synchronised with the browser.
+        image: may be replaced by another picture of any size.
+
+    Raises:
+        ValueError: for pictures that are not 2-D, too small, too large or not finite, kernels of another size, unknown names.
+    """
+
+    _esm = _HERE / "kernel_editor.js"
+    _css = _HERE / "kernel_editor.css"
+    _ipython_display_ = None  # ipywidgets 7 would display through it, and drop the PNG below
+
+    image = traitlets.Any()
+    kernel = traitlets.Any().tag(sync=True)  # k tuples of k floats, made from any 3×3 or 5×5 numbers
+    position = traitlets.Any().tag(sync=True)  # a tuple of two ints
+    _picture = traitlets.Dict().tag(sync=True)
+    _scene = traitlets.Dict().tag(sync=True)
+
+    def __init__(
+        self,
+        image: np.ndarray,
+        kernel: Sequence[Sequence[float]] | None = None,
+        *,
+        preset: str | None = None,
+        size: int = 3,
+        position: Sequence[int] | None = None,
+        window: tuple[float, float] | None = None,
+    ):
+        if kernel is not None and preset is not None:
+            raise ValueError(f"both a kernel and preset={preset!r} are given; give one of them")
+        image = _check_image(image)
+        kernel = _find_preset(preset or "identity", size) if kernel is None else _check_kernel(kernel)
+        position = [n // 2 for n in image.shape] if position is None else position
+        self._window = None if window is None else _check_window(window)
+        super().__init__(
+            image=image,
+            kernel=kernel,
+            position=_check_position(position, image.shape, len(kernel)),
+            _picture=self._pack(image),
+            _scene={
+                "presets": {name: {size: PRESETS[size][name] for size in PRESETS} for name in PRESETS[3]},
+                "own": OWN,
+                "colours": SIGNED_COLOURS,
+                "quantile": QUANTILE,
+                "heaviest": HEAVIEST,
+            },
+        )
+
+    def __repr__(self) -> str:
+        rows, columns = self.image.shape
+        k = len(self.kernel)
+        return f"KernelEditor({rows}×{columns} pixels, {self.preset}, {k}×{k}, at {self.position})"
+
+    @property
+    def preset(self) -> str:
+        """Name of the present kernel, "your own" where it is none of the presets; set it to load one in the present size."""
+        known = PRESETS[len(self.kernel)]
+        return next((name for name, kernel in known.items() if kernel == self.kernel), OWN)
+
+    @preset.setter
+    def preset(self, name: str) -> None:
+        self.kernel = _find_preset(name, len(self.kernel))
+
+    @property
+    def feature_map(self) -> np.ndarray:
+        """`(rows - k + 1, columns - k + 1)` float64: the map that the browser shows, computed here."""
+        k = len(self.kernel)
+        windows = np.lib.stride_tricks.sliding_window_view(self.image.astype(np.float64), (k, k))
+        return np.einsum("rcij,ij->rc", windows, np.array(self.kernel))
+
+    # ------------------------------------------------------------------------------------------------ other forms
+
+    def snapshot(self) -> bytes:
+        """The present view as a PNG file: picture, kernel and feature map."""
+        file = io.BytesIO()
+        _draw(self).savefig(file, format="png")
+        return file.getvalue()
+
+    def to_html(self, path: str | Path | None = None, *, title: str = "Kernel editor") -> str:
+        """The editor as one self-contained page that works without a kernel or a network; also written to `path` if given."""
+        state = {key: getattr(self, key) for key in ("kernel", "position", "_picture", "_scene")}
+        text = page(title=title, state=state, script=_HERE / "kernel_editor.js", css=_HERE / "kernel_editor.css")
+        if path is not None:
+            with atomic_write(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        return text
+
+    def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
+        data, metadata = super()._repr_mimebundle_(**kwargs)
+        rows = "; ".join(" ".join(f"{w:.3g}" for w in row) for row in self.kernel)
+        alt = f"A picture, the kernel {self.preset} ({rows}), and the feature map they make, blue below zero and vermilion above"
+        picture = base64.b64encode(self.snapshot()).decode()
+        return {**data, "image/png": picture}, {**metadata, "image/png": {"alt": alt}}
+
+    def _pack(self, image: np.ndarray) -> dict:
+        black, white = self._window or plotting.default_window(image)
+        return {"shape": image.shape, "window": (black, white), "data": pack(image.view(np.uint8))}
+
+    # ----------------------------------------------------------------------------------------------------- checks
+
+    @traitlets.validate("image")
+    def _valid_image(self, proposal):
+        return _check_image(proposal["value"])
+
+    @traitlets.validate("kernel")
+    def _valid_kernel(self, proposal):
+        return _check_kernel(proposal["value"])
+
+    @traitlets.validate("position")
+    def _valid_position(self, proposal):
+        return _check_position(proposal["value"], self.image.shape, len(self.kernel))
+
+    @traitlets.observe("image")
+    def _image_changed(self, change):
+        self._picture = self._pack(self.image)
+        self.position = self.position  # checked again: the picture may be smaller
+
+    @traitlets.observe("kernel")
+    def _kernel_changed(self, change):
+        self.position = self.position  # a larger kernel keeps further from the edge
+
+
+def _check_image(image: np.ndarray) -> np.ndarray:
+    image = np.asarray(image)
+    if image.ndim != 2:
+        hint = {
+            3: "plotting.cut(volume, plotting.PLANES[0], index) is one axial slice",
+            4: "choose a channel and a slice",
+        }
+        raise StateError(
+            f"the image has shape {image.shape}; expected two axes (rows, columns): "
+            f"{hint.get(image.ndim, 'pass one picture')}"
+        )
+    if image.dtype.kind not in "biuf":
+        raise StateError(f"the image holds {image.dtype}; expected real numbers")
+    if min(image.shape) < 5:
+        raise StateError(f"the image has {image.shape[0]}×{image.shape[1]} pixels; a 5×5 kernel needs at least 5×5")
+    if image.size > LARGEST:
+        raise StateError(
+            f"the image has {image.shape[0]}×{image.shape[1]} pixels; the editor follows the keys up to {LARGEST:,} of them: "
+            "show a part (image[:512, :512]) or every second pixel (image[::2, ::2])"
+        )
+    with np.errstate(over="ignore"):
+        image = np.ascontiguousarray(image, "<f4")  # the byte order that browsers have
+    if not np.isfinite(image).all():
+        count = int((~np.isfinite(image)).sum())
+        raise StateError(
+            f"the image has {count} NaN or infinite pixels; replace them, for example with numpy.nan_to_num"
+        )
+    return image
+
+
+def _check_kernel(kernel: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    try:
+        array = np.asarray(kernel, np.float64)
+    except (TypeError, ValueError):
+        raise StateError(f"the kernel is {kernel!r}; expected 3×3 or 5×5 numbers, row by row") from None
+    if array.shape not in ((3, 3), (5, 5)):
+        raise StateError(f"the kernel has shape {array.shape}; expected (3, 3) or (5, 5)")
+    if not (np.abs(array) <= HEAVIEST).all():  # NaN is caught too
+        row, column = np.argwhere(~(np.abs(array) <= HEAVIEST))[0].tolist()
+        raise StateError(
+            f"the kernel's weight in row {row}, column {column} is {array[row, column]:g}; "
+            f"expected finite numbers from {-HEAVIEST:g} to {HEAVIEST:g}"
+        )
+    return _as_tuples(array)
+
+
+def _find_preset(name: str, size: int) -> tuple[tuple[float, ...], ...]:
+    if size not in PRESETS:
+        raise ValueError(f"size={size!r}; expected 3 or 5")
+    if name not in PRESETS[size]:
+        raise ValueError(f"there is no preset {name!r}; there are {', '.join(map(repr, PRESETS[size]))}")
+    return PRESETS[size][name]
+
+
+def _check_position(position: Sequence[int], shape: tuple[int, int], k: int) -> tuple[int, int]:
+    """As ints, moved to the nearest pixel at which the kernel fits into the image."""
+    try:
+        numbers = [float(p) for p in position]
+        if len(numbers) != 2 or any(n != int(n) for n in numbers):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise StateError(f"position is {position!r}; expected two whole numbers (row, column)") from None
+    return tuple(int(min(max(p, k // 2), n - 1 - k // 2)) for p, n in zip(numbers, shape))
+
+
+def _check_window(window: tuple[float, float]) -> tuple[float, float]:
+    try:
+        black, white = (float(v) for v in window)
+    except (TypeError, ValueError):
+        raise ValueError(f"window is {window!r}; expected two numbers (black, white)") from None
+    if not (np.isfinite([black, white]).all() and black < white):
+        raise ValueError(f"window is {black:g} to {white:g}; expected two finite numbers, the lower one first")
+    return black, white
+
+
+def _limit(values: np.ndarray) -> float:
+    """Where the colours of a feature map end, the same on both sides of zero."""
+    magnitudes = np.sort(np.abs(values), axis=None)
+    return float(magnitudes[int(QUANTILE * (magnitudes.size - 1))] or magnitudes[-1] or 1)
+
+
+def _short(number: float) -> str:
+    return f"{number:.3g}".replace("-", "−")
+
+
+def _draw(editor: KernelEditor) -> Figure:
+    """What the browser shows, as a figure."""
+    rows, columns = editor.image.shape
+    kernel, values = np.array(editor.kernel), editor.feature_map
+    k, limit = len(kernel), _limit(values)
+    half, (row, column) = k // 2, editor.position
+    signed = LinearSegmentedColormap.from_list("signed", SIGNED_COLOURS)
+    black, white = editor._picture["window"]
+    with plotting.style():
+        high = min(max(3.3 * rows / columns, 2.4), 5)
+        figure = Figure(figsize=(9.4, high + 0.6), layout="constrained", dpi=100)
+        left, middle, right = figure.subplots(1, 3, width_ratios=(1, 0.7, 1))
+        left.imshow(editor.image, cmap="gray", vmin=black, vmax=white)
+        left.set_title("image")
+        heaviest = np.abs(kernel).max() or 1
+        middle.imshow(kernel, cmap=signed, vmin=-2 * heaviest, vmax=2 * heaviest)  # pale, under dark numbers
+        for (i, j), weight in np.ndenumerate(kernel):
+            middle.text(j, i, _short(weight), ha="center", va="center", fontsize=11 if k == 3 else 8)
+        middle.set_title(f"kernel: {editor.preset}")
+        middle.set_xlabel(f"row {row}, column {column}:\nfeature {_short(values[row - half, column - half])}")
+        framed = np.full((rows, columns), np.nan)
+        framed[half : rows - half, half : columns - half] = values
+        shown = right.imshow(framed, cmap=signed, vmin=-limit, vmax=limit)
+        right.set_title("feature map")
+        bar = figure.colorbar(shown, ax=right, location="bottom", ticks=[-limit, 0, limit], pad=0.02, aspect=30)
+        bar.ax.set_xticklabels([_short(-limit), "0", f"+{_short(limit)}"])
+        blank = figure.colorbar(shown, ax=left, location="bottom", ticks=[], pad=0.02, aspect=30)
+        blank.ax.set_visible(False)  # keeps both pictures equally large
+        for axes, side in ((left, k), (right, 1)):
+            corner = (column - side / 2, row - side / 2)
+            axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor="#009E73", linewidth=2))
+        for axes in (left, middle, right):
+            axes.set(xticks=[], yticks=[])
+            axes.grid(False)
+            axes.spines[:].set_visible(axes is not middle)
+    return figure
