@@ -1,0 +1,90 @@
+"""Gaussian filtering over the voxels of a grid: three small matrix products, as exact as float32 allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class GridGaussian:
+    """Sums over the voxels inside a mask, weighted with exp(-distance² / 2σ²), along each axis its own σ.
+
+    The Gaussian is a product over the axes, and along an axis of n voxels its matrix is K ≈ A Aᵀ with A of shape (n, m): a
+    Gaussian is the convolution of two narrower ones, and m samples in between, .85 σ apart, are enough for an error of 1e-5.
+    So every axis is first reduced to m values and then expanded again. Gradients flow to the signal and to the sigmas.
+
+    Args:
+        index: position of the voxels in the flattened grid, `(N,)`.
+        shape: size of the grid.
+        sigma: standard deviation along each axis in voxels, `(dimensions,)`.
+    """
+
+    def __init__(self, index: Tensor, shape: Sequence[int], sigma: Tensor) -> None:
+        start, stop = _bounds(index, shape)
+        self.shape = [b - a for a, b in zip(start, stop)]
+        self.index = _flat([p - a for p, a in zip(unravel(index, shape), start)], self.shape)
+        self.factors = [_factor(n, s) for n, s in zip(self.shape, sigma)]
+
+    def filter(self, signal: Tensor) -> Tensor:
+        """`(c, N)` -> `(c, N)`, each channel by itself."""
+        return torch.stack([self._filter(channel) for channel in signal])
+
+    def _filter(self, values: Tensor) -> Tensor:
+        box = values.new_zeros(math.prod(self.shape)).index_copy(0, self.index, values).view(self.shape)
+        for axis, (down, _) in enumerate(self.factors):
+            box = _along(box, down, axis)
+        for axis in reversed(range(len(self.shape))):
+            up = self.factors[axis][1]
+            box = box if up is None else _along(box, up, axis)
+        return torch.index_select(box.reshape(-1), 0, self.index)
+
+
+def unravel(index: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """The coordinates of flat positions, one tensor for each axis."""
+    coordinates = []
+    for n in reversed(shape):
+        coordinates.append(index % n)
+        index = torch.div(index, n, rounding_mode="floor")
+    return coordinates[::-1]
+
+
+def _flat(coordinates: list[Tensor], shape: Sequence[int]) -> Tensor:
+    flat = torch.zeros_like(coordinates[0])
+    for coordinate, n in zip(coordinates, shape):
+        flat = flat * n + coordinate
+    return flat
+
+
+def _bounds(index: Tensor, shape: Sequence[int]) -> tuple[list[int], list[int]]:
+    coordinates = unravel(index, shape)
+    return [int(c.min()) for c in coordinates], [int(c.max()) + 1 for c in coordinates]
+
+
+def _factor(n: int, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Two matrices whose product is the Gaussian's matrix `(n, n)`; the second is None where the whole matrix is no larger."""
+    voxels = torch.arange(n, dtype=sigma.dtype, device=sigma.device)
+    step = 0.85 * float(sigma)
+    samples = math.ceil((n - 1 + 8 * float(sigma)) / step) + 1
+    if samples >= n:
+        return torch.exp(-(((voxels[:, None] - voxels) / sigma) ** 2) / 2), None
+    places = (torch.arange(samples, dtype=sigma.dtype, device=sigma.device) - (samples - 1) / 2) * step + (n - 1) / 2
+    height = torch.sqrt(step / sigma * math.sqrt(2 / math.pi))
+    narrow = torch.exp(-(((voxels[:, None] - places) / sigma) ** 2)) * height
+    return narrow.T.contiguous(), narrow
+
+
+def _along(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    """Multiply one axis of `x` by a matrix `(m, n)`."""
+    m, n = matrix.shape
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    if not after:
+        y = x.reshape(-1, n) @ matrix.T
+    elif not before:
+        y = matrix @ x.reshape(n, -1)
+    else:
+        x = x.reshape(math.prod(before), n, math.prod(after))
+        y = torch.bmm(matrix.expand(len(x), m, n), x)
+    return y.view(*before, m, *after)

@@ -1,0 +1,248 @@
+"""Gaussian filtering in many dimensions at once, in time linear in the number of points: the permutohedral lattice.
+
+Points are spread onto the vertices of a lattice of simplices (splat), the vertices are blurred along the lattice's
+directions with (1/2, 1, 1/2) (blur), and the points read their values back (slice). A. Adams, J. Baek, M. A. Davis: Fast
+high-dimensional filtering using the permutohedral lattice, Computer Graphics Forum 29, 2010; used for dense CRFs by
+P. Krähenbühl and V. Koltun, NIPS 2011.
+
+Seen in the right coordinates the lattice is simple. `shear` maps features to R^d so that the lattice's vertices are the
+integer points Z^d. The simplex around a point t starts at floor(t) and walks along the axes in the order of t's fractional
+parts, largest first. A vertex's neighbours are one step along each axis, and one along all axes at once: d + 1 directions.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 15  # at a time: what is worked on stays in the cache, and PyTorch leaves the threads to us
+
+
+def shear(dimensions: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The lower-triangular matrix `(d, d)` that turns features of unit standard deviation into lattice coordinates.
+
+    Its scale makes splat, blur and slice together blur with a variance of about 1 along every feature.
+    """
+    d = dimensions
+    gram = torch.eye(d, dtype=torch.float64) + 1
+    return (math.sqrt(2 / 3) * torch.linalg.cholesky(gram)).to(dtype)
+
+
+class Permutohedral:
+    """The lattice of one set of points: built once, then applied to as many signals as one likes.
+
+    Args:
+        features: `(d, N)`, each row divided by its standard deviation; float32 or float64, on any device.
+
+    Attributes:
+        points, dimensions, vertices: N, d and the number M of lattice vertices in use.
+        vertex: `(d + 1, N)` int32, the vertices of each point's simplex.
+        weight: `(d + 1, N)`, each point's barycentric coordinates there.
+        neighbours: for each direction two lists of vertices, int32: the second one's are one step from the first one's.
+
+    Raises:
+        ValueError: when the features span too many cells to be numbered in 64 bits.
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        self.dimensions, self.points = features.shape
+        keys, self.weight, steps, cells = _embed(features)
+        self.vertex, self.neighbours, self.vertices = _connect(keys, steps, cells)
+        # Splat, blur and slice of a lone point give 1 + 2^-d times its value, on average over the positions in a simplex.
+        self.scale = 1 / (1 + 2.0**-self.dimensions)
+
+    def filter(self, signal: Tensor, *, transpose: bool = False) -> Tensor:
+        """Gaussian-weighted sum `(c, N)` of a signal `(c, N)`, each channel by itself.
+
+        Blurring along one direction after the other does not quite commute where vertices are missing, so the operator is
+        symmetric only nearly; `transpose=True` applies its exact transpose, which is what gradients need.
+        """
+        return self._slice(self._blur(self._splat(signal), transpose))
+
+    def _splat(self, signal: Tensor) -> Tensor:
+        channels, shares = len(signal), 1 if len(signal) >= _threads(signal) else _threads(signal)
+        vertices = signal.new_zeros(channels, shares, self.vertices)  # each thread adds into vertices of its own
+        spans = _spans(self.points, signal)
+
+        def add(channel: int, share: int) -> None:
+            for span in spans[share::shares]:
+                for index, weight in zip(self.vertex[:, span], self.weight[:, span]):
+                    vertices[channel, share].index_add_(0, index, weight * signal[channel, span])
+
+        _run(add, [(c, i) for c in range(channels) for i in range(shares)], signal)
+        return vertices[:, 0] if shares == 1 else vertices.sum(1)
+
+    def _blur(self, vertices: Tensor, transpose: bool) -> Tensor:
+        old, threads = torch.empty_like(vertices), _threads(vertices)
+
+        def add(channel: int, to: Tensor, source: Tensor, spans: list[slice]) -> None:
+            for span in spans:
+                values = torch.index_select(old[channel], 0, source[span])
+                vertices[channel].index_add_(0, to[span], values, alpha=0.5)
+
+        for here, there in reversed(self.neighbours) if transpose else self.neighbours:
+            old.copy_(vertices)
+            spans = _spans(len(here), vertices)
+            for to, source in ((here, there), (there, here)):  # in turn, so that no two threads add to one vertex
+                jobs = [(c, to, source, spans[i::threads]) for c in range(len(vertices)) for i in range(threads)]
+                _run(add, jobs, vertices)
+        return vertices
+
+    def _slice(self, vertices: Tensor) -> Tensor:
+        result = vertices.new_empty(len(vertices), self.points)
+
+        def read(spans: list[slice]) -> None:
+            for span in spans:
+                for channel, out in zip(vertices, result[:, span]):
+                    total = torch.zeros_like(out)
+                    for index, weight in zip(self.vertex[:, span], self.weight[:, span]):
+                        total.addcmul_(torch.index_select(channel, 0, index), weight)
+                    torch.mul(total, self.scale, out=out)
+
+        spans, threads = _spans(self.points, vertices), _threads(vertices)
+        _run(read, [(spans[i::threads],) for i in range(threads)], vertices)
+        return result
+
+
+def _embed(features: Tensor) -> tuple[Tensor, Tensor, list[int], int]:
+    """Where the points lie: vertex keys `(d + 1, N)` in range(cells), barycentric weights `(d + 1, N)`, a key's step in each
+    direction, and the number of cells."""
+    d, n = features.shape
+    device, double = features.device, features.dtype == torch.float64
+    matrix = shear(d, dtype=features.dtype).to(device)
+    spans = _spans(n, features)
+
+    extremes = torch.stack([torch.stack(torch.aminmax(matrix @ features[:, s], dim=1)) for s in spans])
+    low, high = extremes[:, 0].amin(0).floor(), extremes[:, 1].amax(0).floor()
+    # An integer vector becomes one integer, its key, so that a neighbour's key is the key plus a constant. Each axis has room
+    # for the simplex (+1) and for neighbours on both sides that do not exist but must not look like others that do.
+    strides, total = [], 1
+    for extent in (high - low).tolist():
+        strides.append(total)
+        total *= int(extent) + 4
+    if not total < 2**62:
+        raise ValueError(
+            f"the features span {total:.1e} lattice cells, more than the 2^62 that can be numbered: the standard deviations "
+            "are too small for the range of positions and intensities; enlarge them, or clip outlying intensities"
+        )
+    kind = torch.int32 if total < 2**31 else torch.int64
+    stride = torch.tensor(strides, dtype=kind, device=device)
+
+    keys = torch.empty(d + 1, n, dtype=kind, device=device)
+    weights = torch.empty(d + 1, n, dtype=features.dtype, device=device)
+    # A fractional part and its axis share one integer, the axis in the low bits: sorting that integer sorts both.
+    bits = (d - 1).bit_length()
+    packed_kind, unit = (torch.int64, 2.0 ** (52 - bits)) if double else (torch.int32, 2.0 ** (30 - bits))
+    axis = torch.arange(d, dtype=packed_kind, device=device)[:, None]
+
+    def embed(span: slice) -> None:
+        t = matrix @ features[:, span]
+        floor = t.floor()
+        packed = _sort_descending((((t - floor) * unit).to(packed_kind) << bits) | axis)
+        fraction = (packed >> bits).to(features.dtype).mul_(1 / unit)
+        torch.sub(1, fraction[0], out=weights[0, span])
+        torch.sub(fraction[:-1], fraction[1:], out=weights[1:-1, span])
+        weights[-1, span] = fraction[-1]
+        key = ((floor - low[:, None] + 1).to(kind) * stride[:, None]).sum(0, dtype=kind)
+        keys[0, span] = key
+        walk = torch.index_select(stride, 0, (packed & ((1 << bits) - 1)).flatten().int()).view_as(packed)
+        for row, step in zip(keys[1:, span], walk):
+            row.copy_(key.add_(step))
+
+    _run(embed, [(s,) for s in spans], features)
+    return keys, weights, [*strides, sum(strides)], total
+
+
+def _sort_descending(rows: Tensor) -> Tensor:
+    """Sort each column of `(d, n)`; a few rows with many columns are sorted fastest by comparing neighbouring rows d times."""
+    rows = list(rows)
+    for turn in range(len(rows)):
+        for i in range(turn % 2, len(rows) - 1, 2):
+            rows[i], rows[i + 1] = torch.maximum(rows[i], rows[i + 1]), torch.minimum(rows[i], rows[i + 1])
+    return torch.stack(rows)
+
+
+def _connect(keys: Tensor, steps: list[int], cells: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]], int]:
+    """Number the different keys: the `vertex` of every key, the pairs of `neighbours` in every direction, and how many vertices."""
+    flat, device = keys.flatten(), keys.device
+    # Few cells: a table with one entry for each is fastest. Many: sort the keys, and search in them.
+    if cells <= 24 * keys.shape[1] + 2**20:
+        used = torch.zeros(cells, dtype=torch.bool, device=device)
+        _run(lambda span: used.index_fill_(0, flat[span].long(), True), [(s,) for s in _spans(len(flat), keys)], keys)
+        unique = used.nonzero()[:, 0]
+        del used
+        count = unique.numel()
+        number = torch.full((cells,), -1, dtype=torch.int32, device=device)
+        number.scatter_(0, unique, torch.arange(count, dtype=torch.int32, device=device))
+        unique = unique.to(keys.dtype)
+        vertex = torch.empty_like(flat, dtype=torch.int32)
+
+        def look_up(span: slice) -> None:
+            torch.index_select(number, 0, flat[span], out=vertex[span])
+
+        _run(look_up, [(s,) for s in _spans(len(flat), keys)], keys)
+
+        def find(wanted: Tensor) -> Tensor:
+            return torch.index_select(number, 0, wanted)
+    else:
+        unique, vertex = torch.unique(flat, return_inverse=True)
+        vertex, count = vertex.int(), unique.numel()
+
+        def find(wanted: Tensor) -> Tensor:
+            first, last = _search(unique, wanted[[0, -1]]).tolist()
+            window = unique[first : last + 1]
+            if not window.numel():
+                return torch.full_like(wanted, -1, dtype=torch.int32)
+            place = _search(window, wanted).clamp_(max=window.numel() - 1)
+            return torch.where(torch.index_select(window, 0, place) == wanted, (place + first).int(), -1)
+
+    neighbours = [None] * len(steps)
+
+    def pair(direction: int) -> None:
+        here, there = [], []
+        for span in _spans(count, keys):
+            found = find(unique[span] + steps[direction])
+            exists = (found >= 0).nonzero()[:, 0]
+            here.append((exists + span.start).int())
+            there.append(torch.index_select(found, 0, exists))
+        neighbours[direction] = torch.cat(here), torch.cat(there)
+
+    _run(pair, [(j,) for j in range(len(steps))], keys)
+    return vertex.view(keys.shape), neighbours, count
+
+
+def _search(values: Tensor, wanted: Tensor) -> Tensor:
+    """Where the wanted values belong among sorted ones; NumPy makes use of the wanted ones being sorted too."""
+    if values.is_cuda:
+        return torch.searchsorted(values, wanted)
+    return torch.from_numpy(np.searchsorted(values.numpy(), wanted.numpy()))
+
+
+def _threads(tensor: Tensor) -> int:
+    return 1 if tensor.is_cuda else torch.get_num_threads()
+
+
+def _spans(length: int, tensor: Tensor) -> list[slice]:
+    """Slices that cover `range(length)`: small ones on a CPU, one on a GPU."""
+    size = max(length, 1) if tensor.is_cuda else CHUNK
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _run(function: Callable, jobs: list[tuple], tensor: Tensor) -> None:
+    """Call the function with each job's arguments, in threads on a CPU (PyTorch works outside Python's lock)."""
+    if _threads(tensor) == 1 or len(jobs) == 1:
+        for job in jobs:
+            function(*job)
+    else:
+        list(_pool(_threads(tensor)).map(lambda job: function(*job), jobs))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)

@@ -1,0 +1,185 @@
+"""Random search for the CRF's parameters, as the paper configures it: on held-out cases, judged by their Dice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from ..metrics import dice
+from ..paths import atomic_write
+from ..statistics import TTest, paired_t_test
+from ..volume import Case
+from .dense import DenseCRF, whole_tumour
+
+# Drawn uniformly in the logarithm: what matters is the factor. Sigmas in voxels and in standard deviations of intensity.
+SPACE = {
+    "smoothness_weight": (0.3, 10.0),
+    "smoothness_sigma": (0.5, 4.0),
+    "appearance_weight": (0.3, 10.0),
+    "appearance_sigma": (2.0, 20.0),
+    "intensity_sigma": (0.05, 1.0),
+}
+_WEIGHTS = ("smoothness_weight", "appearance_weight")
+
+
+@dataclass(frozen=True)
+class Search:
+    """What `search` found.
+
+    Attributes:
+        table: one row per trial: its parameters, the mean `dice` over the cases, its `gain` over no CRF, and the `p` of
+            a two-sided paired t-test between the two.
+        scores: Dice of every trial (row) and case (column).
+        baseline: Dice of every case without the CRF.
+    """
+
+    table: pd.DataFrame
+    scores: pd.DataFrame
+    baseline: pd.Series
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The parameters of the trial with the highest mean Dice; `DenseCRF(**best)` uses them."""
+        row = self.table.loc[self.table["dice"].idxmax()]
+        return {name: float(row[name]) for name in self.table.columns if name not in ("dice", "gain", "p")}
+
+    def test(self, trial: int | None = None, **options) -> TTest:
+        """Paired t-test of one trial, by default the best, against no CRF; `options` go to `statistics.paired_t_test`."""
+        trial = int(self.table["dice"].idxmax()) if trial is None else trial
+        return paired_t_test(self.scores.loc[trial], self.baseline, **options)
+
+
+def search(
+    cases: Sequence[Case],
+    probabilities: Sequence[np.ndarray],
+    *,
+    trials: int = 60,
+    weights_per_lattice: int = 4,
+    space: Mapping[str, tuple[float, float]] = SPACE,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    progress: bool = True,
+    **fixed,
+) -> Search:
+    """Try random parameters and score each by the mean Dice of the foreground over the cases.
+
+    The kernels depend on the sigmas only, so each draw of sigmas serves several draws of weights. With more than two classes
+    the paper's recipe for tumours is searched (`whole_tumour`), and "foreground" is the whole tumour.
+
+    Args:
+        cases: labelled cases that the network was not trained on.
+        probabilities: what the network says about each, `(K, D, H, W)`.
+        trials: how many parameter sets. A trial depends on the seed and its number alone.
+        weights_per_lattice: how many draws of weights share one draw of sigmas.
+        space: range of each parameter that is searched, drawn uniformly in its logarithm.
+        seed: of the draws.
+        folder: where finished trials are kept; the same call goes on from there.
+        progress: whether to show a bar.
+        **fixed: parameters of `DenseCRF` that are not searched, such as `iterations` or `units`.
+
+    Source: Kamnitsas et al. 2017, sections 4.1.2, 4.2.2 and 4.3.2 (random search; the ranges are ours).
+    """
+    _check(cases, probabilities, trials, weights_per_lattice, space, fixed)
+    base_scores = [_dice(np.asarray(p).argmax(0) > 0, case) for case, p in zip(cases, probabilities)]
+    names = [case.name for case in cases]
+    baseline = pd.Series(base_scores, index=names, name="no CRF")
+    question = {
+        "cases": names,
+        "baseline": [round(float(s), 6) for s in base_scores],
+        "space": {k: list(map(float, v)) for k, v in space.items()},
+        "seed": seed,
+        "weights_per_lattice": weights_per_lattice,
+        "fixed": {k: repr(v) for k, v in sorted(fixed.items())},
+    }
+    file = None
+    if folder is not None:
+        digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:12]
+        file = Path(folder) / f"crf_search_{digest}.json"
+    done: dict[int, list[float]] = {}
+    if file is not None and file.exists():
+        done = {int(t): s for t, s in json.loads(file.read_text())["dice"].items()}
+
+    drawn = [_draw(space, seed, t, weights_per_lattice) for t in range(trials)]
+    bar = tqdm(total=trials, initial=sum(t in done for t in range(trials)), desc="CRF search", disable=not progress)
+    for group in range(0, trials, weights_per_lattice):
+        todo = [t for t in range(group, min(group + weights_per_lattice, trials)) if t not in done]
+        if not todo:
+            continue
+        scores = {t: [] for t in todo}
+        for case, p in zip(cases, probabilities):
+            image = torch.from_numpy(case.image)
+            mask = None if case.mask is None else torch.from_numpy(case.mask)
+            prepared = None
+            for t in todo:
+                crf = DenseCRF(**drawn[t], **fixed, learn=())
+                if prepared is None:
+                    prepared = crf.prepare(image, mask, spacing=case.spacing)
+                scores[t].append(_dice(_foreground(crf, p, case, prepared), case))
+        done |= scores
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(file) as temporary:
+                temporary.write_text(json.dumps(question | {"dice": done}))
+        bar.update(len(todo))
+    bar.close()
+
+    scores = pd.DataFrame([done[t] for t in range(trials)], columns=names)
+    table = pd.DataFrame(drawn)
+    table["dice"] = scores.mean(axis=1)
+    table["gain"] = table["dice"] - baseline.mean()
+    table["p"] = [paired_t_test(row, base_scores).p if len(cases) > 1 else np.nan for row in scores.to_numpy()]
+    table.index.name = scores.index.name = "trial"
+    return Search(table, scores, baseline)
+
+
+def _draw(space: Mapping, seed: int, trial: int, weights_per_lattice: int) -> dict[str, float]:
+    shared = np.random.default_rng([seed, 0, trial // weights_per_lattice])
+    own = np.random.default_rng([seed, 1, trial])
+    return {
+        name: float(np.exp((own if name in _WEIGHTS else shared).uniform(np.log(low), np.log(high))))
+        for name, (low, high) in space.items()
+    }
+
+
+def _foreground(crf: DenseCRF, probabilities: np.ndarray, case: Case, prepared) -> np.ndarray:
+    if len(probabilities) > 2:
+        return whole_tumour(crf, probabilities, case, prepared=prepared) > 0
+    return crf.refine(probabilities, case, prepared=prepared).argmax(0) > 0
+
+
+def _dice(foreground: np.ndarray, case: Case) -> float:
+    return float(dice(foreground, case.label > 0))
+
+
+def _check(cases, probabilities, trials, weights_per_lattice, space, fixed) -> None:
+    if not cases or len(cases) != len(probabilities):
+        raise ValueError(
+            f"{len(cases)} cases and {len(probabilities)} probability maps; expected one map for each case"
+        )
+    for case, p in zip(cases, probabilities):
+        if case.label is None:
+            raise ValueError(f"{case.name} has no label; the search needs the truth")
+        if np.shape(p)[1:] != case.shape or len(p) < 2:
+            raise ValueError(
+                f"probabilities of {case.name} have shape {np.shape(p)}; expected (classes, *{case.shape})"
+            )
+    if len(set(case.name for case in cases)) < len(cases):
+        raise ValueError("two cases share one name; give each its own")
+    if trials < 1 or weights_per_lattice < 1:
+        raise ValueError(f"trials={trials}, weights_per_lattice={weights_per_lattice}; both must be at least 1")
+    for name, limits in space.items():
+        if name not in SPACE:
+            raise ValueError(f"space has {name!r}; what can be searched is {', '.join(SPACE)}")
+        low, high = limits
+        if not 0 < low <= high:
+            raise ValueError(f"space[{name!r}]={limits}; expected 0 < low <= high")
+    if twice := sorted(set(space) & set(fixed)):
+        raise ValueError(f"{', '.join(twice)} cannot be both searched and fixed")
