@@ -196,8 +196,10 @@ class DenseCRF(nn.Module):
     def _mean_field(self, unary: Tensor, prepared: Prepared) -> Tensor:
         """Logits of Q `(K, N)`, from log P `(K, N)` up to a constant.
 
-        Since Q sums to 1, the last label need not be filtered: its message is that of the constant 1 minus the others'. So all is
-        kept relative to the last label, and filtering, the dear part, is done for K - 1.
+        Only differences between labels matter, so all is kept relative to the last label, and filtering, the dear part, is done
+        for K - 1 differences. With E the energies Σ_l' μ(l, l') F(l') of the filtered Q, and D(l) = F(l) - F(K):
+        E(l) - E(K) = Σ_l' (μ(l, l') - μ(K, l')) D(l') + r(l) F(K), where r sums a row of that matrix, and F(K) follows from
+        the filtered constant 1 = Σ Q. For Potts r is 0.
         """
         classes, kind = len(unary), unary.dtype
         if classes == 1 or not unary.shape[1]:
@@ -206,20 +208,27 @@ class DenseCRF(nn.Module):
         if len(μ) != classes:
             raise ValueError(f"the compatibility matrix is for {len(μ)} classes, the segmentation has {classes}")
         relative = (μ[:-1] - μ[-1:]).to(kind)  # (K - 1, K)
-        of_last = relative[:, -1:]
-        among = relative[:, :-1] - of_last  # (K - 1, K - 1)
+        uneven = relative.sum(1, keepdim=True)
+        potts_like = not uneven.requires_grad and not uneven.any()
 
         kernels = []
         for weight, name in ((self.smoothness_weight, "smoothness"), (self.appearance_weight, "appearance")):
             if weight.requires_grad or float(weight) != 0:  # a kernel without weight is not even built
                 kernels.append((weight.to(kind), getattr(prepared, name)))
         unary = unary[:-1] - unary[-1:]
-        start = unary - of_last * sum(w * kernel.of_ones for w, kernel in kernels)
         z = unary
-        for _ in range(self.iterations):
-            q = torch.sigmoid(z) if classes == 2 else nn.functional.pad(z, (0, 0, 0, 1)).softmax(0)[:-1]
-            message = sum(w * kernel(q) for w, kernel in kernels)
-            z = start - (among @ message if kernels else 0)
+        for _ in range(self.iterations if kernels else 0):
+            # Q(l) - Q(K); with two labels sigmoid(z) - sigmoid(-z)
+            if classes == 2:
+                difference = torch.tanh(z / 2)
+            else:
+                q = nn.functional.pad(z, (0, 0, 0, 1)).softmax(0)
+                difference = q[:-1] - q[-1:]
+            filtered = sum(weight * kernel(difference) for weight, kernel in kernels)
+            z = unary - relative[:, :-1] @ filtered
+            if not potts_like:
+                of_ones = sum(weight * kernel.of_ones for weight, kernel in kernels)
+                z = z - uneven * (of_ones - filtered.sum(0, keepdim=True)) / classes
         return nn.functional.pad(z, (0, 0, 0, 1))
 
     def _check_values(self) -> None:
@@ -290,15 +299,17 @@ class Kernel:
     """A filter K with its normalisation; `of_ones` is what it makes of the constant 1, `(1, N)`."""
 
     def __init__(self, filter, ones: Tensor, normalization: str) -> None:
-        self._filter, self._before, self._after = filter, None, None
-        of_ones = filter(ones)
+        self._filter, self._ones, self._before, self._after = filter, ones, None, None
         if normalization == "symmetric":
-            self._before = self._after = (of_ones + 1e-20).rsqrt()
+            self._before = self._after = (filter(ones) + 1e-20).rsqrt()
         elif normalization == "before":
-            self._before = 1 / (of_ones + 1e-20)
+            self._before = 1 / (filter(ones) + 1e-20)
         elif normalization == "after":
-            self._after = 1 / (of_ones + 1e-20)
-        self.of_ones = of_ones if normalization == "none" else self(ones)
+            self._after = 1 / (filter(ones) + 1e-20)
+
+    @functools.cached_property
+    def of_ones(self) -> Tensor:
+        return self(self._ones)
 
     def __call__(self, signal: Tensor) -> Tensor:
         if self._before is not None:
