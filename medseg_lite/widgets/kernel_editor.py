@@ -280,8 +280,8 @@ def _limit(values: np.ndarray) -> float:
     return float(magnitudes[int(QUANTILE * (magnitudes.size - 1))] or magnitudes[-1] or 1)
 
 
-def _short(number: float) -> str:
-    return f"{number:.3g}".replace("-", "−")
+def _short(number: float, digits: int = 3) -> str:
+    return f"{number:.{digits}g}".replace("-", "−")
 
 
 def _draw(editor: KernelEditor) -> Figure:
@@ -301,7 +301,9 @@ def _draw(editor: KernelEditor) -> Figure:
         heaviest = np.abs(kernel).max() or 1
         middle.imshow(kernel, cmap=signed, vmin=-2 * heaviest, vmax=2 * heaviest)  # pale, under dark numbers
         for (i, j), weight in np.ndenumerate(kernel):
-            middle.text(j, i, _short(weight), ha="center", va="center", fontsize=11 if k == 3 else 8)
+            middle.text(
+                j, i, _short(weight, 3 if k == 3 else 2), ha="center", va="center", fontsize=11 if k == 3 else 8
+            )
         middle.set_title(f"kernel: {editor.preset}")
         middle.set_xlabel(f"row {row}, column {column}:\nfeature {_short(values[row - half, column - half])}")
         framed = np.full((rows, columns), np.nan)
