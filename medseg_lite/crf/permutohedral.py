@@ -27,7 +27,7 @@ CHUNK = 1 << 15  # at a time: what is worked on stays in the cache, and PyTorch 
 def shear(dimensions: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """The lower-triangular matrix `(d, d)` that turns features of unit standard deviation into lattice coordinates.
 
-    Its scale makes splat, blur and slice together blur with a variance of about 1 along every feature.
+    Its scale, the original's, gives splat, blur and slice together a variance of about 0.9 along every feature.
     """
     d = dimensions
     gram = torch.eye(d, dtype=torch.float64) + 1
@@ -54,7 +54,7 @@ class Permutohedral:
         self.dimensions, self.points = features.shape
         keys, self.weight, steps, cells = _embed(features)
         self.vertex, self.neighbours, self.vertices = _connect(keys, steps, cells)
-        # Splat, blur and slice of a lone point give 1 + 2^-d times its value, on average over the positions in a simplex.
+        # The d + 1 directions sum to zero, so a value blurred along all of them comes back to its own vertex: 1 + 2 (1/2)^(d+1).
         self.scale = 1 / (1 + 2.0**-self.dimensions)
 
     def filter(self, signal: Tensor, *, transpose: bool = False) -> Tensor:
