@@ -1,6 +1,7 @@
 """Interactive views for notebooks, drawn in the browser; each shows a static picture where no kernel or browser is at hand."""
 
+from .crf_explorer import CRFExplorer
 from .kernel_editor import KernelEditor
 from .slice_viewer import SliceViewer
 
-__all__ = ["KernelEditor", "SliceViewer"]
+__all__ = ["CRFExplorer", "KernelEditor", "SliceViewer"]
