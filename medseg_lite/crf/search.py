@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def search(
         weights_per_lattice: how many draws of weights share one draw of sigmas.
         space: range of each parameter that is searched, drawn uniformly in its logarithm.
         seed: of the draws.
-        folder: where finished trials are kept; the same call goes on from there.
+        folder: where finished trials are kept; the same call, on the same data, goes on from there.
         progress: whether to show a bar.
         **fixed: parameters of `DenseCRF` that are not searched, such as `iterations` or `units`.
 
@@ -93,7 +94,7 @@ def search(
     baseline = pd.Series(base_scores, index=names, name="no CRF")
     question = {
         "cases": names,
-        "baseline": [round(float(s), 6) for s in base_scores],
+        "inputs": [_checksum(c.image, c.mask, c.label, c.spacing, p) for c, p in zip(cases, probabilities)],
         "space": {k: list(map(float, v)) for k, v in space.items()},
         "seed": seed,
         "weights_per_lattice": weights_per_lattice,
@@ -153,6 +154,13 @@ def _foreground(crf: DenseCRF, probabilities: np.ndarray, case: Case, prepared) 
     if len(probabilities) > 2:
         return whole_tumour(crf, probabilities, case, prepared=prepared) > 0
     return crf.refine(probabilities, case, prepared=prepared).argmax(0) > 0
+
+
+def _checksum(*arrays: np.ndarray | None) -> int:
+    total = 0
+    for array in arrays:
+        total = zlib.crc32(np.ascontiguousarray(() if array is None else array), total)
+    return total
 
 
 def _dice(foreground: np.ndarray, case: Case) -> float:
