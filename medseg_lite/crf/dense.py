@@ -109,10 +109,11 @@ class DenseCRF(nn.Module):
             image: `(B, C, *space)`, which tells the appearance kernel what looks alike.
             mask: `(B, *space)` bool; only the voxels inside take part. By default all.
             spacing: mm between voxels along each axis; needed with `units="mm"`.
-            prepared: what `prepare` made for these images, to be used again.
+            prepared: what `prepare` made for these images and masks, to be used again (unless sigmas are learned).
 
         Returns:
-            log Q `(B, K, *space)`, of the logits' type; its softmax is Q. Outside the mask the logits as they came.
+            log Q `(B, K, *space)`, of the logits' type, computed in float64 if the image is and else in float32; its softmax is
+            Q. Outside the mask the logits as they came.
         """
         _check_shapes(logits, image, mask)
         if prepared is None:
@@ -121,6 +122,8 @@ class DenseCRF(nn.Module):
             ]
         elif isinstance(prepared, Prepared):
             prepared = [prepared]
+        if len(prepared) != len(logits):
+            raise ValueError(f"prepared is for {len(prepared)} images; the batch has {len(logits)}")
         return torch.stack([self._refine_one(one, field) for one, field in zip(logits, prepared, strict=True)])
 
     @torch.no_grad()
@@ -147,6 +150,7 @@ class DenseCRF(nn.Module):
         if prepared is None:
             mask = torch.from_numpy(case.mask) if inside_mask and case.mask is not None else None
             prepared = self.prepare(torch.from_numpy(case.image).to(device), mask, spacing=case.spacing)
+        _check_grid(prepared, case.shape)
         result = values.flatten(1).to(torch.float32, copy=True)
         index = prepared.index.to("cpu")
         inside = torch.index_select(result, 1, index).to(device)
@@ -156,11 +160,12 @@ class DenseCRF(nn.Module):
                 f"probabilities reach from {inside.min():.3g} to {inside.max():.3g}; expected 0 to 1 (for logits, call the CRF)"
             )
         refined = self._mean_field(inside.clamp_(min=clip).log_(), prepared).softmax(0)
-        return result.index_copy_(1, index, refined.cpu()).view(values.shape).numpy()
+        return result.index_copy_(1, index, refined.to(result)).view(values.shape).numpy()
 
     def prepare(self, image: Tensor, mask: Tensor | None = None, *, spacing: Sequence[float] | None = None) -> Prepared:
         """Build both kernels of one image `(C, *space)`, which do not depend on the segmentation, the weights or μ."""
         self._check_values()
+        image = image.detach()  # no gradient flows to it
         dims = image.ndim - 1
         scale = image.new_ones(dims, dtype=torch.float32)
         if self.units == "mm":
@@ -186,11 +191,11 @@ class DenseCRF(nn.Module):
         return Prepared(index, tuple(image.shape[1:]), intensities, *sigmas, self.normalization)
 
     def _refine_one(self, logits: Tensor, prepared: Prepared) -> Tensor:
-        kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        _check_grid(prepared, logits.shape[1:])
         flat = logits.flatten(1)
         inside = torch.index_select(flat, 1, prepared.index)
         _check_finite("logits", inside)
-        refined = self._mean_field(inside.to(kind), prepared).log_softmax(0)
+        refined = self._mean_field(inside, prepared).log_softmax(0)
         return flat.index_copy(1, prepared.index, refined.to(logits.dtype)).view(logits.shape)
 
     def _mean_field(self, unary: Tensor, prepared: Prepared) -> Tensor:
@@ -201,7 +206,8 @@ class DenseCRF(nn.Module):
         E(l) - E(K) = Σ_l' (μ(l, l') - μ(K, l')) D(l') + r(l) F(K), where r sums a row of that matrix, and F(K) follows from
         the filtered constant 1 = Σ Q. For Potts r is 0.
         """
-        classes, kind = len(unary), unary.dtype
+        classes, kind = len(unary), prepared.dtype
+        unary = unary.to(kind)
         if classes == 1 or not unary.shape[1]:
             return unary
         μ = 1 - torch.eye(classes, device=unary.device) if self.compatibility is None else self.compatibility
@@ -252,6 +258,8 @@ class Prepared:
 
     Attributes:
         index: the voxels that take part, positions in the flattened grid `(N,)`.
+        shape: size of the grid.
+        dtype: what is computed in.
         smoothness, appearance: kernels; calling one filters `(c, N)`.
     """
 
@@ -259,6 +267,7 @@ class Prepared:
         self, index, shape, intensities, smoothness_sigma, appearance_sigma, intensity_sigma, normalization
     ) -> None:
         self.index, self.shape, self._intensities, self._normalization = index, shape, intensities, normalization
+        self.dtype = intensities.dtype
         self._smoothness_sigma, self._appearance_sigma = smoothness_sigma, appearance_sigma
         self._intensity_sigma = intensity_sigma
 
@@ -389,6 +398,14 @@ def _check_shapes(logits: Tensor, image: Tensor, mask: Tensor | None) -> None:
     ):
         if found is not None and found != expected:
             raise ValueError(f"{name} is on the grid (batch, *space) = {found}; the logits are on {expected}")
+
+
+def _check_grid(prepared: Prepared, shape: Sequence[int]) -> None:
+    if tuple(prepared.shape) != tuple(shape):
+        raise ValueError(
+            f"prepared is for an image of {tuple(prepared.shape)} voxels; the segmentation has {tuple(shape)}. "
+            "Prepare each image for itself"
+        )
 
 
 def _check_finite(name: str, values: Tensor) -> None:
