@@ -151,15 +151,15 @@ class DenseCRF(nn.Module):
             mask = torch.from_numpy(case.mask) if inside_mask and case.mask is not None else None
             prepared = self.prepare(torch.from_numpy(case.image).to(device), mask, spacing=case.spacing)
         _check_grid(prepared, case.shape)
-        result = values.flatten(1).to(torch.float32, copy=True)
         index = prepared.index.to("cpu")
-        inside = torch.index_select(result, 1, index).to(device)
+        inside = torch.index_select(values.flatten(1), 1, index).to(device, torch.float32)
         _check_finite("probabilities", inside)
         if inside.numel() and (inside.min() < -1e-3 or inside.max() > 1 + 1e-3):
             raise ValueError(
                 f"probabilities reach from {inside.min():.3g} to {inside.max():.3g}; expected 0 to 1 (for logits, call the CRF)"
             )
         refined = self._mean_field(inside.clamp_(min=clip).log_(), prepared).softmax(0)
+        result = values.flatten(1).to(torch.float32, copy=True)
         return result.index_copy_(1, index, refined.to(result)).view(values.shape).numpy()
 
     def prepare(self, image: Tensor, mask: Tensor | None = None, *, spacing: Sequence[float] | None = None) -> Prepared:

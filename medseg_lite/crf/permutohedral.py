@@ -184,10 +184,12 @@ def _connect(keys: Tensor, steps: list[int], cells: int) -> tuple[Tensor, list[t
         number = torch.full((cells,), -1, dtype=torch.int32, device=device)
         number.scatter_(0, unique, torch.arange(count, dtype=torch.int32, device=device))
         unique = unique.to(keys.dtype)
-        vertex = torch.empty_like(flat, dtype=torch.int32)
+        vertex = (
+            flat if flat.dtype == torch.int32 else flat.new_empty(len(flat), dtype=torch.int32)
+        )  # the keys are done with
 
         def look_up(span: slice) -> None:
-            torch.index_select(number, 0, flat[span], out=vertex[span])
+            vertex[span] = torch.index_select(number, 0, flat[span])
 
         _run(look_up, [(s,) for s in _spans(len(flat), keys)], keys)
 
