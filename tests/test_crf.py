@@ -1013,3 +1013,20 @@ def test_search_refuses(cohort):
     ]:
         with pytest.raises(ValueError, match=message):
             search(*args, **options, progress=False)
+
+
+def test_whole_tumour_keeps_the_most_probable_class_outside_the_mask():
+    probabilities = np.zeros((3, 4, 4, 4), np.float32)
+    probabilities[:] = np.array([0.4, 0.3, 0.3])[
+        :, None, None, None
+    ]  # background leads, though the tumour's sum is larger
+    mask = np.zeros((4, 4, 4), bool)
+    mask[1:3, 1:3, 1:3] = True
+    case = Case(np.zeros((1, 4, 4, 4), np.float32), ("flair",), "uniform", mask=mask)
+    labels = whole_tumour(DenseCRF(), probabilities, case)
+    assert (labels[mask] == 1).all() and not labels[~mask].any()
+
+
+def test_one_group_to_learn_may_be_a_plain_string():
+    model = DenseCRF(learn="weights")
+    assert model.smoothness_weight.requires_grad and not model.smoothness_sigma.requires_grad

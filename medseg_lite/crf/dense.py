@@ -31,7 +31,7 @@ class DenseCRF(nn.Module):
     features, by more for more). As in the authors' code a voxel also hears itself, and kernels are normalised.
 
     Args:
-        smoothness_weight, appearance_weight: w₁ and w₂, at least 0.
+        smoothness_weight, appearance_weight: w₁ and w₂; 0 leaves a kernel out.
         smoothness_sigma, appearance_sigma: σ_α and σ_β, one number or one for each axis.
         intensity_sigma: σ_γ in the image's own units (standard deviations after `transforms.standardise`), one number or one
             for each channel. The authors' code counts in 255ths of a range of 6 standard deviations: its 42.5 is our 1.
@@ -69,6 +69,7 @@ class DenseCRF(nn.Module):
         super().__init__()
         _one_of("units", units, UNITS)
         _one_of("normalization", normalization, NORMALIZATIONS)
+        learn = (learn,) if isinstance(learn, str) else tuple(learn)
         for name in learn:
             _one_of("learn", name, ("weights", "compatibility", "sigmas"))
         if not isinstance(iterations, int) or iterations < 0:
@@ -109,7 +110,8 @@ class DenseCRF(nn.Module):
             image: `(B, C, *space)`, which tells the appearance kernel what looks alike.
             mask: `(B, *space)` bool; only the voxels inside take part. By default all.
             spacing: mm between voxels along each axis; needed with `units="mm"`.
-            prepared: what `prepare` made for these images and masks, to be used again (unless sigmas are learned).
+            prepared: what `prepare` made for these images and masks, to be used again (unless sigmas are learned); mask
+                and spacing are then not needed.
 
         Returns:
             log Q `(B, K, *space)`, of the logits' type, computed in float64 if the image is and else in float32; its softmax is
@@ -375,7 +377,10 @@ def whole_tumour(
     background = probabilities[0]
     refined = crf.refine(np.stack([background, 1 - background]), case, prepared=prepared)
     tumour = (1 + probabilities[1:].argmax(0)).astype(np.uint8)
-    return np.where(refined[1] > refined[0], tumour, np.uint8(0))
+    labels = np.where(refined[1] > refined[0], tumour, np.uint8(0))
+    if case.mask is None:
+        return labels
+    return np.where(case.mask, labels, probabilities.argmax(0).astype(np.uint8))
 
 
 def _per(name: str, sigma: Tensor, count: int, what: str) -> Tensor:

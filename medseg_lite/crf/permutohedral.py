@@ -62,7 +62,7 @@ class Permutohedral:
         """Gaussian-weighted sum `(c, N)` of a signal `(c, N)`, each channel by itself.
 
         Blurring along one direction after the other does not quite commute where vertices are missing, so the operator is
-        symmetric only nearly; `transpose=True` applies its exact transpose, which is what gradients need.
+        symmetric only roughly; `transpose=True` applies its exact transpose, which is what gradients need.
         """
         return self._slice(self._blur(self._splat(signal), transpose))
 

@@ -78,7 +78,7 @@ def search(
     Args:
         cases: labelled cases that the network was not trained on.
         probabilities: what the network says about each, `(K, D, H, W)`.
-        trials: how many parameter sets. A trial depends on the seed and its number alone.
+        trials: how many parameter sets. More trials begin with the same ones.
         weights_per_lattice: how many draws of weights share one draw of sigmas.
         space: range of each parameter that is searched, drawn uniformly in its logarithm.
         seed: of the draws.
