@@ -243,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
         "model.safetensors at the end. Defaults are the paper's; they take a GPU a day. On a CPU try --steps 500.",
     )  # fmt: skip
     train.add_argument(
-        "network", choices=models.NETWORKS, metavar="NETWORK", help="one of " + ", ".join(models.NETWORKS)
+        "network", choices=models.DEEPMEDIC, metavar="NETWORK", help="one of " + ", ".join(models.DEEPMEDIC)
     )
     train.add_argument("--out", required=True, help="folder of the run")
     data(train)

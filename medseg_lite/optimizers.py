@@ -79,6 +79,79 @@ class RMSpropNesterov(torch.optim.Optimizer):
         return loss
 
 
+class MaxNormSGD(torch.optim.SGD):
+    """Gradient descent with momentum that keeps every kernel short.
+
+        v ← m v + g
+        θ ← θ − lr · v,  then every kernel longer than `max_norm` (Euclidean norm) is scaled back to it
+
+    A kernel is what makes one output map: `weight[o]` of a convolution, one piece of a maxout unit. Biases are left free.
+
+    Args:
+        parameters: what to train.
+        lr: learning rate (.005 in the paper).
+        momentum: m at the start (.5); `MomentumSchedule` raises it.
+        max_norm: longest kernel. The paper bounds the kernels but gives no number.
+
+    Source: Havaei et al. 2017, section 3.3.
+    """
+
+    def __init__(self, parameters: Iterable, *, lr: float = 0.005, momentum: float = 0.5, max_norm: float = 2.0):
+        if lr < 0 or not 0 <= momentum < 1 or not max_norm > 0:
+            raise ValueError(
+                f"lr={lr}, momentum={momentum}, max_norm={max_norm}; expected lr >= 0, momentum from 0 to below 1, max_norm > 0"
+            )
+        super().__init__(parameters, lr=float(lr), momentum=float(momentum))
+        self.max_norm = float(max_norm)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update from the gradients in `.grad`."""
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim > 1 and p.grad is not None:
+                    p.renorm_(p=2, dim=0, maxnorm=self.max_norm)
+        return loss
+
+
+class MomentumSchedule:
+    """Raise the momentum evenly over a run, and cut the learning rate after each of its epochs.
+
+    Args:
+        optimizer: whose momentum and rate to change.
+        steps: updates of the whole run.
+        epochs: equal parts of the run; the rate is multiplied by `decay` after each.
+        decay: .1 in the paper.
+        momentum: at the start and at the end of the run (.5 and .9).
+
+    Source: Havaei et al. 2017, section 3.3.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        steps: int,
+        epochs: int = 3,
+        decay: float = 0.1,
+        momentum: tuple[float, float] = (0.5, 0.9),
+    ):
+        if steps < 1 or epochs < 1 or not all(0 <= m < 1 for m in momentum):
+            raise ValueError(
+                f"steps={steps}, epochs={epochs}, momentum={momentum}; expected at least 1 step and epoch, momenta from 0 to below 1"
+            )
+        self.optimizer, self.steps, self.epochs, self.decay, self.momentum = optimizer, steps, epochs, decay, momentum
+        self.rate = optimizer.param_groups[0]["lr"]
+
+    def after(self, step: int) -> None:
+        """Called after every update with the number of updates made."""
+        first, last = self.momentum
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * self.decay ** min(self.epochs * step // self.steps, self.epochs - 1)
+            group["momentum"] = first + (last - first) * step / self.steps
+
+
 class HalveOnPlateau(ReduceLROnPlateau):
     """Halve the learning rate when a score has not improved for `patience` validations.
 

@@ -50,14 +50,16 @@ def close(a, b) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", ["deepmedic", "deep_plus", "shallow", "dm2d_seg", "large2d_seg"])
+@pytest.mark.parametrize(
+    "name", ["deepmedic", "deep_plus", "shallow", "dm2d_seg", "large2d_seg", "two_path_cnn", "local_cascade_cnn"]
+)
 def test_equals_the_plain_network_on_the_mirrored_volume(network, noise_case, name, shape):
     model, case = network(name), noise_case(shape)
     close(logits_of(model, case), reference(model, case))
 
 
 @pytest.mark.parametrize("tile", [1, 3, 5, 9, (6, 3, 2), (100, 4, 100)], ids=str)
-@pytest.mark.parametrize("name", ["deepmedic", "shallow_plus", "dm2d_seg"])
+@pytest.mark.parametrize("name", ["deepmedic", "shallow_plus", "dm2d_seg", "input_cascade_cnn"])
 def test_tiles_do_not_change_the_result(network, noise_case, name, tile):
     model, case = network(name), noise_case((10, 8, 7))
     close(logits_of(model, case, tile=tile), reference(model, case))

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 
 from medseg_lite import models
 from medseg_lite.features import measured_receptive_field, receptive_field_recursion
+from medseg_lite.models.havaei import WideConv2d
 from medseg_lite.models.layers import ConvBlock, RollingBatchNorm, convolutions, init_normal, scaled
 
 
@@ -20,7 +22,7 @@ class Network(NamedTuple):
     name: str
     parameters: dict[tuple[int, int], int]  # (in_channels, classes): trainable scalars
     field: int  # receptive field in voxels along each axis
-    init: str = "he"
+    init: str | float = "he"  # or the standard deviation of all kernels
     dropout: tuple[float, ...] = ()  # rates in the order of the layers
 
     def __call__(self, *, width: float = 0.1, seed: int = 0, **options) -> nn.Module:
@@ -42,7 +44,21 @@ NETWORKS = [
     Network("deeper2d_seg", {(4, 5): 486_065, (5, 2): 486_152}, 99, dropout=HALF),
     Network("large2d_seg", {(4, 5): 875_043, (5, 2): 875_250}, 75, dropout=HALF),
 ]
-TWO_SCALES = [n for n in NETWORKS if n.field > 17]
+DEEPMEDIC = list(NETWORKS)
+TWO_SCALES = [n for n in DEEPMEDIC if n.field > 17]
+FLAT = {"init": 0.005 / 3**0.5, "dropout": (0.5,)}  # U(-.005, .005); inputs of the output layer
+CASCADES = [  # what is trained: the second network
+    Network("input_cascade_cnn", {(4, 5): 1_111_397, (2, 5): 990_693}, 65, **FLAT),
+    Network("local_cascade_cnn", {(4, 5): 815_397, (2, 5): 694_693}, 56, **FLAT),
+    Network("mf_cascade_cnn", {(4, 5): 820_662, (2, 5): 699_958}, 53, **FLAT),
+]
+HAVAEI = [
+    Network("two_path_cnn", {(4, 5): 809_637, (2, 5): 688_933}, 33, **FLAT),
+    Network("local_path_cnn", {(4, 5): 240_197, (2, 5): 227_653}, 33, **FLAT),
+    Network("global_path_cnn", {(4, 5): 569_445, (2, 5): 461_285}, 33, **FLAT),
+    *CASCADES,
+]
+NETWORKS += HAVAEI
 
 
 def by_name(networks):
@@ -63,14 +79,17 @@ def patch(model: nn.Module, *, batch: int = 1, out: int | None = None, seed: int
 
 
 def test_the_table_is_complete():
-    assert {n.name for n in NETWORKS} == set(models.NETWORKS) == set(models.__all__) - {"NETWORKS", "load", "save"}
+    assert {n.name for n in NETWORKS} == set(models.NETWORKS) == set(models.__all__) - {
+        "DEEPMEDIC", "HAVAEI", "NETWORKS", "load", "save",
+    }  # fmt: skip
+    assert {n.name for n in DEEPMEDIC} == set(models.DEEPMEDIC) and {n.name for n in HAVAEI} == set(models.HAVAEI)
 
 
 @every_network
 def test_parameter_count(network):
     for (channels, classes), expected in network.parameters.items():
         model = network(width=1, in_channels=channels, classes=classes)
-        assert sum(p.numel() for p in model.parameters()) == expected
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
     assert f"{network.parameters[4, 5]:,} parameters" in getattr(models, network.name).__doc__
 
 
@@ -82,6 +101,9 @@ def test_forward_and_backward(network):
     target = torch.randint(4, (2, *y.shape[2:]))
     nn.functional.cross_entropy(y, target).backward()
     for name, parameter in model.named_parameters():
+        if name.startswith("first."):  # a cascade's first network is not trained
+            assert parameter.grad is None
+            continue
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.any(), f"{name} does not take part"
 
@@ -100,12 +122,13 @@ def test_receptive_field_measured(network):
     model = network()
     field = measured_receptive_field(model)
     assert field.side == (network.field,) * model.spatial_dims
-    assert all(-a == b == network.field // 2 for a, b in zip(field.first, field.last))
+    odd = network.field % 2  # an even field has one voxel fewer on one side
+    assert all(-a == network.field // 2 == b + 1 - odd for a, b in zip(field.first, field.last))
     assert model.margin <= network.field // 2  # no context is missing and at most a voxel of it is unused
     assert model.margin >= network.field // 2 - model.multiple // 2
 
 
-@every_network
+@by_name(DEEPMEDIC)
 def test_receptive_field_computed(network):
     model = network()
     kernels = [c.kernel_size[0] for c in convolutions(model.normal)]
@@ -140,7 +163,8 @@ def test_one_voxel(network):
     model = network().eval()
     assert model(patch(model, out=1)).shape[2:] == (1,) * model.spatial_dims
     field = measured_receptive_field(model, voxel=0, size=1 + 2 * model.margin)
-    assert field.first == (-model.margin,) * model.spatial_dims and field.last == (model.margin,) * model.spatial_dims
+    last = model.margin - (network.name == "local_cascade_cnn")  # whose field is even
+    assert field.first == (-model.margin,) * model.spatial_dims and field.last == (last,) * model.spatial_dims
 
 
 @every_network
@@ -208,10 +232,11 @@ def test_half_precision_training(network):
         y = model(patch(model, batch=2))
     y.float().square().sum().backward()
     assert y.dtype == torch.bfloat16
-    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in trained)
 
 
-@every_network
+@by_name(DEEPMEDIC)
 @pytest.mark.parametrize("width", [0.1, 1.0])
 def test_for_inference(network, width, stir):
     model = stir(network(width=width, in_channels=2, classes=3))
@@ -226,7 +251,7 @@ def test_initial_weights(network):
     model = network(width=1)
     for conv in convolutions(model):
         weight = conv.weight.detach()
-        expected = 0.01 if network.init == "normal" else (2 / weight[0].numel()) ** 0.5
+        expected = {"normal": 0.01, "he": (2 / weight[0].numel()) ** 0.5}.get(network.init, network.init)
         error = (2 * weight.numel()) ** -0.5  # standard error of a standard deviation, relative
         assert abs(float(weight.std()) / expected - 1) < 5 * error
         assert abs(float(weight.mean())) < 5 * expected / weight.numel() ** 0.5
@@ -237,7 +262,8 @@ def test_initial_weights(network):
 @every_network
 def test_dropout_only_where_it_should_be(network):
     model = network()
-    assert tuple(m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p) == network.dropout
+    trained = getattr(model, "second", model)
+    assert tuple(m.p for m in trained.modules() if isinstance(m, nn.Dropout) and m.p) == network.dropout
     x = patch(model, batch=2)
     model.train()
     assert torch.equal(model(x), model(x)) is not bool(network.dropout)
@@ -245,7 +271,7 @@ def test_dropout_only_where_it_should_be(network):
     assert torch.equal(model(x), model(x))
 
 
-@every_network
+@by_name(DEEPMEDIC)
 def test_dropout_of_the_convolutions(network):
     model = network(conv_dropout=0.02)
     paths = [model.normal, *([model.low] if model.low_resolution else [])]
@@ -255,9 +281,10 @@ def test_dropout_of_the_convolutions(network):
 
 
 @pytest.mark.parametrize("options", [{"in_channels": 0}, {"classes": 1}])
-def test_impossible_channels_and_classes(options):
+@pytest.mark.parametrize("build", [models.deepmedic, models.two_path_cnn])
+def test_impossible_channels_and_classes(build, options):
     with pytest.raises(ValueError, match="at least 1 channel and 2 classes"):
-        models.deepmedic(**options)
+        build(**options)
 
 
 # ----------------------------------------------------------------------------------------------- what papers differ in
@@ -344,6 +371,137 @@ def test_context_is_repeated_three_times():
         model.classifier.weight[1, 0] = 1
         ramp = torch.arange(57.0).expand(1, 1, 57, -1)
         assert model(ramp)[0, 1, 0].tolist() == [25, 25, 25, 28, 28, 28, 31, 31, 31]
+
+
+# ------------------------------------------------------------------------------------------- two pathways and cascades
+
+
+def by_hand(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """A valid convolution followed by maxout, unit by unit."""
+    y = F.conv2d(x, conv.weight, conv.bias)
+    units = conv.out_channels // 2
+    return torch.stack([torch.stack([y[:, u], y[:, units + u]]).amax(0) for u in range(units)], dim=1)
+
+
+def features_by_hand(model: nn.Module, x: torch.Tensor, probabilities: torch.Tensor | None = None) -> torch.Tensor:
+    """Both pathways of a two-pathway network, as the table of layers says."""
+    detail = F.max_pool2d(by_hand(model.local1[0], x), 4, stride=1)
+    if model.joins == "local":
+        detail = torch.cat([detail, probabilities], 1)
+    detail = F.max_pool2d(by_hand(model.local2[0], detail), 2, stride=1)
+    return torch.cat([detail, by_hand(model.global1[0], x)], 1)
+
+
+def test_two_pathways_by_hand(stir):
+    model = stir(models.two_path_cnn())
+    x = torch.randn(2, 4, 33, 33)
+    assert model.local1(x).shape == (2, 64, 24, 24) and model.local2(model.local1(x)).shape == (2, 64, 21, 21)
+    assert model.global1(x).shape == (2, 160, 21, 21)
+    expected = F.linear(features_by_hand(model, x).flatten(1), model.output.weight.flatten(1), model.output.bias)
+    torch.testing.assert_close(model(x).flatten(1), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers, field", [([7, 4], 10), ([7, 4, 3, 2], 13), ([13], 13), ([7, 4, 3, 2, 21], 33)])
+def test_fields_of_the_pathways(layers, field):
+    assert receptive_field_recursion(layers)[-1] == field
+    model = models.two_path_cnn(width=0.1)
+    part = {10: "local1", 13: "local2" if len(layers) > 1 else "global1", 33: "output"}[field]
+    assert measured_receptive_field(model, layer=part).side == (field, field)
+
+
+@pytest.mark.parametrize("name, sides, joined", [
+    ("input_cascade_cnn", (65, 33), 9), ("local_cascade_cnn", (56, 24), 69), ("mf_cascade_cnn", (53, 21), 229),
+])  # fmt: skip
+def test_where_the_first_network_enters(name, sides, joined, stir):
+    """Sizes as in the paper: the first network's input and output, and the channels where they are joined."""
+    model = stir(getattr(models, name)())
+    second, (whole, map_side) = model.second, sides
+    side = 2 * model.margin + 1
+    x = torch.randn(1, 4, side, side)
+    maps = model.first(x[..., :whole, :whole]).softmax(1)
+    assert maps.shape == (1, 5, map_side, map_side) and whole in (side, side - 1)
+    entry = {"input": second.local1[0], "local": second.local2[0], "output": second.output}[second.joins]
+    assert entry.in_channels == joined
+    rim = model.margin - 16
+    inner = x[..., rim : rim + 33, rim : rim + 33]
+    if second.joins == "input":
+        inner = torch.cat([inner, maps], 1)
+    features = features_by_hand(second, inner, maps)
+    if second.joins == "output":
+        features = torch.cat([features, maps], 1)
+    torch.testing.assert_close(
+        model(x), F.conv2d(features, second.output.weight, second.output.bias), rtol=1e-4, atol=1e-5
+    )
+
+
+@by_name(CASCADES)
+def test_the_first_network_is_copied_frozen_and_saved(network, tmp_path, stir):
+    first = stir(models.two_path_cnn(in_channels=2, classes=3, width=0.1))
+    model = network(in_channels=2, classes=3, first=first).train()
+    with torch.no_grad():
+        first.output.bias += 1
+    assert not torch.equal(model.first.output.bias, first.output.bias)
+    assert (
+        model.second.training
+        and not model.first.training
+        and not any(p.requires_grad for p in model.first.parameters())
+    )
+    again = models.load(models.save(tmp_path / "net.safetensors", model, {}))
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    assert not any(p.requires_grad for p in again.first.parameters()) and all(
+        p.requires_grad for p in again.second.parameters()
+    )
+    assert model.output is model.second.output
+
+
+@by_name(CASCADES)
+def test_cascades_refuse_another_first_network(network):
+    for first in (models.two_path_cnn(classes=3, width=0.1), models.local_path_cnn(width=0.1), nn.Conv2d(4, 5, 3)):
+        with pytest.raises(
+            ValueError, match=f"first is .* {network.name} needs .*'builder': 'two_path_cnn'.*'width': 0.1"
+        ):
+            network(first=first)
+
+
+@pytest.mark.parametrize("shape", [(21, 21), (27, 30), (28, 21), (40, 33)])
+def test_wide_convolution_is_a_convolution(shape):
+    """Both ways of working it out, forwards and backwards."""
+    torch.manual_seed(0)
+    conv = WideConv2d(6, 3, 21)
+    x = torch.randn(2, 6, *shape, requires_grad=True)
+    expected = F.conv2d(x, conv.weight, conv.bias)
+    torch.testing.assert_close(conv(x), expected, rtol=1e-4, atol=1e-5)
+    mix = torch.randn_like(expected)
+    inputs = (x, *conv.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad((conv(x) * mix).sum(), inputs), torch.autograd.grad((expected * mix).sum(), inputs)
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@by_name(HAVAEI)
+def test_a_whole_slice_equals_its_patches(network, stir):
+    model = stir(network(in_channels=2, classes=3))
+    m, shape = model.margin, (11, 9)
+    x = torch.randn(2, *(n + 2 * m for n in shape))
+    patches = x.unfold(1, 2 * m + 1, 1).unfold(2, 2 * m + 1, 1).permute(1, 2, 0, 3, 4)  # (11, 9, C, 2m + 1, 2m + 1)
+    with torch.no_grad():
+        dense = model(x[None])[0]
+        single = torch.stack([model(row)[..., 0, 0] for row in patches]).permute(2, 0, 1)
+    torch.testing.assert_close(dense, single, rtol=0, atol=1e-4)
+    assert single.std() > 1e-3
+
+
+def test_unknown_start():
+    with pytest.raises(ValueError, match="init='glorot'; expected uniform or he"):
+        models.mf_cascade_cnn(init="glorot")
+
+
+@by_name(HAVAEI)
+def test_he_start_calls_all_classes_equally_likely(network):
+    model = network(init="he").eval()
+    assert not model(patch(model)).any() and model.config["init"] == "he"
+    assert not model.output.weight.any()
 
 
 # --------------------------------------------------------------------------------------------------------- the blocks

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from medseg_lite.optimizers import HalveAt, HalveOnPlateau, RMSpropNesterov
+from medseg_lite.optimizers import HalveAt, HalveOnPlateau, MaxNormSGD, MomentumSchedule, RMSpropNesterov
 
 
 def gradient(theta: float) -> float:
@@ -176,3 +176,71 @@ def test_halve_at():
         schedule.after(step)
         found.append([g["lr"] for g in optimizer.param_groups])
     assert found == [[1, 0.4], [0.5, 0.2], [0.5, 0.2], [0.25, 0.1], [0.125, 0.05], [0.125, 0.05]]
+
+
+# ---------------------------------------------------------------------------------------------- momentum and max-norm
+
+
+def test_momentum_by_hand():
+    """g = θ, m = .5, lr = .1 from 1: v = 1, θ = .9; v = .5 + .9, θ = .76; v = .7 + .76, θ = .614."""
+    theta = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    optimizer = MaxNormSGD([theta], lr=0.1, momentum=0.5)
+    path = []
+    for _ in range(3):
+        theta.grad = theta.detach().clone()
+        optimizer.step()
+        path.append(float(theta.detach()))
+    assert path == pytest.approx([0.9, 0.76, 0.614])
+
+
+def test_long_kernels_are_scaled_back_and_biases_left_free():
+    conv = nn.Conv2d(1, 3, 2)
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([[3.0, 0, 0, 4], [0.3, 0, 0.4, 0], [-1, 1, -1, 1]]).view(3, 1, 2, 2))
+        conv.bias.fill_(7)
+    for p in conv.parameters():
+        p.grad = torch.zeros_like(p)
+    MaxNormSGD(conv.parameters(), max_norm=1.5).step()
+    expected = [[0.9, 0, 0, 1.2], [0.3, 0, 0.4, 0], [-0.75, 0.75, -0.75, 0.75]]
+    torch.testing.assert_close(conv.weight.detach().view(3, 4), torch.tensor(expected))
+    assert (conv.bias == 7).all()
+
+
+def test_max_norm_holds_throughout_training():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 4, 3)
+    optimizer = MaxNormSGD(conv.parameters(), lr=1.0, max_norm=0.5)
+    reached = 0
+    for _ in range(20):
+        optimizer.zero_grad()
+        conv(torch.randn(2, 2, 5, 5)).square().mean().neg().backward()
+        optimizer.step()
+        norms = conv.weight.detach().flatten(1).norm(dim=1)
+        assert (norms <= 0.5 + 1e-6).all()
+        reached += int((norms > 0.499).sum())
+    assert reached > 40  # it would be longer if it could
+
+
+def test_momentum_schedule():
+    optimizer = MaxNormSGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = MomentumSchedule(optimizer, steps=8, epochs=4)
+    rates, momenta = [], []
+    for step in range(1, 9):
+        schedule.after(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+        momenta.append(optimizer.param_groups[0]["momentum"])
+    assert rates == pytest.approx([0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4, 1e-4])
+    assert momenta == pytest.approx([0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9])
+
+
+@pytest.mark.parametrize("options", [{"lr": -1}, {"momentum": 1}, {"max_norm": 0}])
+def test_max_norm_sgd_rejects(options):
+    with pytest.raises(ValueError, match="expected lr >= 0, momentum from 0 to below 1, max_norm > 0"):
+        MaxNormSGD([nn.Parameter(torch.zeros(1))], **options)
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 5, "epochs": 0}, {"steps": 5, "momentum": (0.5, 1.0)}])
+def test_momentum_schedule_rejects(options):
+    optimizer = MaxNormSGD([nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ValueError, match="expected at least 1 step and epoch, momenta from 0 to below 1"):
+        MomentumSchedule(optimizer, **options)

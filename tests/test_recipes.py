@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from medseg_lite import models, recipes
 from medseg_lite.volume import Case
@@ -60,6 +61,113 @@ def test_fine_tuning_starts_from_the_checkpoint(cases, tmp_path):
     assert tuned.card["started_from"] == "first.safetensors"
     with pytest.raises(ValueError, match="choose the same network"):
         recipes.deepmedic(cases, start=path, network="deep_plus", **options)
+
+
+# ------------------------------------------------------------------------------------------------------ two phases
+
+SHORT = {"steps": 3, "phase2_steps": 3, "width": 0.1, "output": 3, "batch_size": 4, "progress": False}
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> dict[str, bool]:
+    return {name: torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items()}
+
+
+def test_phase_two_changes_the_output_layer_alone(cases, tmp_path):
+    first = recipes.havaei(cases, folder=tmp_path, **SHORT | {"phase2_steps": 0})
+    both = recipes.havaei(cases, folder=tmp_path, **SHORT)
+    equal = same(first, both)
+    assert {n for n, unchanged in equal.items() if not unchanged} == {"output.weight", "output.bias"}
+    assert all(p.requires_grad for p in both.parameters()) and not both.training
+    assert both.history["phase"].tolist() == [1, 1, 1, 2, 2, 2]
+    assert both.history["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert both.card["phase2_steps"] == 3
+
+
+def test_phases_draw_differently(cases, monkeypatch):
+    made = []
+
+    class Recorded(recipes.SegmentSampler):
+        def __init__(self, *arguments, **options):
+            made.append(options)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(recipes, "SegmentSampler", Recorded)
+    recipes.havaei(cases, **SHORT)
+    assert [m["scheme"] for m in made] == ["equal", "uniform"] and made[0]["seed"] != made[1]["seed"]
+    assert all(m["spatial_dims"] == 2 and m["margin"] == 16 and m["output"] == 3 for m in made)
+
+
+def test_two_phases_resume_exactly(cases, tmp_path, monkeypatch):
+    whole = recipes.havaei(cases, **SHORT)
+    batch = recipes.SegmentSampler.batch
+    for phase, name in ((1, "equal"), (2, "uniform")):
+
+        def broken(self, step, name=name):
+            if step == 2 and self.scheme == name:
+                raise RuntimeError("power cut")
+            return batch(self, step)
+
+        monkeypatch.setattr(recipes.SegmentSampler, "batch", broken)
+        with pytest.raises(RuntimeError, match="power cut"):
+            recipes.havaei(cases, folder=tmp_path, validate_every=1, **SHORT)
+        monkeypatch.setattr(recipes.SegmentSampler, "batch", batch)
+        assert (tmp_path / f"phase{phase}" / "last.pt").exists()
+    again = recipes.havaei(cases, folder=tmp_path, validate_every=1, **SHORT)
+    assert all(same(whole, again).values())
+    assert again.history["loss"].equals(whole.history["loss"])
+
+
+def test_papers_schedule(cases):
+    options = SHORT | {"steps": 6, "phase2_steps": 3}
+    assert recipes.havaei(cases, **options).history["learning_rate"].tolist() == pytest.approx(
+        [5e-3, 5e-3, 5e-4, 5e-4, 5e-5, 5e-5, 5e-3, 5e-4, 5e-5]
+    )
+    rates = recipes.havaei(cases, init="he", epochs=1, **options).history["learning_rate"]
+    assert rates.tolist() == pytest.approx([1e-3] * 9)
+
+
+def test_max_norm_reaches_the_optimiser(cases):
+    model = recipes.havaei(cases, max_norm=0.01, **SHORT)
+    norms = [p.detach().flatten(1).norm(dim=1) for p in model.parameters() if p.ndim > 1]
+    assert all((n <= 0.01 + 1e-6).all() for n in norms)
+    assert all((n > 0.0099).all() for n in norms)
+
+
+@pytest.mark.parametrize("network", ["input_cascade_cnn", "local_cascade_cnn", "mf_cascade_cnn"])
+def test_cascades(cases, tmp_path, network):
+    first = recipes.havaei(cases, **SHORT)
+    path = models.save(tmp_path / "first.safetensors", first, first.card)
+    cascade = recipes.havaei(cases, network=network, first=first, **SHORT)
+    assert all(same(first, cascade.first).values())
+    assert all(same(cascade, recipes.havaei(cases, network=network, first=path, **SHORT)).values())
+    phase1 = recipes.havaei(cases, network=network, first=path, **SHORT | {"phase2_steps": 0})
+    assert {n for n, unchanged in same(cascade, phase1).items() if not unchanged} == {
+        "second.output.weight",
+        "second.output.bias",
+    }
+
+
+def test_validation_in_both_phases(cases):
+    model = recipes.havaei(cases[:1], network="local_path_cnn", validation=cases[1:], **SHORT)
+    assert model.history["dice_lesion"].notna().tolist() == [False, False, True] * 2
+
+
+def test_havaei_bad_input(cases):
+    first = models.two_path_cnn(in_channels=1, classes=2, width=0.2)
+    checks = [
+        ({"network": "deepmedic"}, "network='deepmedic'; expected one of global_path_cnn"),
+        ({"network": "mf_cascade_cnn"}, "mf_cascade_cnn needs a trained two_path_cnn: give it as first="),
+        ({"first": first}, "two_path_cnn has no first network: leave first out"),
+        ({"network": "mf_cascade_cnn", "first": first}, "'width': 0.2.* mf_cascade_cnn needs .*'width': 0.1"),
+        ({"phase2_steps": -1}, "phase2_steps=-1; expected 0 or more"),
+    ]
+    for options, message in checks:
+        with pytest.raises(ValueError, match=message):
+            recipes.havaei(cases, **SHORT | options)
+    with pytest.raises(ValueError, match="no cases"):
+        recipes.havaei([])
+    with pytest.raises(ValueError, match=r"network='two_path_cnn'; expected one of big_deep_plus"):
+        recipes.deepmedic(cases, network="two_path_cnn")
 
 
 @pytest.mark.parametrize("classes, names", [(5, None), (2, ["lesion"]), (4, ["class_1", "class_2", "class_3"])])

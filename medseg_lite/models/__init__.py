@@ -14,8 +14,18 @@ from .deepmedic import (
     shallow_plus,
     wider2d_seg,
 )
+from .havaei import (
+    global_path_cnn,
+    input_cascade_cnn,
+    local_cascade_cnn,
+    local_path_cnn,
+    mf_cascade_cnn,
+    two_path_cnn,
+)
 
 __all__ = [
+    "DEEPMEDIC",
+    "HAVAEI",
     "NETWORKS",
     "big_deep_plus",
     "deep",
@@ -24,12 +34,24 @@ __all__ = [
     "deepmedic",
     "dm2d_patch",
     "dm2d_seg",
+    "global_path_cnn",
+    "input_cascade_cnn",
     "large2d_seg",
     "load",
+    "local_cascade_cnn",
+    "local_path_cnn",
+    "mf_cascade_cnn",
     "save",
     "shallow",
     "shallow_plus",
+    "two_path_cnn",
     "wider2d_seg",
 ]
 
-NETWORKS = tuple(name for name in __all__ if name not in ("NETWORKS", "load", "save"))  # the builders, by name
+NETWORKS = tuple(
+    name for name in __all__ if name[0].islower() and name not in ("load", "save")
+)  # the builders, by name
+DEEPMEDIC, HAVAEI = (  # the same, paper by paper
+    tuple(name for name in NETWORKS if globals()[name].__module__ == f"{__name__}.{file}")
+    for file in ("deepmedic", "havaei")
+)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .deepmedic_inference import DOWN, FoldedDeepMedic
-from .layers import CONV, ConvBlock, init_he, init_normal, scaled
+from .layers import CONV, ConvBlock, check_size, init_he, init_normal, scaled
 
 EIGHT = (30, 30, 40, 40, 40, 40, 50, 50)
 
@@ -100,12 +100,8 @@ class DeepMedic(nn.Module):
 
         Raises ValueError where the patch is too small or its output size is not a multiple of `multiple`.
         """
+        check_size(self, patch)
         axes = patch.shape[-self.spatial_dims :]
-        if any(n <= 2 * self.margin for n in axes):
-            raise ValueError(
-                f"the patch is {'×'.join(map(str, axes))} voxels; this network loses {self.margin} on each side and needs "
-                f"more than {2 * self.margin} along every axis. medseg_lite.inference.predict pads a whole volume for you"
-            )
         if not self.low_resolution:
             return (patch,)
         trim = self.margin - self.reach

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -104,6 +105,23 @@ def init_normal(model: nn.Module, std: float = 0.01) -> None:
         nn.init.normal_(conv.weight, std=std)
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)
+
+
+def init_uniform(model: nn.Module, bound: float = 0.005) -> None:
+    """Draw every convolution's kernel from U(-bound, bound); set biases to zero. Source: Havaei et al. 2017."""
+    for conv in convolutions(model):
+        nn.init.uniform_(conv.weight, -bound, bound)
+        nn.init.zeros_(conv.bias)
+
+
+def check_size(model: nn.Module, x: Tensor | np.ndarray) -> None:
+    """Raise ValueError where a patch `(..., *space)` is too small for a network of valid convolutions."""
+    axes = x.shape[-model.spatial_dims :]
+    if any(n <= 2 * model.margin for n in axes):
+        raise ValueError(
+            f"the patch is {'×'.join(map(str, axes))} voxels; this network loses {model.margin} on each side and needs more "
+            f"than {2 * model.margin} along every axis. medseg_lite.inference.predict pads a whole volume for you"
+        )
 
 
 def convolutions(model: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,58 @@
+"""What is done to a segmentation after the network."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import ndimage
+
+from .volume import Case
+
+
+def remove_flat_components(
+    label: np.ndarray, case: Case, *, thickness: float = 6.0, depth: float = 12.0, volume: float = 5.0
+) -> np.ndarray:
+    """Call small flat pieces that lie along the skull background.
+
+    A network that sees little of its surroundings takes bright meninges, vessels and sinuses at the brain's surface for
+    tumour. A connected piece (by faces, edges or corners; all classes but the background together) goes when it is
+
+    * flat: no voxel of it lies deeper inside it than half of `thickness`,
+    * near the skull: no voxel of it lies deeper in the brain than `depth`, and
+    * small: at most `volume`.
+
+    Depths are distances from voxel centre to voxel centre, so the middle of a sheet of one or two voxels is one voxel deep.
+
+    Args:
+        label: `(D, H, W)` class numbers, as `inference.predict` returns them.
+        case: whose `mask` ends at the skull and whose `spacing` gives the millimetres.
+        thickness: in mm.
+        depth: in mm below the surface of the mask.
+        volume: in ml.
+
+    Returns:
+        A cleaned copy.
+
+    Source: Havaei et al. 2017, section 3 (flat blobs near the skull, by connected components); the three limits are ours.
+    """
+    label = np.asarray(label)
+    if label.shape != case.shape:
+        raise ValueError(f"the label is {label.shape} but {case.name} is {case.shape}; they must share one grid")
+    if case.mask is None or case.mask.all():
+        raise ValueError(
+            f"{case.name} has no mask that ends at the skull, so nothing is near it; give the case a brain mask"
+        )
+    if min(thickness, depth, volume) <= 0:
+        raise ValueError(f"thickness={thickness}, depth={depth}, volume={volume}; all must be positive")
+    cleaned = label.copy()
+    if not label.any():
+        return cleaned
+    pieces, count = ndimage.label(label > 0, np.ones((3, 3, 3)))
+    numbers = np.arange(1, count + 1)
+    # Padded, so that what reaches the edge of the volume still has an outside there.
+    inside = ndimage.distance_transform_edt(np.pad(label > 0, 1), sampling=case.spacing)[1:-1, 1:-1, 1:-1]
+    below = ndimage.distance_transform_edt(case.mask, sampling=case.spacing)
+    sizes = np.bincount(pieces.ravel())[1:] * np.prod(case.spacing) / 1000
+    flat = ndimage.maximum(inside, pieces, numbers) <= thickness / 2
+    near = ndimage.maximum(below, pieces, numbers) <= depth
+    cleaned[np.isin(pieces, numbers[flat & near & (sizes <= volume)])] = 0
+    return cleaned
