@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 15  # at a time: what is worked on stays in the cache, and PyTorch leaves the threads to us
+# Numbers at a time: they stay in the cache, and PyTorch would use threads of its own from 2^15 on.
+CHUNK = 2**15 - 1
 
 
 def shear(dimensions: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -144,7 +145,7 @@ def _embed(features: Tensor) -> tuple[Tensor, Tensor, list[int], int]:
     packed_kind, unit = (torch.int64, 2.0 ** (52 - bits)) if double else (torch.int32, 2.0 ** (30 - bits))
     axis = torch.arange(d, dtype=packed_kind, device=device)[:, None]
 
-    def embed(span: slice) -> None:
+    for span in spans:
         t = matrix @ features[:, span]
         floor = t.floor()
         packed = _sort_descending((((t - floor) * unit).to(packed_kind) << bits) | axis)
@@ -157,8 +158,6 @@ def _embed(features: Tensor) -> tuple[Tensor, Tensor, list[int], int]:
         walk = torch.index_select(stride, 0, (packed & ((1 << bits) - 1)).flatten().int()).view_as(packed)
         for row, step in zip(keys[1:, span], walk):
             row.copy_(key.add_(step))
-
-    _run(embed, [(s,) for s in spans], features)
     return keys, weights, [*strides, sum(strides)], total
 
 
@@ -234,7 +233,7 @@ def _threads(tensor: Tensor) -> int:
 
 
 def _spans(length: int, tensor: Tensor) -> list[slice]:
-    """Slices that cover `range(length)`: small ones on a CPU, one on a GPU."""
+    """Slices that cover `range(length)`: short ones on a CPU, a single one on a GPU."""
     size = max(length, 1) if tensor.is_cuda else CHUNK
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
