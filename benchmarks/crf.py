@@ -2,7 +2,7 @@
 
     pip install pydensecrf2                  # needs a C++ compiler
     pip install "numpy<2" && pip install --no-build-isolation SimpleCRF      # optional: DeepMedic's own C++ code
-    python benchmarks/crf.py [--repeats 3] [--only NAME ...]
+    python benchmarks/crf.py [--repeats 3] [--channels 2 4] [--labels 2 5] [--peers pydensecrf2 SimpleCRF]
 
 A generated brain of 0.87 mm voxels on a grid of 240 x 240 x 155, with a soft segmentation made from the truth by smoothing and
 noise. Both kernels, five iterations, building included; the parameters are DeepMedic's published example (sigma 3, weight 3;
@@ -35,7 +35,6 @@ HERE = Path(__file__).parent
 SHAPE = (240, 240, 155)
 PER_SD = 42.5  # DeepMedic's code maps -3 to 3 standard deviations to 0 to 255
 SMOOTHNESS, APPEARANCE, INTENSITY = (3.0, 3.0), (5.0, (17.0, 12.0, 10.0)), (4.0, 3.0, 4.0, 3.0)
-CASES = [(2, 2), (2, 5), (4, 2), (4, 5)]
 CUBES = (48, 64, 96, 128, 192)
 # glibc gives large arrays back to the system at once and gets them again page by page; keeping them makes all methods faster.
 KEEP_MEMORY = {
@@ -123,13 +122,16 @@ def simplecrf(case: Case, soft: np.ndarray) -> np.ndarray:
 METHODS = {"ours": ours, "pydensecrf2": pydensecrf2, "SimpleCRF": simplecrf, "ours, backward too": ours_with_gradients}
 
 
-def work(method: str, file: str, channels: int, out: str) -> None:
+def work(method: str, file: str, channels: int, out: str, warm: str) -> None:
     with np.load(file) as arrays:
         case = Case(arrays["image"][:channels], tuple("abcd"[:channels]), "brain", mask=arrays["mask"])
         soft = arrays["soft"]
-    METHODS[method](
-        case.crop(tuple(slice(n // 2 - 8, n // 2 + 8) for n in case.shape)), small(soft)
-    )  # imports, threads
+    # Once before: on everything when time is measured, so that imports are done and memory is at hand; on little for memory.
+    if warm == "True":
+        METHODS[method](case, soft)
+    else:
+        middle = tuple(slice(n // 2 - 8, n // 2 + 8) for n in case.shape)
+        METHODS[method](case.crop(middle), np.ascontiguousarray(soft[(slice(None), *middle)]))
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     start = time.perf_counter()
@@ -146,13 +148,9 @@ def memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def small(soft: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(soft[(slice(None), *(slice(n // 2 - 8, n // 2 + 8) for n in soft.shape[1:]))])
-
-
 def measure(method: str, file: Path, channels: int, *, keep_memory: bool = True) -> tuple[dict, np.ndarray]:
     out = file.with_name("labels.npy")
-    command = [sys.executable, __file__, "--worker", method, str(file), str(channels), str(out)]
+    command = [sys.executable, __file__, "--worker", method, str(file), str(channels), str(out), str(keep_memory)]
     environment = os.environ | (KEEP_MEMORY if keep_memory else {})
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -163,25 +161,27 @@ def measure(method: str, file: Path, channels: int, *, keep_memory: bool = True)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true", help="the first case only, nothing written")
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--channels", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--labels", type=int, nargs="+", default=[2, 5])
+    parser.add_argument("--peers", nargs="*", default=["pydensecrf2", "SimpleCRF"])
     options = parser.parse_args()
     if options.worker:
-        method, file, channels, out = options.worker
-        return work(method, file, int(channels), out)
+        method, file, channels, out, warm = options.worker
+        return work(method, file, int(channels), out, warm)
 
     folder = Path(tempfile.mkdtemp(prefix="crf_benchmark_"))
     table, growth = [], []
-    peers = ["pydensecrf2", "SimpleCRF"]
-    for labels in (2,) if options.quick else (2, 5):
+    peers = options.peers
+    for labels in options.labels:
         case, soft = scan(labels)
         file = folder / f"{labels}.npz"
         np.savez(file, image=case.image, mask=case.mask, soft=soft)
         start = soft.argmax(0)[case.mask]
-        for channels in (2,) if options.quick else (2, 4):
+        for channels in options.channels:
             runs = {m: [] for m in ("ours", *peers, "ours, backward too")}
-            if labels == 5:
-                runs.pop("SimpleCRF")
+            if labels > 2:
+                runs.pop("SimpleCRF", None)
             answers = {}
             for _ in range(options.repeats):
                 for method in list(runs):
@@ -216,8 +216,6 @@ def main() -> None:
                 }
             table.append(row)
             print(row, flush=True)
-    if options.quick:
-        return
     for cube in CUBES:
         case, soft = scan(2, cube)
         file = folder / f"cube{cube}.npz"
