@@ -112,6 +112,13 @@ def test_kernels_of_the_marked_voxel(explorer):
     assert appearance[ball].mean() > 20 * appearance[~ball].mean()
 
 
+def test_marked_voxel_lies_on_the_rim_of_the_foreground_not_on_the_speck(explorer):
+    p = plotting.cut(make()[1][1], plotting.PLANES[0], 6)
+    row, column = explorer.row, explorer.column
+    around = p[row - 2 : row + 3, column - 2 : column + 3] > 0.5
+    assert 4 < around.sum() < 21  # a speck has one such voxel, the inside of the ball all 25
+
+
 def test_static_picture(explorer):
     data, metadata = explorer._repr_mimebundle_()
     picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import traitlets
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 from .. import plotting
 from ..crf import DenseCRF
@@ -49,7 +50,7 @@ class CRFExplorer(ipywidgets.VBox):
         probabilities: `(K, D, H, W)`, class 0 the background.
         plane: "axial", "coronal" or "sagittal".
         index: of the slice; by default the one with most foreground.
-        voxel: (row, column) of the marked voxel in the picture; by default where the probability is nearest to one half.
+        voxel: (row, column) of the marked voxel in the picture; by default on the rim of a larger piece of foreground.
         iterations: mean-field updates.
         **parameters: first values of the sliders, as for `DenseCRF`.
 
@@ -108,7 +109,7 @@ class CRFExplorer(ipywidgets.VBox):
         index = start + position if index is None else index
         if voxel is None:
             p = plotting.cut(self._probability, self._plane, int(np.clip(index, start, self._last)) - start)
-            voxel = np.unravel_index(np.abs(p - 0.5).argmin(), p.shape)
+            voxel = np.unravel_index(np.abs(ndimage.gaussian_filter(p, 1.5) - 0.5).argmin(), p.shape)
         self._picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
         super().__init__(index=index, row=int(voxel[0]), column=int(voxel[1]), **parameters)
         self.children = [*self._sliders(), self._picture]
@@ -261,7 +262,7 @@ def _sheet(panels, aspect: float, marked: tuple[int, int]) -> bytes:
         corner = (left + column * scale - 1, 22 + row * scale * aspect - 1)
         opposite = (left + (column + 1) * scale, 22 + (row + 1) * scale * aspect)
         pen.rectangle((*corner, *opposite), outline="#CC79A7", width=2)
-        x = left
+        x = min(left, sheet.width - sum(26 + int(font.getlength(text)) for text, _ in legend))  # in sight to its end
         for text, colour in legend:
             pen.rectangle((x, high + 28, x + 11, high + 39), fill=colour, outline="#333333")
             pen.text((x + 16, high + 34), text, fill="#333333", font=font, anchor="lm")
