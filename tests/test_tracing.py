@@ -1,0 +1,126 @@
+"""Layers followed without numbers, against the gradients of the same layers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from medseg_lite.tracing import EMPTY, trace, watched
+
+
+class Joined(nn.Module):
+    """Two pathways of different resolution, a skip, a cut and a channel that sees everything."""
+
+    def __init__(self):
+        super().__init__()
+        self.fine = nn.Conv2d(1, 2, 3, padding=1)
+        self.coarse = nn.Conv2d(1, 2, 3, stride=2, padding=1)
+        self.gate = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        coarse = nn.functional.interpolate(self.coarse(x), scale_factor=2, mode="nearest")
+        joined = torch.cat([self.fine(x), coarse], dim=1)
+        return (joined * torch.sigmoid(self.gate(joined[:, :, 4:9]).mean(dim=(2, 3), keepdim=True)))[..., 1:-2, ::2]
+
+
+CASES = {
+    "chain": nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(3, 2), nn.ReLU(inplace=True), nn.Conv2d(2, 2, 2, dilation=2)),
+    "padded": nn.Sequential(nn.Conv2d(1, 2, 5, stride=2, padding=2), nn.AvgPool2d(3, stride=2, padding=1)),
+    "transposed": nn.Sequential(nn.Conv2d(1, 2, 3, stride=2, padding=1), nn.ConvTranspose2d(2, 2, 4, stride=2, padding=1)),
+    "transposed 2": nn.Sequential(nn.MaxPool2d(2), nn.ConvTranspose2d(1, 2, 2, stride=2), nn.ConvTranspose2d(2, 1, 3, stride=2)),
+    "nearest": nn.Sequential(nn.Conv2d(1, 2, 3), nn.Upsample(scale_factor=3), nn.Conv2d(2, 1, 3)),
+    "bilinear": nn.Sequential(nn.MaxPool2d(2), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(1, 1, 3)),
+    "corners": nn.Sequential(nn.Conv2d(1, 1, 1), nn.AvgPool2d(2), nn.Upsample(size=(17, 12), mode="bilinear", align_corners=True)),
+    "bicubic": nn.Sequential(nn.Conv2d(1, 1, 1), nn.AvgPool2d(2), nn.Upsample(scale_factor=2, mode="bicubic")),
+    "pads": nn.Sequential(nn.ReflectionPad2d(2), nn.Conv2d(1, 1, 3), nn.ReplicationPad2d(1), nn.ZeroPad2d((1, 0, 2, -1)), nn.Conv2d(1, 2, 2)),
+    "adaptive": nn.Sequential(nn.Conv2d(1, 1, 3), nn.AdaptiveAvgPool2d((5, 4)), nn.AdaptiveMaxPool2d(3)),
+    "joined": Joined(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_first_and_last_agree_with_gradients(name):
+    model = CASES[name].double().eval()
+    for number, parameter in enumerate(model.parameters()):
+        generator = torch.Generator().manual_seed(number)
+        nn.init.uniform_(parameter, 0.1, 1, generator=generator)
+    shape = (20, 16)
+    axes = trace(model, shape)[""].axes
+    x = torch.rand(64, 1, *shape, dtype=torch.float64, requires_grad=True)  # many: a maximum hides all but one voxel
+    y = model(x)
+    assert [len(a.first) for a in axes] == list(y.shape[2:])
+    for along, axis in enumerate(axes):
+        for i in range(len(axis.first)):
+            (gradient,) = torch.autograd.grad(y.select(2 + along, i).sum(), x, retain_graph=True)
+            seen = gradient.abs().sum(dim=(0, 1, 3 - along)).nonzero().flatten().tolist()
+            if not seen:
+                assert axis.first[i] == EMPTY and axis.last[i] == -EMPTY
+            else:
+                assert (axis.first[i], axis.last[i]) == (seen[0], seen[-1]), (along, i)
+
+
+@pytest.mark.parametrize("name", ["padded", "transposed", "nearest", "corners", "pads"])
+def test_centres_are_where_a_linear_ramp_comes_out(name):
+    """Averages of a ramp are the ramp at their centre, so smoothing weights tell where each voxel lies."""
+    model = CASES[name].double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            nn.init.constant_(module.bias, 0)
+            scale = module.kernel_size[0] ** 2 * module.in_channels
+            if isinstance(module, nn.ConvTranspose2d):
+                scale = module.kernel_size[0] ** 2 * module.in_channels / module.stride[0] ** 2
+            nn.init.constant_(module.weight, 1 / scale)
+    ramp = torch.arange(40, dtype=torch.float64)[None, None, :, None].expand(1, 1, 40, 40)
+    axis = trace(model, (40, 40))[""].axes[0]
+    n = len(axis.first)
+    inner = slice(n // 3, n - n // 3)
+    with torch.no_grad():
+        found = model(ramp)[0, 0, inner, n // 2].numpy()
+    centre = axis.offset + axis.stride * np.arange(n)[inner]
+    if shared := {"nearest": 3, "transposed": 2}.get(name):  # neighbours share a value: right in their mean
+        found, centre = found[:shared].mean(), centre[:shared].mean()
+    np.testing.assert_allclose(found, centre, atol=0.05)
+
+
+def test_layers_and_what_cannot_be_followed():
+    layers = trace(CASES["joined"], (20, 16))
+    assert list(layers) == ["coarse", "fine", "gate", ""]
+    assert layers["coarse"].shape == (2, 10, 8) and layers["coarse"].parameters == 20
+    assert layers["coarse"].axes[0].stride == 2
+    turned = nn.Sequential(nn.Conv2d(1, 1, 3), nn.PixelShuffle(1))
+    assert trace(turned, (9, 9))["0"].axes is not None and trace(turned, (9, 9))["1"].axes is None
+    with pytest.raises(ValueError, match="Sequential does not take a patch of 2×2 voxels"):
+        trace(turned, (2, 2))
+    with pytest.raises(ValueError, match="Linear has no convolution"):
+        trace(nn.Linear(2, 2), (2, 2))
+
+
+def test_a_module_called_twice_has_two_layers():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3)
+
+        def forward(self, x):
+            return self.conv(self.conv(x))
+
+    layers = trace(Twice(), (9, 9))
+    assert [layers[name].shape[1] for name in ("conv", "conv#2", "")] == [7, 5, 5]
+
+
+def test_hooks_are_removed_after_an_exception():
+    model = CASES["chain"]
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), watched(model, 2, lambda *_: None):
+            raise error
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_tracing_changes_nothing():
+    model = CASES["joined"].train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trace(model, (20, 16))
+    assert model.training and not any(m._forward_hooks for m in model.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
