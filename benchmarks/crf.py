@@ -65,27 +65,23 @@ def scan(labels: int, cube: int | None = None) -> tuple[Case, np.ndarray]:
     return Case(np.ascontiguousarray(image), brain.channels, "brain", mask=mask), soft
 
 
-def ours(case: Case, soft: np.ndarray) -> np.ndarray:
-    model = crf.DenseCRF(
+def model(case: Case) -> crf.DenseCRF:
+    return crf.DenseCRF(
         smoothness_weight=SMOOTHNESS[0],
         smoothness_sigma=SMOOTHNESS[1],
         appearance_weight=APPEARANCE[0],
         appearance_sigma=APPEARANCE[1],
         intensity_sigma=[s / PER_SD for s in INTENSITY[: len(case.image)]],
     )
-    return model.refine(soft, case)
+
+
+def ours(case: Case, soft: np.ndarray) -> np.ndarray:
+    return model(case).refine(soft, case)
 
 
 def ours_with_gradients(case: Case, soft: np.ndarray) -> np.ndarray:
-    model = crf.DenseCRF(
-        smoothness_weight=SMOOTHNESS[0],
-        smoothness_sigma=SMOOTHNESS[1],
-        appearance_weight=APPEARANCE[0],
-        appearance_sigma=APPEARANCE[1],
-        intensity_sigma=[s / PER_SD for s in INTENSITY[: len(case.image)]],
-    )
     logits = torch.from_numpy(soft)[None].log().requires_grad_()
-    refined = model(logits, torch.from_numpy(case.image)[None], torch.from_numpy(case.mask)[None])
+    refined = model(case)(logits, torch.from_numpy(case.image)[None], torch.from_numpy(case.mask)[None])
     refined.sum().backward()
     return refined[0].detach().softmax(0).numpy()
 

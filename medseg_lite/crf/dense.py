@@ -206,38 +206,46 @@ class DenseCRF(nn.Module):
         Only differences between labels matter, so all is kept relative to the last label, and filtering, the dear part, is done
         for K - 1 differences. With E the energies Σ_l' μ(l, l') F(l') of the filtered Q, and D(l) = F(l) - F(K):
         E(l) - E(K) = Σ_l' (μ(l, l') - μ(K, l')) D(l') + r(l) F(K), where r sums a row of that matrix, and F(K) follows from
-        the filtered constant 1 = Σ Q. For Potts r is 0.
+        the filtered constant 1 = Σ Q.
         """
         classes, kind = len(unary), prepared.dtype
         unary = unary.to(kind)
         if classes == 1 or not unary.shape[1]:
             return unary
-        μ = 1 - torch.eye(classes, device=unary.device) if self.compatibility is None else self.compatibility
+        potts = self.compatibility is None  # then the matrix of the second equation is -1 and r is 0
+        μ = 1 - torch.eye(classes, device=unary.device) if potts else self.compatibility
         if len(μ) != classes:
             raise ValueError(f"the compatibility matrix is for {len(μ)} classes, the segmentation has {classes}")
         relative = (μ[:-1] - μ[-1:]).to(kind)  # (K - 1, K)
         uneven = relative.sum(1, keepdim=True)
-        potts_like = not uneven.requires_grad and not uneven.any()
 
         kernels = []
         for weight, name in ((self.smoothness_weight, "smoothness"), (self.appearance_weight, "appearance")):
             if weight.requires_grad or float(weight) != 0:  # a kernel without weight is not even built
                 kernels.append((weight.to(kind), getattr(prepared, name)))
         unary = unary[:-1] - unary[-1:]
+        zero = unary.new_zeros(1, unary.shape[1])
         z = unary
         for _ in range(self.iterations if kernels else 0):
             # Q(l) - Q(K); with two labels sigmoid(z) - sigmoid(-z)
             if classes == 2:
                 difference = torch.tanh(z / 2)
             else:
-                q = nn.functional.pad(z, (0, 0, 0, 1)).softmax(0)
+                q = torch.cat([z, zero]).softmax(0)
                 difference = q[:-1] - q[-1:]
-            filtered = sum(weight * kernel(difference) for weight, kernel in kernels)
-            z = unary - relative[:, :-1] @ filtered
-            if not potts_like:
-                of_ones = sum(weight * kernel.of_ones for weight, kernel in kernels)
-                z = z - uneven * (of_ones - filtered.sum(0, keepdim=True)) / classes
-        return nn.functional.pad(z, (0, 0, 0, 1))
+            if potts:
+                z = unary
+                for weight, kernel in kernels:
+                    z = kernel.add(z, difference, weight)
+            else:
+                filtered = zero
+                for weight, kernel in kernels:
+                    filtered = kernel.add(filtered, difference, weight)
+                z = unary - relative[:, :-1] @ filtered
+                if uneven.requires_grad or uneven.any():
+                    of_ones = sum(weight * kernel.of_ones for weight, kernel in kernels)
+                    z = z - uneven * (of_ones - filtered.sum(0, keepdim=True)) / classes
+        return torch.cat([z, zero])
 
     def _check_values(self) -> None:
         for name in ("smoothness_sigma", "appearance_sigma", "intensity_sigma"):
@@ -323,10 +331,13 @@ class Kernel:
         return self(self._ones)
 
     def __call__(self, signal: Tensor) -> Tensor:
+        return self.add(self._ones.new_zeros(()), signal, self._ones.new_ones(()))
+
+    def add(self, total: Tensor, signal: Tensor, weight: Tensor) -> Tensor:
+        """total + weight K signal, in as few passes over memory as it takes."""
         if self._before is not None:
             signal = signal * self._before
-        signal = self._filter(signal)
-        return signal if self._after is None else signal * self._after
+        return torch.addcmul(total, self._filter(signal), weight if self._after is None else weight * self._after)
 
 
 class _LatticeFilter(torch.autograd.Function):

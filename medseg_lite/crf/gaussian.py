@@ -34,7 +34,7 @@ class GridGaussian:
         return torch.stack([self._filter(channel) for channel in signal])
 
     def _filter(self, values: Tensor) -> Tensor:
-        box = values.new_zeros(math.prod(self.shape)).index_copy(0, self.index, values).view(self.shape)
+        box = values.new_zeros(math.prod(self.shape)).index_copy_(0, self.index, values).view(self.shape)
         for axis, (down, _) in enumerate(self.factors):
             box = _along(box, down, axis)
         for axis in reversed(range(len(self.shape))):

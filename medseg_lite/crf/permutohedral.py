@@ -18,8 +18,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import scipy.sparse
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Numbers at a time: they stay in the cache, and PyTorch would use threads of its own from 2^15 on.
 CHUNK = 2**15 - 1
@@ -44,8 +45,8 @@ class Permutohedral:
 
     Attributes:
         points, dimensions, vertices: N, d and the number M of lattice vertices in use.
-        vertex: `(d + 1, N)` int32, the vertices of each point's simplex.
-        weight: `(d + 1, N)`, each point's barycentric coordinates there.
+        vertex: `(N, d + 1)` int32, the vertices of each point's simplex.
+        weight: `(N, d + 1)`, each point's barycentric coordinates there.
         neighbours: for each direction two lists of vertices, int32: the second one's are one step from the first one's.
 
     Raises:
@@ -68,17 +69,19 @@ class Permutohedral:
         return self._slice(self._blur(self._splat(signal), transpose))
 
     def _splat(self, signal: Tensor) -> Tensor:
-        channels, shares = len(signal), 1 if len(signal) >= _threads(signal) else _threads(signal)
-        vertices = signal.new_zeros(channels, shares, self.vertices)  # each thread adds into vertices of its own
-        spans = _spans(self.points, signal)
+        if signal.is_cuda:
+            vertices = signal.new_zeros(len(signal), self.vertices)
+            return vertices.index_add_(1, self.vertex.flatten(), (signal[:, :, None] * self.weight).flatten(1))
+        spread = torch.from_numpy(self._spread @ signal.T.contiguous().numpy())
+        return signal.new_empty(len(signal), self.vertices).copy_(spread.T)
 
-        def add(channel: int, share: int) -> None:
-            for span in spans[share::shares]:
-                for index, weight in zip(self.vertex[:, span], self.weight[:, span]):
-                    vertices[channel, share].index_add_(0, index, weight * signal[channel, span])
-
-        _run(add, [(c, i) for c in range(channels) for i in range(shares)], signal)
-        return vertices[:, 0] if shares == 1 else vertices.sum(1)
+    @functools.cached_property
+    def _spread(self) -> scipy.sparse.csc_array:
+        """The splat as a matrix `(M, N)`: for adding into scattered places SciPy is several times faster than PyTorch."""
+        kind = np.int32 if self.vertex.numel() < 2**31 else np.int64
+        ends = np.arange(self.points + 1, dtype=kind) * (self.dimensions + 1)
+        parts = self.weight.numpy().reshape(-1), self.vertex.numpy().reshape(-1), ends
+        return scipy.sparse.csc_array(parts, shape=(self.vertices, self.points))
 
     def _blur(self, vertices: Tensor, transpose: bool) -> Tensor:
         old, threads = torch.empty_like(vertices), _threads(vertices)
@@ -97,23 +100,13 @@ class Permutohedral:
         return vertices
 
     def _slice(self, vertices: Tensor) -> Tensor:
-        result = vertices.new_empty(len(vertices), self.points)
-
-        def read(spans: list[slice]) -> None:
-            for span in spans:
-                for channel, out in zip(vertices, result[:, span]):
-                    total = torch.zeros_like(out)
-                    for index, weight in zip(self.vertex[:, span], self.weight[:, span]):
-                        total.addcmul_(torch.index_select(channel, 0, index), weight)
-                    torch.mul(total, self.scale, out=out)
-
-        spans, threads = _spans(self.points, vertices), _threads(vertices)
-        _run(read, [(spans[i::threads],) for i in range(threads)], vertices)
-        return result
+        rows = torch.mul(vertices.T, self.scale, out=vertices.new_empty(vertices.shape[::-1]))
+        read = nn.functional.embedding_bag(self.vertex, rows, per_sample_weights=self.weight, mode="sum")
+        return read.T.contiguous()
 
 
 def _embed(features: Tensor) -> tuple[Tensor, Tensor, list[int], int]:
-    """Where the points lie: vertex keys `(d + 1, N)` in range(cells), barycentric weights `(d + 1, N)`, a key's step in each
+    """Where the points lie: vertex keys `(N, d + 1)` in range(cells), barycentric weights `(N, d + 1)`, a key's step in each
     direction, and the number of cells."""
     d, n = features.shape
     device, double = features.device, features.dtype == torch.float64
@@ -138,8 +131,8 @@ def _embed(features: Tensor) -> tuple[Tensor, Tensor, list[int], int]:
     kind = torch.int32 if total < 2**31 else torch.int64
     stride = torch.tensor(strides, dtype=kind, device=device)
 
-    keys = torch.empty(d + 1, n, dtype=kind, device=device)
-    weights = torch.empty(d + 1, n, dtype=features.dtype, device=device)
+    keys = torch.empty(n, d + 1, dtype=kind, device=device).T
+    weights = torch.empty(n, d + 1, dtype=features.dtype, device=device).T
     # A fractional part and its axis share one integer, the axis in the low bits: sorting that integer sorts both.
     bits = (d - 1).bit_length()
     packed_kind, unit = (torch.int64, 2.0 ** (52 - bits)) if double else (torch.int32, 2.0 ** (30 - bits))
@@ -158,7 +151,7 @@ def _embed(features: Tensor) -> tuple[Tensor, Tensor, list[int], int]:
         walk = torch.index_select(stride, 0, (packed & ((1 << bits) - 1)).flatten().int()).view_as(packed)
         for row, step in zip(keys[1:, span], walk):
             row.copy_(key.add_(step))
-    return keys, weights, [*strides, sum(strides)], total
+    return keys.T, weights.T, [*strides, sum(strides)], total
 
 
 def _sort_descending(rows: Tensor) -> Tensor:
@@ -174,7 +167,7 @@ def _connect(keys: Tensor, steps: list[int], cells: int) -> tuple[Tensor, list[t
     """Number the different keys: the `vertex` of every key, the pairs of `neighbours` in every direction, and how many vertices."""
     flat, device = keys.flatten(), keys.device
     # Few cells: a table with one entry for each is fastest. Many: sort the keys, and search in them.
-    if cells <= 24 * keys.shape[1] + 2**20:
+    if cells <= 24 * len(keys) + 2**20:
         used = torch.zeros(cells, dtype=torch.bool, device=device)
         _run(lambda span: used.index_fill_(0, flat[span].long(), True), [(s,) for s in _spans(len(flat), keys)], keys)
         unique = used.nonzero()[:, 0]
