@@ -22,22 +22,30 @@ from .tracing import Axis, Layer, spatial_dims, trace, watched
 from .volume import Case, padded_region
 
 
-def receptive_field_recursion(kernels: Sequence[int], strides: Sequence[int] | None = None) -> list[int]:
+def receptive_field_recursion(
+    kernels: Sequence[int], strides: Sequence[int] | None = None, *, upsampling: Sequence[int] | None = None
+) -> list[int]:
     """Receptive field of every layer of a chain of convolutions or poolings, along one axis, in input voxels.
 
     φ_l = φ_{l-1} + (κ_l - 1) τ_l with φ_0 = 1, where κ_l is the kernel's side and τ_l the product of the strides of the
     layers before l.
 
+    A layer that repeats every voxel of its input u_l times before its kernel (a "deconvolution") divides τ by u_l, for
+    itself and for what follows. With u = 2 and strides of 2 that is Kayalibay's 2^(η - τ), η strided and τ upsampling
+    layers. Repeated voxels do not all see equally much, so there the answer is the middle of what they see; see
+    `measured_receptive_field`.
+
     Args:
         kernels: κ_1 … κ_L, from the input to the output.
         strides: stride of each layer; all 1 when left out.
+        upsampling: how often each layer repeats its input along the axis first; all 1 when left out.
 
     Returns:
         φ_1 … φ_L. The last one is the receptive field of the network.
 
-    Source: Kamnitsas et al. 2017, eq. 1.
+    Source: Kamnitsas et al. 2017, eq. 1; Kayalibay et al. 2017, eq. 7.
     """
-    return [field for field, _ in _layers(kernels, strides)]
+    return [field for field, _ in _layers(kernels, strides, upsampling)]
 
 
 def output_size(n_in: int, kernels: Sequence[int], strides: Sequence[int] | None = None) -> int:
@@ -56,15 +64,26 @@ def output_size(n_in: int, kernels: Sequence[int], strides: Sequence[int] | None
     return (n_in - field) // step + 1
 
 
-def _layers(kernels: Sequence[int], strides: Sequence[int] | None) -> list[tuple[int, int]]:
-    """Receptive field of each layer, and the product of the strides up to and with it."""
+def _layers(
+    kernels: Sequence[int], strides: Sequence[int] | None, upsampling: Sequence[int] | None = None
+) -> list[tuple[int, int]]:
+    """Receptive field of each layer, and how many input voxels lie between two of its neighbouring outputs."""
     strides = [1] * len(kernels) if strides is None else strides
-    if len(strides) != len(kernels):
-        raise ValueError(f"{len(kernels)} kernels but {len(strides)} strides; give one stride for every kernel")
-    if any(n < 1 for n in (*kernels, *strides)):
-        raise ValueError(f"kernels={list(kernels)}, strides={list(strides)}; all must be at least 1")
+    upsampling = [1] * len(kernels) if upsampling is None else upsampling
+    for name, numbers in (("strides", strides), ("upsampling factors", upsampling)):
+        if len(numbers) != len(kernels):
+            raise ValueError(f"{len(kernels)} kernels but {len(numbers)} {name}; give one for every kernel")
+    if any(n < 1 for n in (*kernels, *strides, *upsampling)):
+        raise ValueError(
+            f"kernels={list(kernels)}, strides={list(strides)}, upsampling={list(upsampling)}; all must be at least 1"
+        )
     layers, field, step = [], 1, 1
-    for kernel, stride in zip(kernels, strides):
+    for number, (kernel, stride, repeats) in enumerate(zip(kernels, strides, upsampling), 1):
+        if step % repeats:
+            raise ValueError(
+                f"layer {number} repeats voxels {repeats} times, but they lie {step} input voxels apart; that is finer than the input"
+            )
+        step //= repeats
         field += (kernel - 1) * step
         step *= stride
         layers.append((field, step))
@@ -136,6 +155,7 @@ def measured_receptive_field(
     voxel: int | Sequence[int] | None = None,
     layer: str | None = None,
     size: int | Sequence[int] | None = None,
+    axis: int | None = None,
 ) -> ReceptiveField:
     """Find the input voxels that influence an output by back-propagating from that output to a random input.
 
@@ -155,6 +175,8 @@ def measured_receptive_field(
             middle voxel unless `voxel` says otherwise. Offsets count from the input voxel in the same place; in a layer of
             a coarser grid that holds for its middle voxel.
         size: side of the input patch; by default the smallest that predicts `model.multiple` voxels.
+        axis: look along this axis only, and give one number; the patch may then be thin along the others (`size` has one
+            number for each), which saves nearly all the time for a network that sees far.
 
     Raises:
         ValueError: when there is no such layer or voxel, when the output depends on no input voxel, or when the patch is too
@@ -166,6 +188,9 @@ def measured_receptive_field(
             raise ValueError("this network pads its input; say how large a patch to look at: size=... voxels")
         size = 2 * model.margin + model.multiple
     shape = _per_axis(size, dims, "size")
+    if axis is not None and axis not in range(dims):
+        raise ValueError(f"axis={axis}; expected 0 to {dims - 1}, or None for all")
+    axes = range(dims) if axis is None else [axis]
     network = copy.deepcopy(model).cpu().double().eval()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, model.in_channels, *shape, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -189,11 +214,11 @@ def measured_receptive_field(
         if not len(seen):
             raise ValueError("no input voxel influences this output; are all weights of a layer zero?")
         low, high = seen.amin(0).tolist(), seen.amax(0).tolist()
-        if not model.margin and any(a == 0 or b == n - 1 for a, b, n in zip(low, high, shape)):
+        if not model.margin and any(low[k] == 0 or high[k] == shape[k] - 1 for k in axes):
             raise ValueError(f"the receptive field reaches the border of a patch of {shape} voxels; give a larger size")
         origin = [(n - m) // 2 + i for n, m, i in zip(shape, out, index)]
-        first.append([a - o for a, o in zip(low, origin)])
-        last.append([b - o for b, o in zip(high, origin)])
+        first.append([low[k] - origin[k] for k in axes])
+        last.append([high[k] - origin[k] for k in axes])
     first, last = tuple(map(min, zip(*first))), tuple(map(max, zip(*last)))
     return ReceptiveField(tuple(b - a + 1 for a, b in zip(first, last)), first, last)
 

@@ -17,6 +17,7 @@ from .volume import Case, bounding_box, padded_region
 
 OUTPUTS = ("labels", "probabilities", "logits")
 CPU_WORKSPACE = 400e6  # bytes of feature maps at a time: larger tiles save little halo and cost memory
+PADDED_WORKSPACE = 2e9  # the same for networks that pad: their halo is large, so most volumes should go through whole
 
 
 @torch.no_grad()
@@ -35,8 +36,11 @@ def predict(
     The volume is mirrored beyond its border, so every voxel gets a prediction. Tiles are laid on one grid of the volume and
     each is given the whole context that the network sees, so their size changes memory and time, not the result.
 
+    A network of padded convolutions (one with a `halo`) gets the volume as it is, mirrored only to fill up the last
+    `multiple`, and pads the border itself, as in training. A tile has `halo` voxels around it and is cut at the border.
+
     Args:
-        model: a network with `margin`, `multiple` and `spatial_dims`, as all of this package have.
+        model: a network with `margin`, `multiple` and `spatial_dims`, as all of this package have; `halo` if it pads.
         case: normalised as the training cases were.
         output: "labels" `(D, H, W)` uint8, "probabilities" or "logits" `(K, D, H, W)` float32.
         inside_mask: predict inside `case.mask` only and call everything outside background (class 0); with "logits" the
@@ -55,7 +59,8 @@ def predict(
     mask = case.mask if inside_mask and case.mask is not None else np.ones(case.shape, bool)
     if not mask.any():
         raise ValueError(f"{case.name}: the mask is empty; there is nothing to segment. Use inside_mask=False")
-    start, stop = _region(mask, model)
+    # A network that pads sees where the volume ends, so the volume must not be cut to its mask.
+    start, stop = _region(np.ones(case.shape, bool) if hasattr(model, "halo") else mask, model)
     tiles = list(_tiles(start, stop, _tile_size(model, start, stop, tile, device), case.shape))
     autocast = _autocast(precision, device)
     if output == "labels":
@@ -77,7 +82,7 @@ def predict(
             if not keep.any():
                 continue
             with autocast:
-                logits = _run(network, case.image, a, b, model, device)
+                logits = _run(network, case.image, a, b, model, device, stop)
             logits = logits[(slice(None), *(slice(s.stop - s.start) for s in inside))].float()
             if output == "labels":
                 block = logits.argmax(0).to(torch.uint8).cpu().numpy()
@@ -145,11 +150,18 @@ def _tile_size(model, start, stop, tile, device) -> list[int]:
             raise ValueError(f"tile={tile}; expected a positive number of voxels, or three of them")
         return [min(max(w // g, 1) * g, s) for w, g, s in zip(wanted, grid, size)]
     widest = max(c.in_channels + c.out_channels for c in convolutions(model) if max(c.kernel_size) > 1)
-    voxels = _workspace(device) / (4 * 1.5 * widest)
+    halo = getattr(model, "halo", None)
+    voxels = _workspace(device, CPU_WORKSPACE if halo is None else PADDED_WORKSPACE) / (4 * 1.5 * widest)
     pieces = [1, 1, 1]
     # Full-resolution feature maps start `reach` voxels outside the tile; what lies further out is only seen sub-sampled.
-    margin = [2 * getattr(model, "reach", model.margin)] * model.spatial_dims + [0] * (3 - model.spatial_dims)
-    while math.prod(math.ceil(s / p) + m for s, p, m in zip(size, pieces, margin)) > voxels:
+    reach = getattr(model, "reach", model.margin) if halo is None else halo
+    margin = [2 * reach] * model.spatial_dims + [0] * (3 - model.spatial_dims)
+
+    def cost() -> int:
+        sides = [math.ceil(s / p) + m for s, p, m in zip(size, pieces, margin)]
+        return math.prod(sides if halo is None else map(min, sides, size))  # a halo ends where the volume does
+
+    while cost() > voxels:
         axis = int(np.argmax([s / p if s / p > 4 * g else 0 for s, p, g in zip(size, pieces, grid)]))
         if size[axis] / pieces[axis] <= 4 * grid[axis]:
             break  # the halo is all that is left: smaller tiles would not need less
@@ -157,14 +169,14 @@ def _tile_size(model, start, stop, tile, device) -> list[int]:
     return [math.ceil(math.ceil(s / p) / g) * g for s, p, g in zip(size, pieces, grid)]
 
 
-def _workspace(device: torch.device) -> float:
+def _workspace(device: torch.device, most: float = CPU_WORKSPACE) -> float:
     if device.type == "cuda":
         return 0.5 * torch.cuda.mem_get_info(device)[0]
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # not on macOS or Windows
-        return CPU_WORKSPACE
-    return min(CPU_WORKSPACE, 0.5 * free)
+        return most
+    return min(most, 0.5 * free)
 
 
 def _tiles(start, stop, tile, shape) -> Iterator[tuple[list[int], list[int]]]:
@@ -173,14 +185,21 @@ def _tiles(start, stop, tile, shape) -> Iterator[tuple[list[int], list[int]]]:
             yield list(corner), [min(c + t, b) for c, t, b in zip(corner, tile, stop)]
 
 
-def _run(network: nn.Module, image: np.ndarray, a: list[int], b: list[int], model: nn.Module, device) -> Tensor:
-    """Logits `(K, *(b - a))` of one tile."""
-    margin = [model.margin] * model.spatial_dims + [0] * (3 - model.spatial_dims)
-    patch = padded_region(image, [i - m for i, m in zip(a, margin)], [j + m for j, m in zip(b, margin)])
+def _run(network: nn.Module, image: np.ndarray, a, b, model: nn.Module, device, stop: list[int]) -> Tensor:
+    """Logits `(K, *(b - a))` of one tile of the region that ends at `stop`."""
+    around = [getattr(model, "halo", model.margin)] * model.spatial_dims + [0] * (3 - model.spatial_dims)
+    first, last = [i - m for i, m in zip(a, around)], [j + m for j, m in zip(b, around)]
+    if hasattr(model, "halo"):
+        first, last = [max(i, 0) for i in first], [min(j, n) for j, n in zip(last, stop)]
+    patch = padded_region(image, first, last)
     x = torch.from_numpy(np.ascontiguousarray(patch, np.float32)).to(device)
     if model.spatial_dims == 2:  # axial slices become the batch
-        return network(x.permute(3, 0, 1, 2)).permute(1, 2, 3, 0)
-    return network(x[None])[0]
+        logits = network(x.permute(3, 0, 1, 2)).permute(1, 2, 3, 0)
+    else:
+        logits = network(x[None])[0]
+    if hasattr(model, "halo"):
+        logits = logits[(slice(None), *(slice(i - f, j - f) for i, j, f in zip(a, b, first)))]
+    return logits
 
 
 def _autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,24 +11,85 @@ from torch.nn import functional as F
 from .models.layers import convolutions
 
 
-def cross_entropy(logits: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    mask: Tensor | None = None,
+    class_weights: Tensor | Sequence[float] | None = None,
+) -> Tensor:
     """Mean of −log p over all predicted voxels of all segments of the batch, or over those inside `mask`.
 
     Args:
         logits: `(B, K, *space)`.
         target: `(B, *space)` class numbers 0 to K − 1.
         mask: `(B, *space)`, True where a voxel counts. An empty mask gives zero, with a zero gradient.
+        class_weights: K numbers; a voxel counts as much as its true class weighs, and the mean is a weighted one. With
+            the inverse of the class frequencies, every class matters as much as every other.
 
-    Source: Kamnitsas et al. 2017, eq. 3 (one voxel per patch) and eq. 4 (V voxels per segment).
+    Source: Kamnitsas et al. 2017, eq. 3 (one voxel per patch) and eq. 4 (V voxels per segment); the weights,
+    Kayalibay et al. 2017, sections 4.1 and 5.2.
     """
     _check(logits, target)
+    weights = None
+    if class_weights is not None:
+        weights = torch.as_tensor(class_weights, dtype=logits.dtype, device=logits.device)
+        if weights.shape != logits.shape[1:2] or bool((weights < 0).any()):
+            raise ValueError(
+                f"class_weights={class_weights}; expected {logits.shape[1]} numbers, none of them negative"
+            )
     if mask is None:
-        return F.cross_entropy(logits, target)
+        return F.cross_entropy(logits, target, weights)
     if mask.shape != target.shape:
         raise ValueError(f"the mask has shape {tuple(mask.shape)}; expected that of the target, {tuple(target.shape)}")
-    per_voxel = F.cross_entropy(logits, target, reduction="none")
+    per_voxel = F.cross_entropy(logits, target, weights, reduction="none")
     mask = mask.to(per_voxel.dtype)
-    return (per_voxel * mask).sum() / mask.sum().clamp(min=1)
+    counts = mask if weights is None else mask * weights[target]
+    return (per_voxel * mask).sum() / (counts.sum().clamp(min=1) if weights is None else counts.sum().clamp(min=1e-6))
+
+
+def jaccard_distance(logits: Tensor, target: Tensor, *, per_class: bool = False) -> Tensor:
+    """Σ_c (1 − J_c) over all classes, the background too; between 0 and K.
+
+    J_c = Σ p t / (Σ p² + Σ t² − Σ p t), p the probability of class c and t one where it is right, over all voxels of the
+    batch. It is the share of voxels wrongly called c or not c in the union of both, for whole numbers.
+
+    The paper's equation has a square root in the first sum; without it, as in the authors' code, J is at most 1 and
+    2 J / (1 + J) is the Dice score. Where class c does not occur, 1 − J_c is 1 whatever is predicted and teaches nothing.
+
+    Args:
+        logits: `(B, K, *space)`. Sums are made in float32 at least, for they run over more voxels than float16 can count.
+        target: `(B, *space)` class numbers 0 to K − 1.
+        per_class: return the K terms instead of their sum.
+
+    Source: Kayalibay et al. 2017, eq. 3 and 4.
+    """
+    _check(logits, target)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    with torch.autocast(logits.device.type, enabled=False):
+        p = logits.softmax(dim=1).clamp(1e-8, 1).transpose(0, 1).flatten(1)  # (K, voxels), never all zero
+        t = F.one_hot(target, p.shape[0]).to(p.dtype).flatten(0, -2).T
+        both = (p * t).sum(1)
+        distances = 1 - both / (p.square().sum(1) + t.sum(1) - both)
+    return distances if per_class else distances.sum()
+
+
+def minmax_jaccard(prediction: Tensor, target: Tensor) -> Tensor:
+    """Σ min(P, T) / Σ max(P, T) of class numbers: the multi-class Jaccard index that the paper rejects.
+
+    It takes the names of classes for quantities: to call a voxel of class 2 class 0 costs more than to call it class 1, and
+    another numbering gives another score. Two empty maps give 1.
+
+    Source: Kayalibay et al. 2017, eq. 5.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"the prediction has shape {tuple(prediction.shape)}; expected that of the target, {tuple(target.shape)}"
+        )
+    most = torch.maximum(prediction, target).double().sum()
+    least = torch.minimum(prediction, target).double().sum()
+    return torch.where(most > 0, least / most.clamp(min=1), 1.0)
 
 
 def weight_penalty(model: nn.Module, *, l1: float = 0.0, l2: float = 0.0) -> Tensor:

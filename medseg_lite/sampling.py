@@ -13,6 +13,7 @@ from torch import Tensor
 from .volume import Case, bounding_box, padded_region
 
 SCHEMES = ("foreground", "uniform", "equal")
+Augment = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Batch(NamedTuple):
@@ -172,3 +173,91 @@ class SegmentSampler:
         block = tuple(slice(a, a + b) for a, b in zip(start, self.block))
         patch = tuple(slice(a, a + b + 2 * m) for a, b, m in zip(start, self.block, self.margin))
         return case.image[(slice(None), *patch)], case.label[block]
+
+
+class VolumeSampler:
+    """Draws whole volumes, or crops of them, for networks that put out as many voxels as they take in.
+
+    Every case comes up once before any comes up again, in a new order each time. `batch(step)` depends on the seed and
+    the step alone, as `SegmentSampler`'s does.
+
+    Args:
+        cases: labelled cases, normalised as the network is to see them, all with the same channels.
+        crop: voxels along each axis (one number, or three) of a crop from anywhere in the volume; None for whole volumes.
+        multiple: whole volumes are filled up to a multiple of this by mirroring, `model.multiple`.
+        batch_size: volumes per batch; they must be of one size.
+        augment: `augment(image, label, rng=...)` for every batch, such as `transforms.augment`.
+        seed: of all random choices.
+        device: where batches are made and augmented.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        *,
+        crop: int | Sequence[int] | None = None,
+        multiple: int = 1,
+        batch_size: int = 1,
+        augment: Augment | None = None,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ):
+        if not cases:
+            raise ValueError("no cases to sample from; give at least one labelled case")
+        if batch_size < 1 or multiple < 1:
+            raise ValueError(f"batch_size={batch_size}, multiple={multiple}; both must be at least 1")
+        for case in cases:
+            if case.label is None:
+                raise ValueError(f"{case.name} has no label; training needs one")
+            if case.channels != cases[0].channels:
+                raise ValueError(
+                    f"{case.name} has channels {case.channels} but {cases[0].name} has {cases[0].channels}"
+                )
+        self.crop = None if crop is None else (crop,) * 3 if isinstance(crop, int) else tuple(crop)
+        if self.crop is not None:
+            if len(self.crop) != 3 or any(n < 1 or n % multiple for n in self.crop):
+                raise ValueError(f"crop={crop}; expected one number of voxels, or three, each a multiple of {multiple}")
+            for case in cases:
+                if any(n < c for n, c in zip(case.shape, self.crop)):
+                    raise ValueError(
+                        f"{case.name} is {'×'.join(map(str, case.shape))} voxels, smaller than the crop of {self.crop}; choose a smaller one"
+                    )
+        elif batch_size > 1 and len({case.shape for case in cases}) > 1:
+            raise ValueError(
+                "the cases are of different sizes, so whole volumes make no batch; use batch_size=1 or a crop"
+            )
+        self.batch_size, self.augment, self.seed, self.device = batch_size, augment, seed, torch.device(device)
+        self._volumes = []
+        for case in cases:
+            size = case.shape if self.crop else [-(-n // multiple) * multiple for n in case.shape]
+            image = padded_region(case.image, [0, 0, 0], size)
+            label = padded_region(case.label[None], [0, 0, 0], size)[0]
+            self._volumes.append(
+                (
+                    torch.from_numpy(np.ascontiguousarray(image, np.float32)).to(self.device),
+                    torch.from_numpy(np.ascontiguousarray(label, np.int64)).to(self.device),
+                )
+            )
+
+    def batch(self, step: int) -> Batch:
+        """Batch number `step`."""
+        rng = np.random.default_rng([self.seed, step])
+        images, labels = zip(*(self._cut(*self._volumes[n], rng) for n in self._turns(step)))
+        image, label = torch.stack(images), torch.stack(labels)
+        if self.augment is not None:
+            image, label = self.augment(image, label, rng=rng)
+        return Batch(image, label)
+
+    def _turns(self, step: int) -> list[int]:
+        """Which cases a batch holds."""
+        count = len(self._volumes)
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
+        order = {r: np.random.default_rng([self.seed, r, 1]).permutation(count) for r in {n // count for n in numbers}}
+        return [int(order[n // count][n % count]) for n in numbers]
+
+    def _cut(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        if self.crop is None:
+            return image, label
+        start = [int(rng.integers(n - c + 1)) for n, c in zip(label.shape, self.crop)]
+        block = tuple(slice(a, a + c) for a, c in zip(start, self.crop))
+        return image[(slice(None), *block)], label[block]

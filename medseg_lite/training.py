@@ -155,6 +155,26 @@ def validate_on(
     return validate
 
 
+def running_average(values: Sequence[float], *, alpha: float = 0.5, start: float | None = None) -> np.ndarray:
+    """Running averages μ*_(i+1) = α μ*_i + (1 − α) μ_i, one after each value: a smooth curve of a noisy loss.
+
+    Args:
+        values: μ_0, μ_1, …
+        alpha: weight of the old average, 0 to less than 1. The paper's batch normalisation has 0.5.
+        start: μ*_0; by default the first value.
+
+    Source: Kayalibay et al. 2017, eq. 6.
+    """
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha={alpha}; expected 0 (no smoothing) to less than 1")
+    values = np.asarray(values, float)
+    averages = np.empty_like(values)
+    average = start if start is not None else values[0] if len(values) else 0.0
+    for i, value in enumerate(values):
+        averages[i] = average = alpha * average + (1 - alpha) * value
+    return averages
+
+
 class _Run:
     """The state that outlives an interruption."""
 

@@ -1,8 +1,13 @@
-"""Intensity normalisation."""
+"""Intensity normalisation, and augmentation of batches on the device they lie on."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from .volume import Case
 
@@ -27,3 +32,61 @@ def standardise(case: Case) -> Case:
         )
     image = (case.image - mean[:, None, None, None]) / std[:, None, None, None]
     return case.replace(image=image.astype(np.float32))
+
+
+def augment(image: Tensor, label: Tensor, *, rng: np.random.Generator, angle: float = 180.0) -> tuple[Tensor, Tensor]:
+    """Leave each volume of a batch as it is, flip it along a random axis, or rotate it in the plane of two random axes.
+
+    All three are equally likely. Rotations are about the volume's middle, by linear interpolation of the image; what comes in
+    from outside has each channel's lowest value, and label 0. Labels are those of the nearest voxel. Voxels are taken to
+    be cubes.
+
+    Args:
+        image: `(B, C, *space)`, 2D or 3D.
+        label: `(B, *space)`, whole numbers, on the same device.
+        rng: decides, so that the same state gives the same batch on every device.
+        angle: rotations are by at most this many degrees either way; the paper does not limit them.
+
+    Returns:
+        New tensors of the same shape, type and device.
+
+    Source: Kayalibay et al. 2017, section 3.2.1.
+    """
+    dims = image.ndim - 2
+    if dims not in (2, 3) or label.shape != (image.shape[0], *image.shape[2:]):
+        raise ValueError(
+            f"image {tuple(image.shape)} and label {tuple(label.shape)}; expected (B, C, *space) and (B, *space) in 2D or 3D"
+        )
+    if not 0 <= angle <= 180:
+        raise ValueError(f"angle={angle}; expected 0 to 180 degrees")
+    kinds = rng.integers(3, size=len(image))  # 0 nothing, 1 flip, 2 rotation
+    flips = rng.integers(dims, size=len(image))
+    planes = np.stack([rng.permutation(dims)[:2] for _ in kinds])
+    angles = np.deg2rad(rng.uniform(-angle, angle, len(image)))
+    image, label = image.clone(), label.clone()
+    for axis in range(dims):
+        chosen = np.flatnonzero((kinds == 1) & (flips == axis))
+        if len(chosen):
+            image[chosen], label[chosen] = image[chosen].flip(axis + 2), label[chosen].flip(axis + 1)
+    turned = np.flatnonzero(kinds == 2)
+    if len(turned):
+        image[turned], label[turned] = _rotate(image[turned], label[turned], planes[turned], angles[turned])
+    return image, label
+
+
+def _rotate(image: Tensor, label: Tensor, planes: np.ndarray, angles: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Every volume of a batch by its own angle (radians) in the plane of its own two axes."""
+    space = image.shape[2:]
+    matrices = np.zeros((len(angles), len(space), len(space) + 1))
+    for matrix, (a, b), angle in zip(matrices, planes, angles):
+        rotation = np.eye(len(space))
+        rotation[[a, b, a, b], [a, b, b, a]] = (*[math.cos(angle)] * 2, math.sin(angle), -math.sin(angle))
+        # The sampler counts from -1 to 1 along each axis, whatever its length, and names the last axis first.
+        half = np.array([max(n - 1, 1) / 2 for n in space])
+        matrix[:, :-1] = (rotation * half / half[:, None])[::-1, ::-1]
+    theta = torch.from_numpy(matrices).to(image.device, torch.float32)
+    grid = F.affine_grid(theta, [len(angles), 1, *space], align_corners=True)
+    low = image.amin(dim=tuple(range(2, image.ndim)), keepdim=True)
+    turned = F.grid_sample((image - low).float(), grid, mode="bilinear", align_corners=True).to(image.dtype) + low
+    nearest = F.grid_sample(label[:, None].float(), grid, mode="nearest", align_corners=True)
+    return turned, nearest[:, 0].to(label.dtype)

@@ -23,6 +23,32 @@ def test_recursion_with_strides():
     assert receptive_field_recursion([3] * 7, [1, 2, 1, 2, 1, 2, 1]) == [3, 5, 9, 13, 21, 29, 45]
 
 
+def test_table_7_of_kayalibays_network():
+    """All thirteen rows: seven convolutions of the contracting path, then deconvolutions and convolutions in turn."""
+    strides = [1, 2, 1, 2, 1, 2, 1] + [1] * 6
+    upsampling = [1] * 7 + [2, 1, 2, 1, 2, 1]
+    expected = [3, 5, 9, 13, 21, 29, 45, 53, 61, 65, 69, 71, 73]
+    assert receptive_field_recursion([3] * 13, strides, upsampling=upsampling) == expected
+    eta, tau, field = 0, 0, 1  # equation 7 as it stands
+    for stride, up, row in zip(strides, upsampling, expected):
+        tau += up == 2
+        field += 2 ** (eta - tau) * (3 - 1)
+        eta += stride == 2
+        assert field == row
+
+
+def test_the_recursion_is_the_middle_of_what_repeated_voxels_see():
+    model = models.kayalibay_unet3d(in_channels=1, classes=2, width=0.125)
+    fields = [measured_receptive_field(model, size=(128, 8, 8), voxel=(56 + n, 4, 4), axis=0) for n in range(8)]
+    sides = [field.side[0] for field in fields]
+    assert sides == [69, 69, 77, 77, 77, 77, 69, 69] and sum(sides) / 8 == 73
+    together = measured_receptive_field(model, size=(128, 8, 8), axis=0)
+    assert (together.first, together.last) == ((-43,), (36,))
+    expected = {"stem.0": 3, "contracting.0.down": 5, "contracting.0.conv": 9, "contracting.2.conv": 45}
+    for layer, side in expected.items():
+        assert measured_receptive_field(model, size=(128, 8, 8), layer=layer, axis=0).side == (side,)
+
+
 @given(CHAINS, st.integers(0, 20))
 def test_recursion_and_size_agree_with_convolutions(chain, extra):
     kernels, strides = zip(*chain)
@@ -112,3 +138,24 @@ def test_measuring_changes_nothing():
     assert model.training and all(p.grad is None for p in model.parameters())
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in model.state_dict().items())
+
+
+def test_recursion_rejects_upsampling_beyond_the_input():
+    with pytest.raises(ValueError, match="layer 2 repeats voxels 2 times, but they lie 1 input voxels apart"):
+        receptive_field_recursion([3, 3], upsampling=[1, 2])
+    with pytest.raises(ValueError, match="2 kernels but 1 upsampling factors"):
+        receptive_field_recursion([3, 3], [2, 1], upsampling=[1])
+
+
+def test_along_one_axis():
+    model = models.kayalibay_unet3d(in_channels=1, classes=2, width=0.125, blocks=1, maps=1)
+    whole = measured_receptive_field(model, size=20)
+    for axis in range(3):
+        size = [2, 2, 2]
+        size[axis] = 20
+        along = measured_receptive_field(model, size=size, axis=axis)
+        assert along == tuple((numbers[axis],) for numbers in whole)
+    with pytest.raises(ValueError, match="axis=3; expected 0 to 2"):
+        measured_receptive_field(model, size=20, axis=3)
+    with pytest.raises(ValueError, match="reaches the border"):
+        measured_receptive_field(model, size=(20, 2, 2))

@@ -290,3 +290,46 @@ def test_channels_are_checked_by_name_where_the_network_knows_them(network, nois
     with pytest.raises(ValueError, match=r"flair, t1c but the network was trained on t1c, flair; use case\.select"):
         predict(model, case, progress=False)
     predict(model, case.select(["t1c", "flair"]), progress=False)
+
+
+# ------------------------------------------------------------------------------------------------ networks that pad
+
+
+def padded_reference(model, case: Case) -> np.ndarray:
+    """One pass over the whole volume, filled up to the network's multiple by numpy's mirror."""
+    pad = [(0, 0), *((0, -n % model.multiple) for n in case.shape)]
+    with torch.no_grad():
+        out = model(torch.from_numpy(np.pad(case.image, pad, mode="reflect"))[None])[0]
+    return out[(slice(None), *(slice(n) for n in case.shape))].numpy()
+
+
+@pytest.mark.parametrize("shape", [(24, 16, 8), (19, 13, 9)], ids=str)
+@pytest.mark.parametrize("merge", ["concat", "sum", "none"])
+def test_a_padded_network_gets_the_whole_volume(network, noise_case, merge, shape):
+    model, case = network("kayalibay_unet3d", init="xavier", merge=merge), noise_case(shape, mask=True)
+    close(logits_of(model, case, inside_mask=False), padded_reference(model, case))
+    inside = logits_of(model, case)
+    close(inside[:, case.mask], padded_reference(model, case)[:, case.mask])
+    assert not inside[:, ~case.mask].any()
+
+
+@pytest.mark.parametrize(
+    "blocks, shape, tile", [(1, (43, 21, 10), 4), (2, (90, 14, 9), (8, 4, 100)), (3, (200, 9, 8), 8)]
+)
+def test_tiles_of_a_padded_network_have_a_halo(network, noise_case, monkeypatch, blocks, shape, tile):
+    """No tile sees the whole volume, and yet the result is that of the whole volume."""
+    model, case = network("kayalibay_unet3d", init="xavier", blocks=blocks, maps=blocks), noise_case(shape)
+    whole, seen, forward = padded_reference(model, case), [], type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, x: seen.append(x.shape[2]) or forward(self, x))
+    close(logits_of(model, case, tile=tile), whole)
+    assert len(seen) > 8 and max(seen) <= 2 * model.halo + model.multiple * max(1, 8 // model.multiple) < shape[0]
+    monkeypatch.setattr(model, "halo", model.multiple)
+    assert np.abs(logits_of(model, case, tile=tile) - whole).max() > 1e-3  # it was needed
+
+
+def test_a_padded_network_in_little_memory(network, noise_case, monkeypatch):
+    model, case = network("kayalibay_unet3d", init="xavier", blocks=1, maps=1), noise_case((60, 18, 12))
+    monkeypatch.setattr(inference, "_workspace", lambda device, most=0: 1e5)
+    sides = inference._tile_size(model, [0] * 3, [60, 18, 12], None, torch.device("cpu"))
+    assert sides[0] < 30
+    close(logits_of(model, case), padded_reference(model, case))

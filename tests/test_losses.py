@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from medseg_lite import losses, models
+from medseg_lite import losses, metrics, models
 
 # Three voxels, three classes: the probabilities of each class, the true class, and -log p of it by hand.
 PROBABILITIES = [[0.7, 0.2, 0.1], [0.25, 0.5, 0.25], [0.1, 0.1, 0.8]]
@@ -107,3 +107,103 @@ def test_weight_penalty_covers_every_kernel_of_a_network():
     assert len(kernels) == 19
     expected = sum(float(k.detach().double().square().sum()) for k in kernels)
     assert losses.weight_penalty(model, l2=1).item() == pytest.approx(expected, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- class weights and Jaccard
+
+
+def test_weighted_cross_entropy_by_hand():
+    logits, target = table()  # true classes 0, 2, 1
+    value = losses.cross_entropy(logits, target, class_weights=[1, 2, 5])
+    expected = (1 * NEGATIVE_LOG[0] + 5 * NEGATIVE_LOG[1] + 2 * NEGATIVE_LOG[2]) / (1 + 5 + 2)
+    assert value.item() == pytest.approx(expected, abs=1e-5)
+    masked = losses.cross_entropy(logits, target, class_weights=[1, 2, 5], mask=torch.tensor([[True, False, True]]))
+    assert masked.item() == pytest.approx((NEGATIVE_LOG[0] + 2 * NEGATIVE_LOG[2]) / 3, abs=1e-5)
+    full = losses.cross_entropy(logits, target, class_weights=[1, 2, 5], mask=torch.ones(1, 3))
+    torch.testing.assert_close(full, value)
+    equal = losses.cross_entropy(logits, target, class_weights=torch.full((3,), 7.0))
+    torch.testing.assert_close(equal, losses.cross_entropy(logits, target))
+
+
+@pytest.mark.parametrize("weights", [[1, 2], [1, 2, -1], [[1, 2, 3]]])
+def test_wrong_class_weights(weights):
+    with pytest.raises(ValueError, match="expected 3 numbers, none of them negative"):
+        losses.cross_entropy(*table(), class_weights=weights)
+
+
+def test_jaccard_distance_by_hand():
+    """Class by class: Σpt, Σp², Σt² of the table above."""
+    logits, target = table()
+    sums = [(0.7, 0.49 + 0.0625 + 0.01, 1), (0.1, 0.04 + 0.25 + 0.01, 1), (0.25, 0.01 + 0.0625 + 0.64, 1)]
+    expected = [1 - pt / (pp + tt - pt) for pt, pp, tt in sums]
+    np.testing.assert_allclose(losses.jaccard_distance(logits, target, per_class=True).detach(), expected, atol=1e-5)
+    assert losses.jaccard_distance(logits, target).item() == pytest.approx(sum(expected), abs=1e-5)
+
+
+def one_hot_logits(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    return 200 * nn.functional.one_hot(labels, classes).movedim(-1, 1).float()
+
+
+def test_jaccard_of_binary_maps_is_the_union_formula_and_twice_it_is_dice():
+    torch.manual_seed(0)
+    target, predicted = torch.randint(4, (2, 6, 5, 4)), torch.randint(4, (2, 6, 5, 4))
+    distances = losses.jaccard_distance(one_hot_logits(predicted, 4), target, per_class=True)
+    for c, distance in enumerate(distances.tolist()):
+        p, t = predicted.numpy() == c, target.numpy() == c
+        false, union = (p != t).sum(), (p | t).sum()
+        assert distance == pytest.approx(false / union, abs=1e-5)  # equation 4
+        j = 1 - distance
+        assert 2 * j / (1 + j) == pytest.approx(metrics.dice(p, t), abs=1e-5)
+
+
+def test_jaccard_distance_is_bounded():
+    target = torch.tensor([[0, 1, 1, 0]])
+    assert losses.jaccard_distance(one_hot_logits(target, 2), target).item() == pytest.approx(0, abs=1e-5)
+    assert losses.jaccard_distance(one_hot_logits(1 - target, 2), target).item() == pytest.approx(2, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("target_class", [0, 1, None])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 300.0, -300.0])
+def test_jaccard_distance_is_finite(dtype, target_class, scale):
+    """Targets without a class, or of one class only, and predictions from undecided to certain, right and wrong."""
+    torch.manual_seed(0)
+    shape = (1, 48, 40, 40)  # 76,800 voxels, more than float16 can count to
+    target = torch.randint(3, shape) if target_class is None else torch.full(shape, target_class)
+    logits = (scale * nn.functional.one_hot(target, 3).movedim(-1, 1)).to(dtype).requires_grad_()
+    value = losses.jaccard_distance(logits, target)
+    value.backward()
+    assert value.isfinite() and -1e-3 <= value.item() <= 3.001
+    assert logits.grad.isfinite().all()
+    if target_class is not None and scale == 1:
+        absent = losses.jaccard_distance(logits, target, per_class=True)[2]
+        assert absent.item() == pytest.approx(1)
+
+
+def test_jaccard_gradient_is_that_of_finite_differences():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 3, 4, 2, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(3, (1, 4, 2))
+    assert torch.autograd.gradcheck(lambda x: losses.jaccard_distance(x, target), logits)
+
+
+def test_jaccard_under_autocast():
+    logits, target = table()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = losses.jaccard_distance(logits, target)
+    assert value.dtype == torch.float32 and value.item() == losses.jaccard_distance(logits, target).item()
+
+
+def test_minmax_jaccard_depends_on_the_names_of_classes():
+    target = torch.tensor([0, 1, 2, 2])
+    slightly, badly = torch.tensor([0, 1, 2, 1]), torch.tensor([0, 1, 2, 0])
+    assert losses.minmax_jaccard(slightly, target).item() == pytest.approx(4 / 5)
+    assert losses.minmax_jaccard(badly, target).item() == pytest.approx(3 / 5)
+    renamed = torch.tensor([2, 1, 0])  # the same mistakes under other names
+    assert losses.minmax_jaccard(renamed[badly], renamed[target]).item() == pytest.approx(3 / 5)
+    assert losses.minmax_jaccard(renamed[slightly], renamed[target]).item() == pytest.approx(3 / 4)
+    binary, other = torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 1, 0])
+    assert losses.minmax_jaccard(binary, other).item() == pytest.approx(metrics.jaccard(binary.numpy(), other.numpy()))
+    assert losses.minmax_jaccard(torch.zeros(3), torch.zeros(3)).item() == 1
+    with pytest.raises(ValueError, match=r"shape \(4,\); expected that of the target, \(3,\)"):
+        losses.minmax_jaccard(target, torch.zeros(3))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from medseg_lite import models
-from medseg_lite.sampling import SegmentSampler
+from medseg_lite import models, transforms
+from medseg_lite.sampling import SegmentSampler, VolumeSampler
 from medseg_lite.volume import Case
 
 
@@ -326,3 +326,75 @@ def test_healthy_cohorts_can_be_sampled_uniformly_and_equally(noise_case):
     case = case.replace(label=np.zeros_like(case.label))
     for scheme in ("uniform", "equal"):
         assert not SegmentSampler([case], output=3, scheme=scheme).batch(0).label.any()
+
+
+# ------------------------------------------------------------------------------------------------------- whole volumes
+
+
+def test_whole_volumes_are_filled_up_by_mirroring(grid_case):
+    case = grid_case((7, 8, 5))
+    image, label = VolumeSampler([case], multiple=4).batch(0)
+    assert image.shape == (1, 3, 8, 8, 8) and label.shape == (1, 8, 8, 8) and label.dtype == torch.int64
+    pad = [(0, 1), (0, 0), (0, 3)]
+    np.testing.assert_array_equal(image[0], np.pad(case.image, [(0, 0), *pad], mode="reflect"))
+    np.testing.assert_array_equal(label[0], np.pad(case.label, pad, mode="reflect"))
+
+
+def test_every_case_comes_up_before_any_comes_up_again(grid_case):
+    cases = [grid_case((4, 4, 4)).replace(image=np.full((3, 4, 4, 4), n, np.float32)) for n in range(5)]
+    sampler = VolumeSampler(cases, batch_size=2)
+    seen = [int(v) for step in range(10) for v in sampler.batch(step).inputs[:, 0, 0, 0, 0]]
+    rounds = [seen[n : n + 5] for n in range(0, 20, 5)]
+    assert all(sorted(r) == list(range(5)) for r in rounds) and len({tuple(r) for r in rounds}) > 1
+
+
+def test_crops_lie_inside_and_anywhere(grid_case):
+    case = grid_case((9, 7, 6))
+    sampler = VolumeSampler([case], crop=(4, 2, 6), multiple=2, batch_size=3)
+    corners = set()
+    for step in range(60):
+        image, label = sampler.batch(step)
+        assert image.shape == (3, 3, 4, 2, 6)
+        for patch, target in zip(image.long(), label):
+            corners.add(tuple(patch[:, 0, 0, 0].tolist()))
+            np.testing.assert_array_equal(target, case.label[tuple(patch)])
+    assert corners == {(d, h, 0) for d in range(6) for h in range(6)}
+
+
+def test_batches_of_volumes_depend_on_seed_and_step_alone(noise_case):
+    cases = [noise_case((8, 9, 10), seed=n) for n in range(3)]
+
+    def batches(seed, steps):
+        sampler = VolumeSampler(cases, crop=6, batch_size=2, augment=transforms.augment, seed=seed)
+        return [sampler.batch(s) for s in steps]
+
+    forward, backward = batches(0, range(6)), batches(0, reversed(range(6)))[::-1]
+    assert all(torch.equal(a.inputs, b.inputs) and torch.equal(a.label, b.label) for a, b in zip(forward, backward))
+    assert not torch.equal(forward[0].inputs, batches(1, [0])[0].inputs)
+
+
+def test_volumes_are_not_changed_by_augmentation(noise_case):
+    case = noise_case((8, 8, 8))
+    sampler = VolumeSampler([case], augment=transforms.augment)
+    for step in range(8):
+        image, label = sampler.batch(step)
+        image.zero_(), label.zero_()
+    plain = VolumeSampler([case]).batch(0)
+    np.testing.assert_array_equal(plain.inputs[0], case.image)
+    np.testing.assert_array_equal(plain.label[0], case.label)
+
+
+def test_volume_sampler_errors(noise_case):
+    case, small = noise_case((8, 8, 8)), noise_case((8, 8, 6))
+    for cases, options, message in [
+        ([], {}, "no cases to sample from"),
+        ([case.replace(label=None)], {}, "noise has no label"),
+        ([case, noise_case(channels=("t1",))], {}, "has channels"),
+        ([case], {"batch_size": 0}, "batch_size=0, multiple=1; both must be at least 1"),
+        ([case], {"crop": 12, "multiple": 8}, "crop=12; expected one number of voxels, or three, each a multiple of 8"),
+        ([case], {"crop": (8, 8)}, "or three"),
+        ([case, small], {"crop": 8}, r"noise is 8×8×6 voxels, smaller than the crop of \(8, 8, 8\)"),
+        ([case, small], {"batch_size": 2}, "of different sizes, so whole volumes make no batch"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            VolumeSampler(cases, **options)

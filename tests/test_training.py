@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from medseg_lite import losses, models
+from medseg_lite import losses, models, training
 from medseg_lite.optimizers import HalveAt, HalveOnPlateau, RMSpropNesterov
 from medseg_lite.sampling import SegmentSampler
 from medseg_lite.training import fit, validate_on
@@ -439,3 +439,21 @@ def test_bfloat16(setup):
     history = fit(model, sampler, steps=3, precision="bfloat16", **keywords)
     assert np.isfinite(history["loss"]).all()
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_running_average_by_hand():
+    """Equation 6 with α = .5 and μ*_0 = 1."""
+    assert training.running_average([3, 5, 1], start=1).tolist() == [2, 3.5, 2.25]
+    assert training.running_average([3, 5, 1]).tolist() == [3, 4, 2.5]
+    assert training.running_average([3, 5, 1], alpha=0).tolist() == [3, 5, 1]
+    assert training.running_average([]).tolist() == []
+    with pytest.raises(ValueError, match="alpha=1; expected 0"):
+        training.running_average([1, 2], alpha=1)
+
+
+def test_running_average_is_that_of_batch_normalisation():
+    norm, torch_rng = torch.nn.BatchNorm1d(1, momentum=0.5), torch.Generator().manual_seed(0)
+    batches = torch.randn(6, 10, 1, generator=torch_rng)
+    seen = [norm(b) is not None and float(norm.running_mean) for b in batches]
+    expected = training.running_average(batches.mean(dim=(1, 2)).numpy(), start=0)
+    np.testing.assert_allclose(seen, expected, atol=1e-6)

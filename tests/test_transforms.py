@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from scipy import ndimage
 
-from medseg_lite.transforms import standardise
+from medseg_lite.transforms import augment, standardise
 from medseg_lite.volume import Case
 
 
@@ -61,3 +63,116 @@ def test_constant_channel(value):
 def test_empty_mask():
     with pytest.raises(ValueError, match="small: the mask is empty"):
         standardise(small([1, 2], mask=[False, False]))
+
+
+# --------------------------------------------------------------------------------------------------------- augmentation
+
+
+class Draws:
+    """Stands in for a generator: one kind of transformation with given settings."""
+
+    def __init__(self, kind: int, axis: int = 0, plane=(0, 1), degrees: float = 0.0):
+        self.kind, self.axis, self.plane, self.degrees = kind, axis, plane, degrees
+        self.calls = 0
+
+    def integers(self, high, size):
+        self.calls += 1
+        return np.full(size, self.kind if self.calls == 1 else self.axis)
+
+    def permutation(self, n):
+        return np.array([*self.plane, *(k for k in range(n) if k not in self.plane)])
+
+    def uniform(self, low, high, size):
+        return np.full(size, self.degrees)
+
+
+def batch(*space, channels=2, count=2):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(count, channels, *space, generator=generator)
+    return image, torch.randint(5, (count, *space), generator=generator)
+
+
+def test_identity_and_flips_are_exact():
+    image, label = batch(5, 6, 7)
+    same, labels = augment(image, label, rng=Draws(0))
+    assert torch.equal(same, image) and torch.equal(labels, label) and same is not image
+    for axis in range(3):
+        flipped, labels = augment(image, label, rng=Draws(1, axis))
+        assert torch.equal(flipped, image.flip(axis + 2)) and torch.equal(labels, label.flip(axis + 1))
+
+
+@pytest.mark.parametrize("plane", [(0, 1), (1, 0), (0, 2), (1, 2), (2, 1)])
+def test_quarter_turns_are_those_of_rot90(plane):
+    image, label = batch(9, 9, 9)
+    turned, labels = augment(image, label, rng=Draws(2, plane=plane, degrees=90))
+    a, b = plane
+    torch.testing.assert_close(turned, torch.rot90(image, 1, [a + 2, b + 2]), atol=1e-4, rtol=0)
+    assert torch.equal(labels, torch.rot90(label, 1, [a + 1, b + 1]))
+
+
+@pytest.mark.parametrize("degrees", [17.0, -60.0])
+def test_rotation_against_scipy(degrees):
+    """A volume whose sides differ: voxels stay cubes."""
+    image, label = batch(14, 10, 6, channels=1, count=1)
+    turned, _ = augment(image, label, rng=Draws(2, plane=(0, 1), degrees=degrees))
+    low = float(image.min())
+    shifted = image[0, 0].numpy() - low
+    peer = low + ndimage.rotate(shifted, degrees, axes=(0, 1), reshape=False, order=1, mode="grid-constant")
+    np.testing.assert_allclose(turned[0, 0], peer, atol=1e-3)
+
+
+def test_image_and_label_turn_together_and_no_new_labels_appear():
+    label = torch.zeros(1, 24, 20, 16, dtype=torch.long)
+    label[:, 6:18, 8:12, 5:11] = 4
+    label[:, 12:18, 8:12, 5:11] = 2
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        image, turned = augment(label[:, None].float(), label, rng=rng)
+        assert turned.dtype == torch.long and set(turned.unique().tolist()) <= {0, 2, 4}
+        assert (image[:, 0] - turned).abs().mean() < 0.1
+
+
+def test_each_volume_has_its_own_and_all_three_come_up():
+    image, label = batch(8, 8, 8, channels=1, count=300)
+    turned, _ = augment(image, label, rng=np.random.default_rng(0))
+    same = (turned == image).flatten(1).all(1)
+    flipped = torch.stack([(turned == image.flip(a)).flatten(1).all(1) for a in (2, 3, 4)])
+    assert 70 < int(same.sum()) < 130 and 70 < int(flipped.any(0).sum()) < 130
+    assert (flipped.sum(1) > 15).all()
+
+
+def test_what_comes_in_from_outside_is_air():
+    image, label = torch.full((1, 2, 12, 12, 12), 3.0), torch.ones(1, 12, 12, 12, dtype=torch.long)
+    image[:, 0, 6, 6, 6], image[:, 1] = -2.0, 7.0
+    turned, labels = augment(image, label, rng=Draws(2, degrees=45))
+    assert turned[0, 0, 0, 0, 5] == -2 and turned[0, 1, 0, 0, 5] == 7 and labels[0, 0, 0, 5] == 0
+
+
+def test_augmentation_of_slices_half_precision_and_the_angle_limit():
+    image, label = batch(16, 12)
+    rng = np.random.default_rng(1)
+    for _ in range(6):
+        turned, labels = augment(image.half(), label.to(torch.uint8), rng=rng)
+        assert turned.dtype == torch.float16 and labels.dtype == torch.uint8 and turned.shape == image.shape
+    still, _ = augment(image, label, rng=Draws(2, degrees=0))
+    torch.testing.assert_close(still, image, atol=1e-4, rtol=0)
+
+
+def test_augmentation_is_the_seeds_alone():
+    image, label = batch(6, 6, 6)
+    a, b = (augment(image, label, rng=np.random.default_rng([0, 7]))[0] for _ in range(2))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "shapes, options, message",
+    [
+        (((1, 1, 4, 4, 4), (1, 4, 4)), {}, r"expected \(B, C, \*space\)"),
+        (((1, 1, 4), (1, 4)), {}, "in 2D or 3D"),
+        (((1, 1, 4, 4), (1, 4, 4)), {"angle": 270}, "angle=270; expected 0 to 180"),
+    ],
+)
+def test_augmentation_rejects(shapes, options, message):
+    image, label = (torch.zeros(s) for s in shapes)
+    with pytest.raises(ValueError, match=message):
+        augment(image, label, rng=np.random.default_rng(0), **options)

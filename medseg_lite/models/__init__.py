@@ -22,10 +22,12 @@ from .havaei import (
     mf_cascade_cnn,
     two_path_cnn,
 )
+from .kayalibay import kayalibay_unet3d
 
 __all__ = [
     "DEEPMEDIC",
     "HAVAEI",
+    "KAYALIBAY",
     "NETWORKS",
     "big_deep_plus",
     "deep",
@@ -36,6 +38,7 @@ __all__ = [
     "dm2d_seg",
     "global_path_cnn",
     "input_cascade_cnn",
+    "kayalibay_unet3d",
     "large2d_seg",
     "load",
     "local_cascade_cnn",
@@ -51,7 +54,7 @@ __all__ = [
 NETWORKS = tuple(
     name for name in __all__ if name[0].islower() and name not in ("load", "save")
 )  # the builders, by name
-DEEPMEDIC, HAVAEI = (  # the same, paper by paper
+DEEPMEDIC, HAVAEI, KAYALIBAY = (  # the same, paper by paper
     tuple(name for name in NETWORKS if globals()[name].__module__ == f"{__name__}.{file}")
-    for file in ("deepmedic", "havaei")
+    for file in ("deepmedic", "havaei", "kayalibay")
 )

@@ -99,10 +99,21 @@ def init_he(model: nn.Module) -> None:
 def init_normal(model: nn.Module, std: float = 0.01) -> None:
     """Draw every convolution's kernel from N(0, std), std a standard deviation; set biases to zero.
 
-    Source: Kamnitsas et al. 2017, appendix B (shallow networks); Kayalibay et al. 2017, section 3.
+    Source: Kamnitsas et al. 2017, appendix B (shallow networks); Kayalibay et al. 2017, section 3.2.1.
     """
     for conv in convolutions(model):
         nn.init.normal_(conv.weight, std=std)
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
+
+
+def init_xavier(model: nn.Module) -> None:
+    """Draw every convolution's kernel from N(0, √(2/(n_in + n_out))), n = C · kernel voxels; set biases to zero.
+
+    Source: Glorot and Bengio 2010; Kayalibay et al. 2017, section 3.2.1.
+    """
+    for conv in convolutions(model):
+        nn.init.xavier_normal_(conv.weight)
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)
 
