@@ -45,6 +45,7 @@ const model = {{
     for (const listener of listeners[`change:${{key}}`] ?? []) listener();
   }},
   save_changes() {{}},
+  send() {{}},
   on: (event, listener) => (listeners[event] ??= []).push(listener),
   off() {{}},
 }};
@@ -61,7 +62,13 @@ def pack(array: np.ndarray) -> bytes:
     return compressor.compress(np.ascontiguousarray(array, np.uint8)) + compressor.flush()
 
 
-def page(*, title: str, state: dict, script: Path, css: Path) -> str:
+def script(name: str) -> str:
+    """One of this folder's scripts, with what they all share in front: an ES module without imports, as notebooks need it."""
+    here = Path(__file__).parent
+    return (here / "shared.js").read_text(encoding="utf-8") + "\n" + (here / name).read_text(encoding="utf-8")
+
+
+def page(*, title: str, state: dict, script: str, css: Path) -> str:
     """A self-contained page that runs a widget without a kernel or a network.
 
     Args:
@@ -70,7 +77,7 @@ def page(*, title: str, state: dict, script: Path, css: Path) -> str:
         script: ES module that ends in `export default widget;`, where `widget.render({model, el})` draws it.
         css: its style sheet.
     """
-    code = script.read_text(encoding="utf-8").replace("export default widget;", "")
+    code = script.replace("export default widget;", "")
     data = json.dumps(state, default=_bytes_as_base64, allow_nan=False, ensure_ascii=True)
     data = data.replace("<", "\\u003c")  # a name such as "</script>" must not end the element
     return _PAGE.format(title=html.escape(title), css=css.read_text(encoding="utf-8"), state=data, code=code)

@@ -1,26 +1,5 @@
 // Kernel editor: a picture, a kernel of numbers to edit, and their feature map, computed here with every key pressed.
 
-/** A binary trait as bytes: JupyterLab hands over a DataView, Colab an ArrayBuffer or a Uint8Array. */
-const bytes = (b) => (b instanceof ArrayBuffer ? new Uint8Array(b) : new Uint8Array(b.buffer, b.byteOffset, b.byteLength));
-
-async function unpack(packed) {
-  const stream = new Blob([bytes(packed)]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return new Float32Array(await new Response(stream).arrayBuffer());
-}
-
-/** Build an element. Text is only ever set as text. */
-function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [key, value] of Object.entries(attributes)) {
-    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
-    else if (value !== undefined && value !== false) element.setAttribute(key, value === true ? "" : value);
-  }
-  element.append(...children);
-  return element;
-}
-
-const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
-const short = (x) => String(Number(x.toPrecision(3))).replace("-", "−");
 const rgb = (colour) => [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16));
 const same = (a, b) => a.length === b.length && a.every((row, i) => row.every((w, j) => w === b[i][j]));
 
@@ -217,7 +196,7 @@ function render({ model, el }) {
   }
 
   async function onPicture() {
-    const given = model.get("_picture"), values = await unpack(given.data);
+    const given = model.get("_picture"), values = new Float32Array((await unpack(given.data)).buffer);
     if (given !== model.get("_picture")) return; // replaced meanwhile
     picture = { rows: given.shape[0], columns: given.shape[1], values, window: given.window };
     drawImage();

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 
 from .. import plotting
 from ..paths import atomic_write
-from ._base import pack, page
+from ._base import pack, page, script
 from .slice_viewer import StateError
 
 _HERE = Path(__file__).parent
@@ -85,7 +85,7 @@ class KernelEditor(anywidget.AnyWidget):
         ValueError: for pictures that are not 2-D, too small, too large or not finite, kernels of another size, unknown names.
     """
 
-    _esm = _HERE / "kernel_editor.js"
+    _esm = script("kernel_editor.js")
     _css = _HERE / "kernel_editor.css"
     _ipython_display_ = None  # ipywidgets 7 would display through it, and drop the PNG below
 
@@ -158,7 +158,7 @@ class KernelEditor(anywidget.AnyWidget):
     def to_html(self, path: str | Path | None = None, *, title: str = "Kernel editor") -> str:
         """The editor as one self-contained page that works without a kernel or a network; also written to `path` if given."""
         state = {key: getattr(self, key) for key in ("kernel", "position", "_picture", "_scene")}
-        text = page(title=title, state=state, script=_HERE / "kernel_editor.js", css=_HERE / "kernel_editor.css")
+        text = page(title=title, state=state, script=self._esm, css=_HERE / "kernel_editor.css")
         if path is not None:
             with atomic_write(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .. import plotting
 from ..paths import atomic_write
 from ..volume import Case
-from ._base import pack, page
+from ._base import pack, page, script
 
 _HERE = Path(__file__).parent
 LARGEST = 400_000_000  # bytes: what a browser tab holds and sends without trouble
@@ -58,7 +58,7 @@ class SliceViewer(anywidget.AnyWidget):
         ValueError: for images that are not 3-D, empty or not finite, overlays on another grid, unknown names.
     """
 
-    _esm = _HERE / "slice_viewer.js"
+    _esm = script("slice_viewer.js")
     _css = _HERE / "slice_viewer.css"
     _ipython_display_ = None  # ipywidgets 7 would display through it, and drop the PNG below
 
@@ -185,7 +185,7 @@ class SliceViewer(anywidget.AnyWidget):
         text = page(
             title=title or f"Slices of {self._case.name}",
             state=state,
-            script=_HERE / "slice_viewer.js",
+            script=self._esm,
             css=_HERE / "slice_viewer.css",
         )
         if path is not None:
