@@ -151,7 +151,8 @@ def _tile_size(model, start, stop, tile, device) -> list[int]:
         return [min(max(w // g, 1) * g, s) for w, g, s in zip(wanted, grid, size)]
     widest = max(c.in_channels + c.out_channels for c in convolutions(model) if max(c.kernel_size) > 1)
     halo = getattr(model, "halo", None)
-    voxels = _workspace(device, CPU_WORKSPACE if halo is None else PADDED_WORKSPACE) / (4 * 1.5 * widest)
+    workspace = _workspace(device) if halo is None else _workspace(device, PADDED_WORKSPACE)
+    voxels = workspace / (4 * 1.5 * widest)
     pieces = [1, 1, 1]
     # Full-resolution feature maps start `reach` voxels outside the tile; what lies further out is only seen sub-sampled.
     reach = getattr(model, "reach", model.margin) if halo is None else halo
