@@ -92,6 +92,33 @@ def minmax_jaccard(prediction: Tensor, target: Tensor) -> Tensor:
     return torch.where(most > 0, least / most.clamp(min=1), 1.0)
 
 
+def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1.0) -> Tensor:
+    """−(2 Σ o y + smooth) / (Σ o + Σ y + smooth) over all voxels of the batch: −1 when all is right, near 0 when nothing is.
+
+    o is the probability of the object and y one inside it. As the sums run over the batch, an image without the object
+    costs only what is wrongly found in it.
+
+    Args:
+        logits: `(B, 1, *space)` (a sigmoid's), or `(B, K, *space)` (a softmax's), of which the mean over classes 1 to K − 1.
+        target: `(B, *space)` class numbers.
+        smooth: keeps the loss defined where there is no object; the authors' code has 1.
+
+    Source: Drozdzal et al. 2018, section 3.3.
+    """
+    _check(logits, target)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if logits.shape[1] == 1:
+        object_, truth = logits.sigmoid(), (target > 0).unsqueeze(1)
+    else:
+        object_ = logits.softmax(1)[:, 1:]
+        truth = torch.stack([target == k for k in range(1, logits.shape[1])], dim=1)
+    axes = (0, *range(2, logits.ndim))
+    truth = truth.to(object_.dtype)
+    both, sizes = (object_ * truth).sum(axes), object_.sum(axes) + truth.sum(axes)
+    return -((2 * both + smooth) / (sizes + smooth)).mean()
+
+
 def weight_penalty(model: nn.Module, *, l1: float = 0.0, l2: float = 0.0) -> Tensor:
     """l1 · Σ|W| + l2 · ΣW² over the kernels of all convolutions; biases, batch normalisation and PReLU are left free.
 

@@ -207,3 +207,43 @@ def test_minmax_jaccard_depends_on_the_names_of_classes():
     assert losses.minmax_jaccard(torch.zeros(3), torch.zeros(3)).item() == 1
     with pytest.raises(ValueError, match=r"shape \(4,\); expected that of the target, \(3,\)"):
         losses.minmax_jaccard(target, torch.zeros(3))
+
+
+# --------------------------------------------------------------------------------------------------------------- Dice
+
+
+def test_dice_loss_by_hand():
+    o = torch.tensor([[0.9, 0.4], [0.2, 0.1]])  # two images of two pixels
+    y = torch.tensor([[1, 1], [0, 0]])
+    both, total = 0.9 + 0.4, 1.6 + 2
+    for smooth in (0.0, 1.0):
+        expected = -(2 * both + smooth) / (total + smooth)
+        sigmoid = losses.dice_loss(o.logit()[:, None], y, smooth=smooth)
+        softmax = losses.dice_loss(torch.stack([1 - o, o], dim=1).log(), y, smooth=smooth)
+        assert float(sigmoid) == pytest.approx(expected, abs=1e-6) == float(softmax)
+
+
+def test_dice_loss_is_minus_dice_on_binary_maps():
+    rng = np.random.default_rng(0)
+    p, t = rng.random((3, 5, 6)) < 0.4, rng.random((3, 5, 6)) < 0.3
+    logits = torch.tensor(np.where(p, 50.0, -50.0))[:, None]
+    assert float(losses.dice_loss(logits, torch.tensor(t).long(), smooth=0)) == pytest.approx(-metrics.dice(p, t))
+    three = torch.randint(3, (2, 4, 4))
+    perfect = 100 * torch.nn.functional.one_hot(three).movedim(-1, 1).float()
+    assert float(losses.dice_loss(perfect, three)) == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("target", [0, 1])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.float64])
+def test_dice_loss_is_finite_on_empty_and_full_masks(target, kind):
+    logits = (30 * torch.randn(2, 1, 40, 40)).to(kind).requires_grad_()
+    loss = losses.dice_loss(logits, torch.full((2, 40, 40), target))
+    loss.backward()
+    assert -1 <= loss.item() <= 0 and logits.grad.isfinite().all()
+    nothing = losses.dice_loss(torch.full((1, 1, 4, 4), -100.0), torch.zeros(1, 4, 4, dtype=torch.long))
+    assert float(nothing) == pytest.approx(-1)  # rightly found nothing
+
+
+def test_dice_loss_checks_shapes():
+    with pytest.raises(ValueError, match=r"predict .* voxels but the target"):
+        losses.dice_loss(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 5))
