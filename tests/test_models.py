@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from medseg_lite import models
 from medseg_lite.features import measured_receptive_field, receptive_field_recursion
+from medseg_lite.models.drozdzal import Bottleneck, resample
 from medseg_lite.models.havaei import WideConv2d
 from medseg_lite.models.layers import ConvBlock, RollingBatchNorm, convolutions, init_normal, scaled
 
@@ -25,6 +26,7 @@ class Network(NamedTuple):
     init: str | float = "he"  # or the standard deviation of all kernels
     dropout: tuple[float, ...] = ()  # rates in the order of the layers
     slope: float = 0.01  # of PReLU at the start
+    example: tuple[int, int] = (4, 5)  # whose count the builder's documentation states
 
     def __call__(self, *, width: float = 0.1, seed: int = 0, **options) -> nn.Module:
         torch.manual_seed(seed)
@@ -63,7 +65,14 @@ VALID = NETWORKS + HAVAEI  # networks of valid convolutions: dense output is tha
 KAYALIBAY = [
     Network("kayalibay_unet3d", {(4, 5): 410_072, (1, 5): 409_424, (4, 2): 409_736}, 73, init="normal", slope=0.25)
 ]
-NETWORKS = VALID + KAYALIBAY
+DROZDZAL = [
+    Network("fcn_preprocessor", {(1, 1): 1_832_145}, 220, example=(1, 1)),
+    Network("fc_resnet", {(1, 1): 11_042_273, (1, 2): 11_042_306}, 1152, example=(1, 1)),
+    Network("fcn_fc_resnet", {(1, 1): 12_874_418}, 1371, example=(1, 1)),
+    Network("unet2d", {(1, 2): 31_030_658}, 220, example=(1, 2)),
+    Network("fcn8", {(3, 2): 134_271_430}, 468, dropout=HALF, example=(3, 2)),
+]
+NETWORKS = VALID + KAYALIBAY + DROZDZAL
 
 
 def by_name(networks):
@@ -85,10 +94,10 @@ def patch(model: nn.Module, *, batch: int = 1, out: int | None = None, seed: int
 
 def test_the_table_is_complete():
     assert {n.name for n in NETWORKS} == set(models.NETWORKS) == set(models.__all__) - {
-        "DEEPMEDIC", "HAVAEI", "KAYALIBAY", "NETWORKS", "load", "save",
+        "DEEPMEDIC", "DROZDZAL", "HAVAEI", "KAYALIBAY", "NETWORKS", "load", "save",
     }  # fmt: skip
-    for mine, theirs in ((DEEPMEDIC, models.DEEPMEDIC), (HAVAEI, models.HAVAEI), (KAYALIBAY, models.KAYALIBAY)):
-        assert {n.name for n in mine} == set(theirs)
+    for paper in ("DEEPMEDIC", "HAVAEI", "KAYALIBAY", "DROZDZAL"):
+        assert {n.name for n in globals()[paper]} == set(getattr(models, paper))
 
 
 @every_network
@@ -96,7 +105,7 @@ def test_parameter_count(network):
     for (channels, classes), expected in network.parameters.items():
         model = network(width=1, in_channels=channels, classes=classes)
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
-    assert f"{network.parameters[4, 5]:,} parameters" in getattr(models, network.name).__doc__
+    assert f"{network.parameters[network.example]:,} parameters" in getattr(models, network.name).__doc__
 
 
 @every_network
@@ -206,8 +215,9 @@ def test_save_and_load(network, tmp_path, stir):
     x = patch(model)
     assert torch.equal(model(x), again(x))
     assert not again.training and again.card == card and again.config == model.config
+    norms = (RollingBatchNorm, nn.modules.batchnorm._BatchNorm)
     assert sum("running_var" in n for n, _ in again.named_buffers()) == sum(
-        "norm.weight" in n for n in model.state_dict()
+        isinstance(m, norms) for m in model.modules()
     )
     assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
 
@@ -228,7 +238,7 @@ def test_half_precision(network, stir):
     exact = model(x).detach()
     half = model.bfloat16()(x.bfloat16())
     assert half.dtype == torch.bfloat16 and half.isfinite().all()
-    torch.testing.assert_close(half.float(), exact, rtol=0.1, atol=0.05 * float(exact.abs().max()))
+    assert (half.float() - exact).norm() < 0.1 * exact.norm()
 
 
 @every_network
@@ -256,6 +266,8 @@ def test_for_inference(network, width, stir):
 def test_initial_weights(network):
     model = network(width=1)
     for conv in convolutions(model):
+        if isinstance(conv, nn.ConvTranspose2d):  # starts as interpolation
+            continue
         weight = conv.weight.detach()
         expected = {"normal": 0.01, "he": (2 / weight[0].numel()) ** 0.5}.get(network.init, network.init)
         error = (2 * weight.numel()) ** -0.5  # standard error of a standard deviation, relative
@@ -508,6 +520,91 @@ def test_he_start_calls_all_classes_equally_likely(network):
     model = network(init="he").eval()
     assert not model(patch(model)).any() and model.config["init"] == "he"
     assert not model.output.weight.any()
+
+
+# ------------------------------------------------------------------------------------ the pre-processor and FC-ResNet
+
+
+def test_convolutions_of_the_pipeline():
+    assert len(convolutions(models.fcn_preprocessor())) == 23
+    model = models.fc_resnet(width=0.1)
+    on_the_path = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and not n.startswith("skips")]
+    assert sum(not name.endswith("project") for name in on_the_path) == 140
+    assert len(convolutions(model)) == 154  # and 14 that make numbers of feature maps equal where maps are added
+
+
+def test_resolutions_and_widths_of_fc_resnet(stir):
+    """Table II: feature maps and size after every stage, for an image of 512 x 512."""
+    model = stir(models.fc_resnet(in_channels=1, classes=1))
+    shapes = []
+    hooks = [
+        m.register_forward_hook(lambda _, __, y: shapes.append((y.shape[1], 512 // (64 // y.shape[2]))))
+        for m in (model.stem, *model.down, model.across, *model.up, model.last)
+    ]
+    model(torch.zeros(1, 1, 64, 64))
+    for hook in hooks:
+        hook.remove()
+    going_down = [(32, 512), (32, 256), (128, 128), (256, 64), (512, 32)]
+    assert shapes == [*going_down, (1024, 32), (512, 64), (256, 128), (128, 256), (32, 512), (32, 512)]
+
+
+@pytest.mark.parametrize("name", ["fcn_preprocessor", "unet2d", "fcn_fc_resnet"])
+def test_sizes_that_cannot_be_halved(name):
+    model = getattr(models, name)(width=0.1)
+    with pytest.raises(ValueError, match=rf"40×50 pixels; .* multiples of {model.multiple}"):
+        model(torch.zeros(1, 1, 40, 50))
+
+
+def test_a_bottleneck_by_hand(stir):
+    block = stir(Bottleneck(6, 4, scale=0.5))
+    x = torch.randn(1, 6, 8, 8)
+
+    def normed(norm, y):
+        return F.relu(F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias))
+
+    y = F.conv2d(normed(block.norms[0], x), block.reduce.weight, block.reduce.bias)[:, :, ::2, ::2]
+    y = F.conv2d(F.pad(normed(block.norms[1], y), (1,) * 4), block.filter.weight, block.filter.bias)
+    y = F.conv2d(normed(block.norms[2], y), block.expand.weight, block.expand.bias)
+    shortcut = F.conv2d(x[:, :, ::2, ::2], block.project.weight, block.project.bias)
+    torch.testing.assert_close(block(x), shortcut + y, rtol=1e-4, atol=1e-5)
+    assert resample(x, 2)[0, 0, :4, :2].tolist() == x[0, 0, :2, :1].repeat_interleave(2, 0).repeat(1, 2).tolist()
+
+
+def test_fcn8_enlarges_like_interpolation():
+    layer = models.fcn8(classes=2, width=0.02).enlarge8
+    x = torch.randn(1, 2, 6, 5)
+    expected = F.interpolate(x, scale_factor=8, mode="bilinear", align_corners=False)
+    inner = (..., slice(8, -8), slice(8, -8))
+    torch.testing.assert_close(layer(x)[inner], expected[inner], rtol=1e-4, atol=1e-5)
+
+
+@by_name([n for n in DROZDZAL if n.name != "fcn_fc_resnet"])  # whose halo is the sum of its parts'
+def test_nothing_beyond_the_halo_matters(network):
+    model = network(width=0.01).eval()
+    with torch.no_grad():
+        for conv in convolutions(model):
+            conv.weight.abs_()  # so that no ReLU is shut
+    side = 2 * (model.halo + 2 * model.multiple)
+    widest = 0
+    for phase in (0, model.multiple // 2 - 1, model.multiple - 1):  # where in a block of the coarsest scale
+        middle = side // 2 + phase
+        x = torch.rand(1, model.in_channels, side, side, requires_grad=True)
+        model(x)[..., middle, middle].sum().backward()
+        seen = x.grad.abs().sum((0, 1)).nonzero() - middle
+        assert seen.abs().max() <= model.halo
+        widest = max(widest, int(seen.max() - seen.min()) + 1)
+    assert 0.9 * network.field < widest <= network.field  # the widest over all phases
+
+
+def test_the_pre_processor_for_volumes():
+    model = models.fcn_preprocessor(width=0.1, dims=3)
+    assert model(torch.zeros(1, 1, 16, 32, 16)).shape == (1, 1, 16, 32, 16)
+
+
+@pytest.mark.parametrize("name", models.DROZDZAL)
+def test_impossible_sizes(name):
+    with pytest.raises(ValueError, match="expected at least 1 of each"):
+        getattr(models, name)(in_channels=0)
 
 
 # --------------------------------------------------------------------------------------------------------- the blocks

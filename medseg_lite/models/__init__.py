@@ -14,6 +14,7 @@ from .deepmedic import (
     shallow_plus,
     wider2d_seg,
 )
+from .drozdzal import fc_resnet, fcn8, fcn_fc_resnet, fcn_preprocessor, unet2d
 from .havaei import (
     global_path_cnn,
     input_cascade_cnn,
@@ -26,6 +27,7 @@ from .kayalibay import kayalibay_unet3d
 
 __all__ = [
     "DEEPMEDIC",
+    "DROZDZAL",
     "HAVAEI",
     "KAYALIBAY",
     "NETWORKS",
@@ -36,6 +38,10 @@ __all__ = [
     "deepmedic",
     "dm2d_patch",
     "dm2d_seg",
+    "fc_resnet",
+    "fcn8",
+    "fcn_fc_resnet",
+    "fcn_preprocessor",
     "global_path_cnn",
     "input_cascade_cnn",
     "kayalibay_unet3d",
@@ -48,13 +54,14 @@ __all__ = [
     "shallow",
     "shallow_plus",
     "two_path_cnn",
+    "unet2d",
     "wider2d_seg",
 ]
 
 NETWORKS = tuple(
     name for name in __all__ if name[0].islower() and name not in ("load", "save")
 )  # the builders, by name
-DEEPMEDIC, HAVAEI, KAYALIBAY = (  # the same, paper by paper
+DEEPMEDIC, HAVAEI, KAYALIBAY, DROZDZAL = (  # the same, paper by paper
     tuple(name for name in NETWORKS if globals()[name].__module__ == f"{__name__}.{file}")
-    for file in ("deepmedic", "havaei", "kayalibay")
+    for file in ("deepmedic", "havaei", "kayalibay", "drozdzal")
 )
