@@ -1,0 +1,510 @@
+// Feature explorer: a strip of layers, the channels of one as a grid, one channel over the input. Python sends a layer when it is
+// first looked at, once; slices, sorting and colours are drawn here. Both axes of each picture run against the array's.
+
+const tidy = (x, range) => (Math.abs(x) < range / 1000 ? "0" : short(x)); // no 1.13e-5 at the end of a colour bar
+const received = new WeakMap(); // widget model -> {key: {about, data}}, shared by all views of one widget
+
+function render({ model, el }) {
+  const scene = model.get("_scene"); // never changes
+  const { start, shape, spacing, sequences, classes, panels } = scene;
+  const strides = [shape[1] * shape[2], shape[2], 1];
+  const palettes = Object.fromEntries(Object.entries(scene.palettes).map(([name, colours]) => [name, Uint32Array.from(colours, (c) => pixel(c))]));
+  const volumes = [];
+  let label = null;
+  if (!received.has(model)) received.set(model, model.get("_maps") ?? {});
+
+  const set = (key, value) => { model.set(key, value); model.save_changes(); };
+  const within = (position) => position.map((p, axis) => clamp(p, start[axis], start[axis] + shape[axis] - 1));
+  const moveTo = (position) => {
+    const next = within(position);
+    if (next.some((p, axis) => p !== model.get("position")[axis])) set("position", next);
+  };
+  const move = (axis, by) => moveTo(model.get("position").map((p, a) => (a === axis ? p + by : p)));
+  const planeNow = () => scene.planes.find((p) => p.name.toLowerCase() === model.get("plane"));
+  const scratch = make("canvas"), scratchContext = scratch.getContext("2d");
+
+  /** Slice of a volume on a grid of its own, as an image turned for display: pixel (u, v) shows index (nx - 1 - u, ny - 1 - v). */
+  function sliceImage(data, size, from, plane, index, colours) {
+    const step = [size[1] * size[2], size[2], 1], width = size[plane.x], height = size[plane.y];
+    const image = new ImageData(width, height), out = new Uint32Array(image.data.buffer), sx = step[plane.x], sy = step[plane.y];
+    let row = from + index * step[plane.cut] + (width - 1) * sx + (height - 1) * sy;
+    for (let v = 0, o = 0; v < height; v++, row -= sy)
+      for (let u = 0, i = row; u < width; u++, i -= sx) out[o++] = colours[data[i]];
+    return image;
+  }
+
+  function stamp(context, image, x, y, width, height) {
+    Object.assign(scratch, { width: image.width, height: image.height });
+    scratchContext.putImageData(image, 0, 0);
+    context.drawImage(scratch, x, y, width, height);
+  }
+
+  /** A canvas as sharp as the screen; returns its context in CSS pixels. */
+  function fit(canvas, width, height) {
+    const ratio = window.devicePixelRatio || 1;
+    if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio))
+      Object.assign(canvas, { width: Math.round(width * ratio), height: Math.round(height * ratio) });
+    const context = canvas.getContext("2d");
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    context.imageSmoothingEnabled = false;
+    context.clearRect(0, 0, width, height);
+    return context;
+  }
+
+  // --------------------------------------------------------------------------------------------------------- input
+  const sequenceNow = () => sequences.findIndex((s) => s.name === model.get("sequence"));
+  function greys() {
+    const { window: [black, white], low, high } = sequences[sequenceNow()];
+    return Uint32Array.from({ length: 256 }, (_, q) => {
+      const g = Math.round(clamp(((low + (q * (high - low)) / 255 - black) * 255) / (white - black), 0, 255));
+      return (0xff000000 | (g << 16) | (g << 8) | g) >>> 0;
+    });
+  }
+
+  /** Pixels where a class meets another, in its colour. */
+  function outline(plane, index) {
+    const width = shape[plane.x], height = shape[plane.y], colours = new Uint32Array(256);
+    for (const [value, , colour] of classes) colours[value] = pixel(colour);
+    const values = new Uint32Array(sliceImage(label, shape, 0, plane, index, Uint32Array.from({ length: 256 }, (_, k) => k)).data.buffer);
+    const image = new ImageData(width, height), out = new Uint32Array(image.data.buffer);
+    for (let v = 0, i = 0; v < height; v++)
+      for (let u = 0; u < width; u++, i++) {
+        const k = values[i];
+        if (k && (k !== values[i - 1] || k !== values[i + 1] || k !== values[i - width] || k !== values[i + width])) out[i] = colours[k];
+      }
+    return image;
+  }
+
+  // -------------------------------------------------------------------------------------------------------- panels
+  const views = panels.map((panel, number) => {
+    const layerKey = number ? "compare_layer" : "layer", channelKey = number ? "compare_channel" : "channel";
+    const buttons = new Map();
+    const groups = new Map();
+    for (const layer of panel.layers) {
+      const dot = layer.name.lastIndexOf("."), group = dot > 0 ? layer.name.slice(0, dot) : "";
+      const side = layer.side ? `sees ${[...new Set(layer.side)].join("×")}` : "sees ?";
+      const scaleText = layer.stride && layer.stride.some((s) => s !== 1) ? ` ÷${short(Math.max(...layer.stride))}` : "";
+      const button = make("button", {
+        type: "button", title: `${layer.name}: ${layer.kind}, ${layer.parameters.toLocaleString("en")} parameters`,
+        onclick: () => set(layerKey, layer.name),
+      }, make("b", {}, dot > 0 ? layer.name.slice(dot + 1) : layer.name), make("span", {}, `${layer.channels} maps${scaleText}`), make("span", {}, side));
+      buttons.set(layer.name, button);
+      if (!groups.has(group)) groups.set(group, []);
+      groups.get(group).push(button);
+    }
+    const strip = make("div", { class: "strip", role: "group", "aria-label": `Layers of ${panel.title}` },
+      ...[...groups].map(([name, list]) => make("div", { class: "pathway" }, ...(name ? [make("em", {}, name)] : []), ...list)));
+
+    const facts = make("p", { class: "facts" });
+    const picture = make("canvas"), grid = make("canvas"), histogram = make("canvas");
+    const stage = make("div", {
+      class: "stage", tabindex: 0, role: "application", "aria-roledescription": "slice picture", "data-view": `picture${number}`,
+      "aria-label": "The channel over the input. Arrow keys move the crosshair, Page Up and Page Down change the slice.",
+    }, picture);
+    const tiles = make("div", {
+      class: "tiles", tabindex: 0, role: "application", "aria-roledescription": "channel grid", "data-view": `grid${number}`,
+      "aria-label": "The layer's channels. Arrow keys choose one.",
+    }, grid);
+    const bar = make("canvas"), low = make("span"), high = make("span");
+    const counts = make("p", { class: "counts" });
+    const root = make("section", { class: "panel", "data-panel": number },
+      strip, facts,
+      make("div", { class: "body" },
+        make("div", { class: "left" }, stage, make("div", { class: "legend" }, low, bar, high), histogram, counts),
+        make("div", { class: "right" }, tiles)));
+    const view = {
+      number, layerKey, channelKey, buttons, facts, picture, grid, histogram, stage, tiles, bar, low, high, counts, root, panel,
+      about: null, data: null, tables: null, order: [], layout: null, wanted: "",
+    };
+
+    // ------------------------------------------------------------------------------------------ pointer and keys
+    const pointAt = (event) => { // input position under the pointer
+      const r = stage.getBoundingClientRect(), plane = planeNow(), next = [...model.get("position")];
+      next[plane.x] = start[plane.x] + shape[plane.x] - 1 - Math.floor(((event.clientX - r.left) / r.width) * shape[plane.x]);
+      next[plane.y] = start[plane.y] + shape[plane.y] - 1 - Math.floor(((event.clientY - r.top) / r.height) * shape[plane.y]);
+      return within(next);
+    };
+    const tileAt = (event) => {
+      const r = tiles.getBoundingClientRect(), { columns, wide, high: tall, gap } = view.layout ?? {};
+      if (!columns) return null;
+      const x = event.clientX - r.left, y = event.clientY - r.top + tiles.scrollTop;
+      const column = Math.floor(x / (wide + gap)), line = Math.floor(y / (tall + gap + LABEL)), place = line * columns + column;
+      if (column >= columns || place >= view.order.length) return null;
+      const plane = planeNow(), u = (x - column * (wide + gap)) / wide, v = (y - line * (tall + gap + LABEL) - LABEL) / tall;
+      const next = [...model.get("position")], { offset, stride, shape: size } = view.about;
+      if (u < 0 || u >= 1 || v < 0 || v >= 1) return { channel: view.order[place], position: null };
+      for (const [axis, part] of [[plane.x, u], [plane.y, v]])
+        next[axis] = Math.round(offset[axis] + stride[axis] * (size[axis + 1] * (1 - part) - 0.5));
+      return { channel: view.order[place], position: within(next) };
+    };
+    stage.addEventListener("pointerdown", (event) => { if (event.button === 0) { stage.setPointerCapture(event.pointerId); moveTo(pointAt(event)); } });
+    stage.addEventListener("pointermove", (event) => {
+      if (event.buttons & 1) moveTo(pointAt(event));
+      say(view, pointAt(event), model.get(channelKey));
+    });
+    tiles.addEventListener("pointerdown", (event) => { const hit = tileAt(event); if (hit && event.button === 0) set(channelKey, hit.channel); });
+    tiles.addEventListener("pointermove", (event) => { const hit = tileAt(event); if (hit) say(view, hit.position ?? model.get("position"), hit.channel); });
+    for (const box of [stage, tiles]) box.addEventListener("pointerleave", () => say(view));
+    let turned = 0;
+    stage.addEventListener("wheel", (event) => {
+      event.preventDefault();
+      turned += clamp(event.deltaY * (event.deltaMode ? 20 : 1), -50, 50);
+      if (Math.abs(turned) >= 50) { move(planeNow().cut, -Math.sign(turned)); turned = 0; }
+    }, { passive: false });
+    stage.addEventListener("keydown", (event) => {
+      const far = event.shiftKey ? 10 : 1, { x, y, cut } = planeNow();
+      const step = {
+        ArrowLeft: [x, far], ArrowRight: [x, -far], ArrowUp: [y, far], ArrowDown: [y, -far],
+        PageUp: [cut, far], PageDown: [cut, -far], Home: [cut, -shape[cut]], End: [cut, shape[cut]],
+      }[event.key];
+      if (!step || event.ctrlKey || event.altKey || event.metaKey) return;
+      event.preventDefault();
+      move(...step);
+    });
+    tiles.addEventListener("keydown", (event) => {
+      const columns = view.layout?.columns ?? 1;
+      const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
+      const end = { Home: 0, End: view.order.length - 1 }[event.key];
+      if (by === undefined && end === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
+      event.preventDefault();
+      const next = view.order[end ?? view.order.indexOf(model.get(channelKey)) + by];
+      if (next !== undefined) set(channelKey, next);
+    });
+    return view;
+  });
+
+  // ------------------------------------------------------------------------------------------------- a layer's maps
+  const keyOf = (view) => `${view.number}/${model.get(view.layerKey)}`;
+
+  async function load(view) {
+    const key = keyOf(view), store = received.get(model);
+    for (const [name, button] of view.buttons) button.setAttribute("aria-pressed", String(name === model.get(view.layerKey)));
+    if (!store[key]) {
+      view.root.dataset.waiting = "true";
+      view.facts.textContent = model.get("_maps") ? "This layer is not part of this page." : `${model.get(view.layerKey)}: computing …`;
+      if (view.wanted !== key) { view.wanted = key; model.send({ want: key }); }
+      return;
+    }
+    view.wanted = "";
+    const { about, data } = store[key], unpacked = await unpack(data);
+    if (key !== keyOf(view)) return; // switched again meanwhile
+    Object.assign(view, { about, data: unpacked });
+    delete view.root.dataset.waiting;
+    const layer = view.panel.layers.find((l) => l.name === model.get(view.layerKey));
+    const size = about.shape.slice(1).join("×"), thin = about.every > 1 ? `, every ${["", "", "2nd", "3rd"][about.every] ?? `${about.every}th`} voxel kept` : "";
+    view.facts.replaceChildren(make("b", {}, layer.name), ` ${layer.kind}: ${about.shape[0]} maps of ${size} voxels${thin} · `
+      + `${layer.parameters.toLocaleString("en")} parameters · ${layer.side ? `receptive field ${layer.side.join("×")}` : "receptive field not known"}`);
+    view.root.dataset.layer = layer.name;
+    onColours(view);
+  }
+
+  const signed = (view) => ({ signed: true, sequential: false })[model.get("colours")] ?? view.about.signed;
+
+  function span(view, channel) { // values at both ends of the colours
+    const { bottom, top, p1, p99 } = view.about;
+    let [a, b] = [bottom[channel], top[channel]];
+    if (model.get("scale") === "layer") [a, b] = [Math.min(...bottom), Math.max(...top)];
+    if (model.get("scale") === "p1-p99") [a, b] = [p1[channel], p99[channel]];
+    if (signed(view)) { const limit = Math.max(Math.abs(a), Math.abs(b)); [a, b] = [-limit, limit]; }
+    return a < b ? [a, b] : [a, a + 1];
+  }
+
+  function onColours(view) { // stored byte -> pixel, for every channel
+    if (!view.about) return;
+    const { low, step, shape: [channels] } = view.about, palette = palettes[signed(view) ? "signed" : "sequential"];
+    view.tables = Array.from({ length: channels }, (_, c) => {
+      const [a, b] = span(view, c), table = new Uint32Array(256);
+      for (let q = 0; q < 256; q++) table[q] = palette[Math.round(clamp(((low[c] + step[c] * q - a) * 255) / (b - a), 0, 255))];
+      return table;
+    });
+    onSort(view);
+  }
+
+  function metric(view, c) { // what the channels are sorted by
+    const { about } = view, sort = model.get("sort");
+    if (sort === "activity") return about.activity[c];
+    if (sort === "selectivity") return about.selectivity[model.get("class_name")]?.[c];
+    if (sort === "correlation") return about.correlation[model.get("map_name")]?.[c];
+  }
+
+  function onSort(view) {
+    if (!view.about) return;
+    const order = view.about.low.map((_, c) => c);
+    if (metric(view, 0) !== undefined) order.sort((a, b) => Math.abs(metric(view, b)) - Math.abs(metric(view, a)) || a - b);
+    view.order = order;
+    draw(view);
+  }
+
+  // ------------------------------------------------------------------------------------------------------- drawing
+  const LABEL = 14; // pixels above each tile
+
+  /** Where the map's slice lies on the picture, in input voxels from its left or upper edge. */
+  function place(view, axis) {
+    const { offset, stride, shape: size } = view.about, far = offset[axis] + stride[axis] * (size[axis + 1] - 0.5);
+    return [shape[axis] - (far - start[axis] + 0.5), size[axis + 1] * stride[axis]];
+  }
+  const indexAt = (view, axis, p) =>
+    clamp(Math.floor((p - view.about.offset[axis]) / view.about.stride[axis] + 0.5), 0, view.about.shape[axis + 1] - 1);
+  const voxels = (view) => view.about.shape[1] * view.about.shape[2] * view.about.shape[3];
+
+  function drawPicture(view) {
+    const plane = planeNow(), position = model.get("position"), { x, y, cut } = plane;
+    const width = view.stage.clientWidth || 340, scale = width / shape[x], aspect = spacing[y] / spacing[x];
+    const height = width * (shape[y] / shape[x]) * aspect, tall = height / shape[y];
+    view.stage.style.aspectRatio = `${shape[x]} / ${shape[y] * aspect}`;
+    const context = fit(view.picture, width, height), here = position[cut] - start[cut];
+    stamp(context, sliceImage(volumes[sequenceNow()], shape, 0, plane, here, greys()), 0, 0, width, height);
+    const channel = model.get(view.channelKey), { shape: [, ...size], field, offset, stride } = view.about;
+    const [left, wide] = place(view, x), [top, high] = place(view, y);
+    const map = sliceImage(view.data, size, channel * voxels(view), plane, indexAt(view, cut, position[cut]), view.tables[channel]);
+    context.globalAlpha = model.get("opacity");
+    stamp(context, map, left * scale, top * tall, wide * scale, high * tall);
+    context.globalAlpha = 1;
+    if (label && model.get("truth")) stamp(context, outline(plane, here), 0, 0, width, height);
+    const centre = (axis) => shape[axis] - (position[axis] - start[axis]) - 0.5;
+    context.fillStyle = "rgb(255 255 255 / 60%)";
+    context.fillRect(0, centre(y) * tall - 0.5, width, 1);
+    context.fillRect(centre(x) * scale - 0.5, 0, 1, height);
+    if (field) {
+      const box = [x, y].map((axis) => {
+        const middle = offset[axis] + stride[axis] * indexAt(view, axis, position[axis]);
+        return [shape[axis] - (middle + field[1][axis] - start[axis] + 1), field[1][axis] - field[0][axis] + 1];
+      });
+      const rectangle = [box[0][0] * scale, box[1][0] * tall, box[0][1] * scale, box[1][1] * tall];
+      for (const [colour, line] of [["#fff", 4], ["#009E73", 2]]) {
+        Object.assign(context, { strokeStyle: colour, lineWidth: line });
+        context.strokeRect(...rectangle);
+      }
+      view.stage.dataset.field = rectangle.map((v) => v.toFixed(1)).join(" ");
+    }
+    const letters = [[5, height / 2, "left", "middle"], [width - 5, height / 2, "right", "middle"], [width / 2, 4, "center", "top"], [width / 2, height - 4, "center", "bottom"]];
+    context.font = "12px system-ui, sans-serif";
+    [...plane.edges].forEach((letter, i) => {
+      const [u, v, align, baseline] = letters[i];
+      Object.assign(context, { textAlign: align, textBaseline: baseline, lineWidth: 3, strokeStyle: "#000", fillStyle: "#fff" });
+      context.strokeText(letter, u, v);
+      context.fillText(letter, u, v);
+    });
+  }
+
+  function drawGrid(view) {
+    const plane = planeNow(), { x, y, cut } = plane, { shape: [channels, ...size], stride, offset, dead } = view.about;
+    const room = (view.tiles.clientWidth || 480) - 2, gap = 4;
+    const wanted = channels <= 6 ? 150 : channels <= 30 ? 96 : channels <= 80 ? 78 : 64;
+    const columns = clamp(Math.round(room / wanted), 1, channels), wide = Math.floor((room - gap * (columns - 1)) / columns);
+    const width = Math.min(wide, 220), high = Math.round((width * size[y] * stride[y] * spacing[y]) / (size[x] * stride[x] * spacing[x]));
+    view.layout = { columns, wide: width, high, gap };
+    const lines = Math.ceil(channels / columns), total = lines * (high + gap + LABEL);
+    view.grid.style.width = `${room}px`;
+    view.grid.style.height = `${total}px`;
+    const context = fit(view.grid, room, total), position = model.get("position"), index = indexAt(view, cut, position[cut]);
+    const text = getComputedStyle(view.tiles).color, chosen = model.get(view.channelKey), n = voxels(view);
+    context.font = "11px system-ui, sans-serif";
+    context.textBaseline = "middle";
+    const part = (axis) => 1 - (position[axis] - offset[axis] + stride[axis] / 2) / (stride[axis] * size[axis]);
+    view.order.forEach((c, i) => {
+      const left = (i % columns) * (width + gap), top = Math.floor(i / columns) * (high + gap + LABEL) + LABEL;
+      stamp(context, sliceImage(view.data, size, c * n, plane, index, view.tables[c]), left, top, width, high);
+      context.fillStyle = "rgb(160 160 160 / 75%)";
+      const [u, v] = [part(x), part(y)];
+      if (u > 0 && u < 1) context.fillRect(left + u * width - 0.5, top, 1, high);
+      if (v > 0 && v < 1) context.fillRect(left, top + v * high - 0.5, width, 1);
+      context.fillStyle = text;
+      context.textAlign = "left";
+      context.fillText(`${c}${dead[c] ? " dead" : ""}`, left + 1, top - 7);
+      const value = metric(view, c);
+      context.textAlign = "right";
+      if (value !== undefined && width > 55) context.fillText(value.toFixed(2).replace("-", "−"), left + width - 1, top - 7);
+      if (c === chosen) {
+        Object.assign(context, { strokeStyle: "#000", lineWidth: 4.5 });
+        context.strokeRect(left + 1.5, top + 1.5, width - 3, high - 3);
+        Object.assign(context, { strokeStyle: "#E69F00", lineWidth: 3 });
+        context.strokeRect(left + 1.5, top + 1.5, width - 3, high - 3);
+      }
+    });
+  }
+
+  function drawNumbers(view) { // histogram, colour bar, counts
+    const channel = model.get(view.channelKey), { about } = view, [a, b] = span(view, channel);
+    const width = view.stage.clientWidth || 340, height = 62, context = fit(view.histogram, width, height);
+    view.histogram.style.width = `${width}px`;
+    view.histogram.style.height = `${height}px`;
+    const bins = about.histogram[channel], most = Math.log1p(Math.max(...bins)), table = view.tables[channel], edge = getComputedStyle(view.tiles).color;
+    const base = height - 14, w = width / 64;
+    bins.forEach((count, bin) => {
+      const tall = (base * Math.log1p(count)) / most, colour = table[4 * bin + 2];
+      context.fillStyle = `rgb(${colour & 255} ${(colour >> 8) & 255} ${(colour >> 16) & 255})`;
+      context.fillRect(bin * w, base - tall, w, tall);
+    });
+    context.globalAlpha = 0.4;
+    context.fillStyle = edge;
+    context.fillRect(0, base, width, 1);
+    context.globalAlpha = 1;
+    const first = about.low[channel], last = first + 255 * about.step[channel], zero = -first / (last - first);
+    context.font = "11px system-ui, sans-serif";
+    for (const [text, at, align] of [[tidy(first, last - first), 0, "left"], [tidy(last, last - first), width, "right"]]) {
+      context.textAlign = align;
+      context.fillText(text, at, height - 2);
+    }
+    context.textAlign = "center";
+    if (zero > 0.12 && zero < 0.88) { context.fillRect(zero * width, 0, 1, base + 3); context.fillText("0", zero * width, height - 2); }
+    const bar = fit(view.bar, 120, 10), palette = palettes[signed(view) ? "signed" : "sequential"];
+    for (let i = 0; i < 120; i++) {
+      const colour = palette[Math.round((i * 255) / 119)];
+      bar.fillStyle = `rgb(${colour & 255} ${(colour >> 8) & 255} ${(colour >> 16) & 255})`;
+      bar.fillRect(i, 0, 1, 10);
+    }
+    view.low.textContent = tidy(a, b - a);
+    view.high.textContent = tidy(b, b - a);
+    const deadCount = about.dead.filter(Boolean).length;
+    view.counts.textContent = `Channel ${channel}: mean ${short(about.mean[channel])}, ${(100 * about.inactive[channel]).toFixed(0)} % of voxels at or below 0 (logarithmic histogram${scene.masked ? ", inside the mask" : ""}). `
+      + `${deadCount} of ${about.shape[0]} channels dead.`;
+  }
+
+  function draw(view) {
+    if (!view.data || !volumes.length) return;
+    drawPicture(view);
+    drawGrid(view);
+    drawNumbers(view);
+    showControls();
+    say(view);
+    root.dataset.drawn = String(+(root.dataset.drawn ?? 0) + 1);
+  }
+
+  function onPosition() {
+    for (const view of views) if (view.data) { drawPicture(view); drawGrid(view); say(view); }
+    showControls();
+  }
+
+  function valueOf(view, position, channel) {
+    const { shape: [, D, H, W], low, step } = view.about, [d, h, w] = position.map((p, axis) => indexAt(view, axis, p));
+    return low[channel] + step[channel] * view.data[((channel * D + d) * H + h) * W + w];
+  }
+
+  /** The read-out: at the crosshair, or under the pointer. */
+  function say(view, position = model.get("position"), channel = model.get(view.channelKey)) {
+    if (!view.data || !volumes.length) return;
+    const { name, low, high } = sequences[sequenceNow()];
+    const at = position.reduce((sum, p, axis) => sum + (p - start[axis]) * strides[axis], 0);
+    const facts = [["voxel", position.join(", ")], [name, short(low + (volumes[sequenceNow()][at] * (high - low)) / 255)]];
+    if (label) facts.push(["truth", classes.find(([k]) => k === label[at])?.[1] ?? "background"]);
+    const shown = view === undefined ? views : [view, ...views.filter((other) => other !== view && other.data)];
+    for (const one of shown.sort((a, b) => a.number - b.number)) {
+      const c = one === view ? channel : model.get(one.channelKey);
+      facts.push([`${model.get(one.layerKey)}, channel ${c}`, short(valueOf(one, position, c))]);
+    }
+    readout.replaceChildren(...facts.map(([key, value]) => make("span", {}, make("em", {}, key), value)));
+  }
+
+  // ------------------------------------------------------------------------------------------------------ controls
+  const choice = (title, key, options, name = title) => {
+    const select = make("select", { "aria-label": name, onchange: () => set(key, select.value) }, ...options.map((o) => make("option", { value: o }, o)));
+    return { key, select, box: make("label", {}, ...(title ? [make("span", {}, title)] : []), select) };
+  };
+  const slice = make("input", { type: "range", "aria-label": "Slice", oninput: () => move(planeNow().cut, +slice.value - model.get("position")[planeNow().cut]) });
+  const number = make("span", { class: "number" });
+  const opacity = make("input", { type: "range", min: 0, max: 1, step: 0.05, "aria-label": "Opacity of the map over the input", oninput: () => set("opacity", +opacity.value) });
+  const truth = make("input", { type: "checkbox", onchange: () => set("truth", truth.checked) });
+  const plane = choice("Plane", "plane", scene.planes.map((p) => p.name.toLowerCase()));
+  const sequence = choice("Input", "sequence", sequences.map((s) => s.name));
+  const sort = choice("Sort by", "sort", ["index", "activity", ...(classes.length ? ["selectivity"] : []), ...(scene.maps.length ? ["correlation"] : [])]);
+  const byClass = choice("", "class_name", classes.map(([, name]) => name), "Class of the selectivity");
+  const byMap = choice("", "map_name", scene.maps, "Map of the correlation");
+  const scale = choice("Scale", "scale", ["channel", "layer", "p1-p99"]);
+  const colours = choice("Colours", "colours", ["auto", "sequential", "signed"]);
+  const choices = [plane, sequence, sort, byClass, byMap, scale, colours];
+  const save = make("button", { type: "button", title: "Save what is shown as a PNG file", onclick: () => exportPng() }, "PNG");
+  const readout = make("output", { class: "readout", "aria-live": "polite", "aria-label": "Values" });
+  const key = make("ul", { class: "key", "aria-label": "Outlines" }, ...classes.map(([, name, colour]) =>
+    make("li", {}, make("i", { style: `--class-colour: ${colour}` }), name)), make("li", {}, make("i", { style: "--class-colour: #009E73" }), "receptive field at the crosshair"));
+  const help = make("details", {}, make("summary", {}, "Keys and mouse"), make("p", {},
+    "Picture: click or drag for the crosshair, wheel or Page Up and Page Down for the slice, arrow keys (with Shift ten voxels). Channels: click, or arrow keys. "
+    + "Anywhere: [ and ] previous and next layer, S sorting, C scale, T outlines, 1 to 9 input sequence."));
+  const root = make("div", { class: `medseg-features panels${panels.length}`, role: "group", "aria-label": `Feature explorer: ${scene.title}` },
+    make("div", { class: "toolbar" }, plane.box, make("label", {}, slice, number), sequence.box, make("label", {}, make("span", {}, "Map opacity"), opacity),
+      ...(classes.length ? [make("label", {}, truth, "outlines")] : []), make("span", { class: "together" }, sort.box, byClass.box, byMap.box), scale.box, colours.box, save),
+    make("div", { class: "panels" }, ...views.map((view) => view.root)), readout, key, help);
+
+  const cycle = (one) => { const options = [...one.select.options].map((o) => o.value); set(one.key, options[(options.indexOf(model.get(one.key)) + 1) % options.length]); };
+  root.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.altKey || event.metaKey) return;
+    event.stopPropagation(); // the notebook has shortcuts of its own for single keys
+    if (event.target.tagName === "SELECT") return;
+    const view = views[+(event.target.closest?.(".panel")?.dataset.panel ?? 0)];
+    if (sequences[event.key - 1]) set("sequence", sequences[event.key - 1].name);
+    if (event.key === "s") cycle(sort);
+    if (event.key === "c") cycle(scale);
+    if (event.key === "t" && classes.length) set("truth", !model.get("truth"));
+    if (event.key === "[" || event.key === "]") {
+      const names = view.panel.layers.map((l) => l.name), next = names[names.indexOf(model.get(view.layerKey)) + (event.key === "]" ? 1 : -1)];
+      if (next) set(view.layerKey, next);
+    }
+  });
+
+  function showControls() {
+    const { cut } = planeNow();
+    for (const one of choices) one.select.value = model.get(one.key);
+    byClass.box.hidden = model.get("sort") !== "selectivity";
+    byMap.box.hidden = model.get("sort") !== "correlation";
+    Object.assign(slice, { min: start[cut], max: start[cut] + shape[cut] - 1, disabled: shape[cut] === 1 });
+    slice.value = model.get("position")[cut];
+    number.textContent = `${model.get("position")[cut]} / ${start[cut] + shape[cut] - 1}`;
+    opacity.value = model.get("opacity");
+    truth.checked = model.get("truth");
+  }
+
+  function exportPng() {
+    const view = views[0], parts = views.flatMap((v) => [v.picture, v.grid]), ratio = window.devicePixelRatio || 1, pad = 12 * ratio;
+    const sheet = make("canvas", { width: parts.reduce((sum, c) => sum + c.width + pad, pad), height: Math.max(...parts.map((c) => c.height)) + 40 * ratio });
+    const context = sheet.getContext("2d");
+    context.fillStyle = getComputedStyle(document.body).backgroundColor === "rgba(0, 0, 0, 0)" ? "#fff" : getComputedStyle(document.body).backgroundColor;
+    context.fillRect(0, 0, sheet.width, sheet.height);
+    context.fillStyle = getComputedStyle(view.tiles).color;
+    context.font = `${14 * ratio}px system-ui, sans-serif`;
+    let left = pad;
+    for (const v of views) {
+      context.fillText(`${scene.title}: ${model.get(v.layerKey)}, channel ${model.get(v.channelKey)}`, left, 20 * ratio);
+      for (const canvas of [v.picture, v.grid]) { context.drawImage(canvas, left, 30 * ratio); left += canvas.width + pad; }
+    }
+    sheet.toBlob((blob) => {
+      const url = URL.createObjectURL(blob), name = views.map((v) => `${model.get(v.layerKey)}-${model.get(v.channelKey)}`).join("-");
+      make("a", { href: url, download: `${name}.png` }).click();
+      setTimeout(() => URL.revokeObjectURL(url), 1000);
+    });
+  }
+
+  // ------------------------------------------------------------------------------------------- from state to view
+  const all = (act) => () => { showControls(); views.forEach(act); };
+  const onVersion = () => { received.set(model, {}); for (const view of views) { view.wanted = ""; load(view); } };
+  const onMessage = (about, buffers) => {
+    if (!about.key || about.version !== model.get("_version")) return;
+    received.get(model)[about.key] = { about, data: buffers[0] };
+    for (const view of views) if (keyOf(view) === about.key) load(view);
+  };
+  const listeners = {
+    "change:position": onPosition, "change:plane": all(draw), "change:sequence": all(draw), "change:opacity": all(draw), "change:truth": all(draw),
+    "change:channel": () => draw(views[0]), "change:layer": () => load(views[0]),
+    "change:sort": all(onSort), "change:class_name": all(onSort), "change:map_name": all(onSort), "change:scale": all(onColours), "change:colours": all(onColours),
+    "change:_version": onVersion, "msg:custom": onMessage,
+  };
+  if (views[1]) Object.assign(listeners, { "change:compare_channel": () => draw(views[1]), "change:compare_layer": () => load(views[1]) });
+  for (const [name, listener] of Object.entries(listeners)) model.on(name, listener);
+  el.append(root);
+  showControls();
+  let width = 0;
+  const resized = new ResizeObserver(() => { if (root.clientWidth !== width) { width = root.clientWidth; views.forEach(draw); } });
+  resized.observe(root);
+  Promise.all([...model.get("_volumes").map(unpack), model.get("_label") ? unpack(model.get("_label")) : null]).then(async (unpacked) => {
+    label = unpacked.pop();
+    volumes.push(...unpacked);
+    await Promise.all(views.map(load));
+    root.dataset.ready = "true";
+  });
+  return () => {
+    resized.disconnect();
+    for (const [name, listener] of Object.entries(listeners)) model.off(name, listener);
+  };
+}
+
+const widget = { render };
+export default widget;
