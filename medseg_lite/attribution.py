@@ -1,0 +1,331 @@
+"""What a feature map is for: take it away, find what excites it most, and see which places speak for a class.
+
+with ablate(model, "normal.7", 12):
+    without = inference.predict(model, case)
+ablation_table(model, case, "low.7")                     # Dice of every region without each channel
+strongest_patches(model, cases, "normal.7", 12)          # what the channel answers to most, over a cohort
+grad_cam(model, case, "low.7", target=4)                 # where the layer speaks for class 4
+position_explained(maps, case.mask)                      # how much of each map is mere position
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import inference, metrics
+from .features import FeatureMaps, _evaluating, _find_region, _multiple, _whole, capture, list_layers
+from .tracing import spatial_dims
+from .volume import Case, bounding_box, padded_region
+
+GRAD_TILE = 24  # voxels along each axis that are differentiated at a time: every layer's maps stay in memory
+
+
+@contextmanager
+def ablate(model: nn.Module, layer: str, channels: int | Sequence[int], *, value: float = 0.0) -> Iterator[nn.Module]:
+    """Within the block, some of a layer's channels have one value everywhere; afterwards the network is what it was.
+
+    Blocks may be nested, also for one layer. Works with `inference.predict` and with training.
+
+    Args:
+        model: any network; the same object is handed to the block.
+        layer: name as in `model.named_modules()`.
+        channels: one channel, or several.
+        value: what they are set to, 0 by default.
+
+    Raises:
+        ValueError: when there is no such layer or channel, or the layer does not put out one tensor.
+    """
+    modules = dict(model.named_modules())
+    if layer not in modules:
+        parts = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(f"this network has no layer {layer!r}; its parts are {parts}, see model.named_modules()")
+    wanted = [int(c) for c in (channels if isinstance(channels, (Sequence, np.ndarray)) else [channels])]
+
+    def silence(module, inputs, output):
+        if not isinstance(output, Tensor) or output.ndim < 3:
+            raise ValueError(f"layer {layer!r} does not put out feature maps; choose a convolution")
+        if any(not 0 <= c < output.shape[1] for c in wanted):
+            raise ValueError(f"channels={wanted}; layer {layer!r} has channels 0 to {output.shape[1] - 1}")
+        output = output.clone()  # the caller's tensor is not ours to change
+        output[:, wanted] = value
+        return output
+
+    handle = modules[layer].register_forward_hook(silence)
+    # A copy rearranged for inference would not know of the hook.
+    before = vars(model).get("for_inference")
+    vars(model)["for_inference"] = lambda: model
+    try:
+        yield model
+    finally:
+        handle.remove()
+        if before is None:
+            del vars(model)["for_inference"]
+        else:
+            vars(model)["for_inference"] = before
+
+
+def ablation_table(
+    model: nn.Module,
+    case: Case,
+    layer: str,
+    *,
+    channels: Sequence[int] | None = None,
+    regions="brats2015",
+    value: float = 0.0,
+    progress: bool = True,
+    **options,
+) -> pd.DataFrame:
+    """Dice of each region with each channel of a layer taken away, one channel at a time.
+
+    Every row is a segmentation of the whole case; `case.crop(...)` around the lesion saves time.
+
+    Args:
+        case: labelled.
+        layer: name of the layer.
+        channels: which ones; all by default.
+        regions: as in `metrics.evaluate`.
+        value: what a channel is set to.
+        options: passed on to `inference.predict`.
+
+    Returns:
+        Indexed by channel: `dice_<region>`, and `change_<region>` against the whole network. In `attrs["dice"]` the latter's Dice.
+    """
+    if case.label is None:
+        raise ValueError(f"{case.name} has no label to compare with")
+
+    def score() -> dict[str, float]:
+        prediction = inference.predict(model, case, progress=False, **options)
+        table = metrics.evaluate(prediction, case.label, regions=regions, metrics=["dice"])
+        return dict(zip(table["region"], table["dice"]))
+
+    if channels is None:
+        (info,) = list_layers(model, layer).values()
+        channels = range(info.channels)
+    whole, rows = score(), {}
+    for channel in tqdm(channels, desc=f"without channels of {layer}", disable=not progress, dynamic_ncols=True):
+        with ablate(model, layer, channel, value=value):
+            found = score()
+        rows[int(channel)] = {f"dice_{r}": d for r, d in found.items()} | {
+            f"change_{r}": d - whole[r] for r, d in found.items()
+        }
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("channel")
+    table.attrs["dice"] = whole
+    return table
+
+
+class Patch(NamedTuple):
+    """A piece of a case that excites a channel.
+
+    Attributes:
+        case: name of the case.
+        value: of the channel there.
+        position: input voxel (d, h, w) that the layer's voxel is centred on, rounded.
+        start: first voxel of the patch, outside the case where the patch is mirrored.
+        image: `(C, D, H, W)`, as large as the layer's receptive field.
+        label: `(D, H, W)`, or None.
+    """
+
+    case: str
+    value: float
+    position: tuple[int, int, int]
+    start: tuple[int, int, int]
+    image: np.ndarray
+    label: np.ndarray | None
+
+
+def strongest_patches(
+    model: nn.Module,
+    cases: Sequence[Case],
+    layer: str,
+    channel: int,
+    *,
+    count: int = 9,
+    per_case: int = 3,
+    size: int | Sequence[int] | None = None,
+    inside_mask: bool = True,
+    progress: bool = True,
+) -> list[Patch]:
+    """The pieces of a cohort that excite one channel most, the strongest first.
+
+    Within a case, patches whose centres are less than half a patch apart along every axis count as one.
+
+    Args:
+        cases: normalised as for `inference.predict`; read one after the other.
+        layer, channel: which map.
+        count: patches in all.
+        per_case: patches from one case at most.
+        size: side of the patches, or one for each axis; by default the layer's receptive field.
+        inside_mask: whether centres must lie inside the cases' masks.
+    """
+    found: list[Patch] = []
+    for case in tqdm(cases, desc=f"{layer}, channel {channel}", disable=not progress, dynamic_ncols=True):
+        (maps,) = capture(model, case, layer, progress=False).values()
+        if not 0 <= channel < len(maps.data):
+            raise ValueError(f"channel={channel}; layer {layer!r} has channels 0 to {len(maps.data) - 1}")
+        if size is not None:
+            side = [size] * 3 if isinstance(size, int) else list(size)
+        else:
+            field = maps.field.side if maps.field else (33,) * spatial_dims(model)
+            side = [*field, *[1] * (3 - len(field))]
+        values = maps.data[channel].astype(np.float32)
+        if inside_mask and case.mask is not None:
+            values = np.where(maps.sampled(case.mask), values, -np.inf)
+        for _ in range(per_case):
+            index = np.unravel_index(values.argmax(), values.shape)
+            if not np.isfinite(values[index]):
+                break
+            position = tuple(math.floor(p + 0.5) for p in maps.position(index))
+            start = tuple(p - s // 2 for p, s in zip(position, side))
+            stop = [a + s for a, s in zip(start, side)]
+            label = None if case.label is None else padded_region(case.label, start, stop)
+            image = np.array(padded_region(case.image, start, stop))
+            found.append(Patch(case.name, float(values[index]), position, start, image, label))
+            near = (
+                slice(max(0, math.ceil(i - s / 2 / t)), int(i + s / 2 / t) + 1)
+                for i, s, t in zip(index, side, maps.stride)
+            )
+            values[tuple(near)] = -np.inf
+    return sorted(found, key=lambda patch: -patch.value)[:count]
+
+
+def grad_cam(
+    model: nn.Module,
+    case: Case,
+    layer: str,
+    target: int,
+    *,
+    where: np.ndarray | None = None,
+    region: Sequence[slice | int] | None = None,
+) -> FeatureMaps:
+    """Seg-Grad-CAM: where a layer speaks for a class.
+
+    The sum of the class's logits over `where` is differentiated with respect to the layer's maps A_k. The mean of the gradient
+    over the layer's voxels, α_k, is the weight of map k, and the answer is max(0, Σ_k α_k A_k).
+
+    Args:
+        layer: name of a layer before the output.
+        target: the class.
+        where: `(D, H, W)` bool, whose logits count; by default the voxels that are predicted as `target`. One voxel makes
+            the map of a single decision.
+        region: part of the case that is looked at, as in `capture`; by default the box of `where` with 8 voxels around it.
+
+    Returns:
+        One map, laid over the case like those of `capture`; `laid_over(case.shape, 0)` brings it to the case's grid.
+
+    Raises:
+        ValueError: when there is no such class or layer, or `where` is empty.
+
+    Source: Vinogradova, Dibrov and Myers, "Towards interpretable semantic segmentation via gradient-weighted class activation
+    mapping", AAAI 2020; Selvaraju et al. 2017.
+    """
+    if where is None:
+        where = inference.predict(model, case, progress=False) == target
+    where = np.asarray(where, bool)
+    if where.shape != case.shape:
+        raise ValueError(f"where has shape {where.shape}; expected {case.shape}, that of {case.name}")
+    if not where.any():
+        raise ValueError(f"no voxel of {case.name} is predicted as class {target}; say with where= which voxels count")
+    start, stop = _find_region(bounding_box(where, border=8) if region is None else region, case)
+    outside = where.copy()
+    outside[tuple(slice(a, b) for a, b in zip(start, stop))] = False
+    if outside.any():
+        raise ValueError(f"{int(outside.sum())} voxels of where lie outside the region; enlarge the region")
+    (name,) = list_layers(model, layer)
+    dims, margin, multiple = spatial_dims(model), getattr(model, "margin", 0), _multiple(model)
+    box = bounding_box(where)
+    if margin:
+        grid = [multiple] * dims + [1] * (3 - dims)
+        begin = [s.start // g * g for s, g in zip(box, grid)]
+        end = [a + math.ceil((s.stop - a) / g) * g for a, s, g in zip(begin, box, grid)]
+        tile = [
+            -(-GRAD_TILE // multiple) * multiple if dims == 3 or axis == 2 else 3 * GRAD_TILE * multiple
+            for axis in range(3)
+        ]
+        border = [margin] * dims + [0] * (3 - dims)
+    else:
+        grid = [multiple] * dims + [1] * (3 - dims)
+        begin, end, tile = _whole(model, "", [s.start for s in box], [s.stop for s in box], case.shape, grid)
+        border = [0, 0, 0]
+    device = next(model.parameters()).device
+    module, total = dict(model.named_modules())[name.split("#")[0]], 0.0
+    with _evaluating(model), torch.enable_grad():
+        for corner in itertools.product(*(range(a, b, t) for a, b, t in zip(begin, end, tile))):
+            last = [min(c + t, b) for c, t, b in zip(corner, tile, end)]
+            counted = tuple(slice(c, min(b, n)) for c, b, n in zip(corner, last, case.shape))
+            if not where[counted].any():
+                continue
+            patch = padded_region(
+                case.image, [c - m for c, m in zip(corner, border)], [b + m for b, m in zip(last, border)]
+            )
+            x = torch.from_numpy(np.ascontiguousarray(patch, np.float32)).to(device).requires_grad_()
+            caught: list[Tensor] = []
+
+            def keep(module, inputs, output, caught=caught):
+                caught.append(output)
+                return output.clone()  # what follows may work in place
+
+            handle = module.register_forward_hook(keep)
+            try:
+                logits = model(x.permute(3, 0, 1, 2)).permute(1, 2, 3, 0) if dims == 2 else model(x[None])[0]
+            finally:
+                handle.remove()
+            if not 0 <= target < len(logits):
+                raise ValueError(f"target={target}; the network has classes 0 to {len(logits) - 1}")
+            chosen = torch.from_numpy(where[counted]).to(device)
+            score = logits[(target, *(slice(n) for n in chosen.shape))][chosen].sum()
+            call = int(name.split("#")[1]) - 1 if "#" in name else 0
+            (gradient,) = torch.autograd.grad(score, caught[call], allow_unused=True)
+            if gradient is None:
+                raise ValueError(f"the output does not depend on layer {layer!r}; choose a layer before it")
+            axes = [0, *range(2, gradient.ndim)]
+            total = total + gradient.sum(dim=axes).double().cpu().numpy()
+    (maps,) = capture(
+        model, case, layer, region=tuple(slice(a, b) for a, b in zip(start, stop)), progress=False
+    ).values()
+    weights = total / maps.data[0].size
+    cam = np.maximum(np.tensordot(weights, maps.data.astype(np.float32), axes=1), 0)[None]
+    # Weights are means over many voxels, far below what half precision can tell from zero.
+    return FeatureMaps(
+        f"{name} for class {target}", cam.astype(np.float32), maps.offset, maps.stride, maps.every, maps.field
+    )
+
+
+def position_explained(maps: FeatureMaps, mask: np.ndarray | None = None, *, degree: int = 2) -> np.ndarray:
+    """How much of each map is a matter of place: the share of its variance (R²) that a polynomial of the position explains.
+
+    A channel near 0 tells what is there, one near 1 where in the head (or the image) it is. Coarse pathways, which see far, can
+    know much about place (Kamnitsas et al. 2017, section 2.4 and Figure 14, on the low-resolution pathway).
+
+    Args:
+        maps: from `features.capture`.
+        mask: `(D, H, W)`, the voxels of the case that count; all by default.
+        degree: of the polynomial in (d, h, w).
+
+    Returns:
+        `(C,)`, 0 to 1; 0 for a channel that is constant.
+    """
+    size = maps.data.shape[1:]
+    inside = np.ones(size, bool) if mask is None else maps.sampled(mask)
+    if not inside.any():
+        raise ValueError("the mask holds no voxel of these maps")
+    place = np.argwhere(inside).astype(np.float64)
+    place = (place - place.mean(0)) / np.maximum(place.std(0), 1e-9)
+    powers = (p for p in itertools.product(range(degree + 1), repeat=3) if sum(p) <= degree)
+    terms = np.stack([np.prod(place**p, axis=1) for p in powers], axis=1)
+    values = maps.data[:, inside].astype(np.float64).T
+    values = values - values.mean(0)
+    basis, spread, _ = np.linalg.svd(terms, full_matrices=False)
+    basis = basis[:, spread > 1e-9 * spread[0]]
+    variance = (values**2).sum(0)
+    explained = ((basis.T @ values) ** 2).sum(0)
+    return np.divide(explained, variance, out=np.zeros_like(variance), where=variance > 1e-9 * len(place))
