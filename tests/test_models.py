@@ -72,7 +72,11 @@ DROZDZAL = [
     Network("unet2d", {(1, 2): 31_030_658}, 220, example=(1, 2)),
     Network("fcn8", {(3, 2): 134_271_430}, 468, dropout=HALF, example=(3, 2)),
 ]
-NETWORKS = VALID + KAYALIBAY + DROZDZAL
+MLYNARSKI = [
+    Network("mlynarski_2d", {(4, 4): 31_277_800}, 266, example=(4, 4)),
+    Network("mlynarski_3d", {(4, 4): 1_330_372}, 46, example=(4, 4)),
+]
+NETWORKS = VALID + KAYALIBAY + DROZDZAL + MLYNARSKI
 
 
 def by_name(networks):
@@ -94,9 +98,9 @@ def patch(model: nn.Module, *, batch: int = 1, out: int | None = None, seed: int
 
 def test_the_table_is_complete():
     assert {n.name for n in NETWORKS} == set(models.NETWORKS) == set(models.__all__) - {
-        "DEEPMEDIC", "DROZDZAL", "HAVAEI", "KAYALIBAY", "NETWORKS", "load", "save",
+        "DEEPMEDIC", "DROZDZAL", "HAVAEI", "KAYALIBAY", "MLYNARSKI", "NETWORKS", "load", "save",
     }  # fmt: skip
-    for paper in ("DEEPMEDIC", "HAVAEI", "KAYALIBAY", "DROZDZAL"):
+    for paper in ("DEEPMEDIC", "HAVAEI", "KAYALIBAY", "DROZDZAL", "MLYNARSKI"):
         assert {n.name for n in globals()[paper]} == set(getattr(models, paper))
 
 
@@ -116,7 +120,7 @@ def test_forward_and_backward(network):
     target = torch.randint(4, (2, *y.shape[2:]))
     nn.functional.cross_entropy(y, target).backward()
     for name, parameter in model.named_parameters():
-        if name.startswith("first."):  # a cascade's first network is not trained
+        if name.startswith(("first.", "auxiliary.")):  # a cascade's first network; heads that only training uses
             assert parameter.grad is None
             continue
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -152,7 +156,7 @@ def test_receptive_field_computed(network):
     assert network.field == (3 * local if model.low_resolution else local)
 
 
-@by_name(VALID)
+@by_name([*VALID, MLYNARSKI[1]])
 def test_margin_and_multiple(network):
     model = network(in_channels=1).eval()
     for n in (1, 2, 3):
@@ -182,7 +186,7 @@ def test_one_voxel(network):
     assert field.first == (-model.margin,) * model.spatial_dims and field.last == (last,) * model.spatial_dims
 
 
-@by_name(VALID)
+@by_name([*VALID, MLYNARSKI[1]])
 def test_every_prediction_sees_only_its_own_field(network):
     """Dense output equals the outputs of the patches around each group of voxels."""
     model = network().eval()
@@ -248,7 +252,7 @@ def test_half_precision_training(network):
         y = model(patch(model, batch=2))
     y.float().square().sum().backward()
     assert y.dtype == torch.bfloat16
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("auxiliary.")]
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in trained)
 
 
@@ -299,7 +303,9 @@ def test_dropout_of_the_convolutions(network):
 
 
 @pytest.mark.parametrize("options", [{"in_channels": 0}, {"classes": 1}])
-@pytest.mark.parametrize("build", [models.deepmedic, models.two_path_cnn, models.kayalibay_unet3d])
+@pytest.mark.parametrize(
+    "build", [models.deepmedic, models.two_path_cnn, models.kayalibay_unet3d, models.mlynarski_2d, models.mlynarski_3d]
+)
 def test_impossible_channels_and_classes(build, options):
     with pytest.raises(ValueError, match="at least 1 channel and 2 classes"):
         build(**options)
@@ -578,7 +584,7 @@ def test_fcn8_enlarges_like_interpolation():
     torch.testing.assert_close(layer(x)[inner], expected[inner], rtol=1e-4, atol=1e-5)
 
 
-@by_name([n for n in DROZDZAL if n.name != "fcn_fc_resnet"])  # whose halo is the sum of its parts'
+@by_name([n for n in [*DROZDZAL, MLYNARSKI[0]] if n.name != "fcn_fc_resnet"])  # whose halo is the sum of its parts'
 def test_nothing_beyond_the_halo_matters(network):
     model = network(width=0.01).eval()
     with torch.no_grad():
@@ -605,6 +611,90 @@ def test_the_pre_processor_for_volumes():
 def test_impossible_sizes(name):
     with pytest.raises(ValueError, match="expected at least 1 of each"):
         getattr(models, name)(in_channels=0)
+
+
+# ----------------------------------------------------------------------------- subnetworks, and 2D features for 3D networks
+
+
+@pytest.mark.parametrize("variant, features, parameters", [
+    ("standard", 0, 1_330_372), ("a", 12, 1_340_740), ("b", 12, 1_340_740), ("c", 12, 2_673_060),
+])  # fmt: skip
+def test_variants_of_the_3d_network(variant, features, parameters, stir):
+    model = models.mlynarski_3d(variant=variant)
+    assert sum(p.numel() for p in model.parameters()) == parameters and model.in_channels == 4 + features
+    model = stir(models.mlynarski_3d(variant=variant, width=0.25))
+    x = torch.randn(1, model.in_channels, 46, 50, 46)
+    y = model(x)
+    assert y.shape == (1, 4, 4, 8, 4)
+    for channel in range(model.in_channels):  # everything that is given is used
+        other = x.clone()
+        other[:, channel] += 1
+        assert not torch.allclose(model(other), y)
+
+
+def test_features_of_variant_b_lie_where_the_image_does():
+    """An impulse in a feature changes the predictions around its own place, whose field is 5 voxels wide."""
+    model = models.mlynarski_3d(variant="b", features=1, in_channels=1, width=0.1).eval()
+    with torch.no_grad():
+        for conv in convolutions(model):
+            conv.weight.abs_()
+    x = torch.zeros(1, 2, 58, 58, 58)
+    x[0, 1, 21 + 8, 21 + 6, 21 + 9] = 1
+    changed = (model(x) != model(torch.zeros_like(x))).any(1)[0].nonzero()
+    assert changed.amin(0).tolist() == [6, 4, 7] and changed.amax(0).tolist() == [10, 8, 11]
+
+
+def test_the_paper_s_patch():
+    model = models.mlynarski_3d(width=0.1)
+    assert model(torch.zeros(1, 4, 70, 70, 70)).shape == (1, 4, 28, 28, 28)
+    with pytest.raises(ValueError, match="needs 42 and a multiple of 4 along every axis"):
+        model(torch.zeros(1, 4, 69, 70, 70))
+    for options in ({"variant": "d"}, {"variant": "a", "features": 0}, {"variant": "standard", "features": 3}):
+        with pytest.raises(ValueError, match="variant="):
+            models.mlynarski_3d(**options)
+
+
+@pytest.mark.parametrize("subnets, parameters, of_subnetworks", [(1, 31_277_800, 141_072), (2, 31_173_400, 36_672)])
+def test_subnetworks(subnets, parameters, of_subnetworks, stir):
+    model = models.mlynarski_2d(subnets=subnets)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert sum(p.numel() for p in model.subnetworks.parameters()) == of_subnetworks
+    assert sum(p.numel() for p in model.auxiliary.parameters()) == 660
+    model = stir(models.mlynarski_2d(subnets=subnets, width=0.25))
+    x = torch.randn(2, 4, 32, 48)
+    logits, auxiliary = model.with_auxiliary(x)
+    assert torch.equal(logits, model(x)) and len(auxiliary) == 5
+    for k, found in enumerate(auxiliary):
+        alone = model.subnetwork(k)
+        assert torch.equal(alone(x if k == 4 else x[:, k : k + 1]), found)
+        assert alone.in_channels == (4 if k == 4 else 1)
+    assert torch.equal(model.subnetwork(-1)(x), auxiliary[4])
+    with pytest.raises(ValueError, match="no subnetwork 5"):
+        model.subnetwork(5)
+    with pytest.raises(ValueError, match=r"expected 1 .* or 2"):
+        models.mlynarski_2d(subnets=3)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        model(torch.zeros(1, 4, 40, 32))
+
+
+def test_training_a_subnetwork_trains_the_whole():
+    model = models.mlynarski_2d(width=0.1)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    alone = model.subnetwork(2)
+    optimiser = torch.optim.SGD(alone.parameters(), lr=0.1)
+    alone(torch.randn(2, 1, 16, 16)).square().sum().backward()
+    optimiser.step()
+    changed = {
+        n.split(".")[0] + "." + n.split(".")[1] for n, p in model.named_parameters() if not torch.equal(p, before[n])
+    }
+    assert changed == {"subnetworks.2", "auxiliary.2"}
+
+
+def test_auxiliary_classifiers_are_not_run_at_inference():
+    model = models.mlynarski_2d(width=0.1).eval()
+    for head in model.auxiliary:
+        head.register_forward_hook(lambda *_: pytest.fail("an auxiliary classifier was run"))
+    model(torch.zeros(1, 4, 16, 16))
 
 
 # --------------------------------------------------------------------------------------------------------- the blocks

@@ -24,12 +24,14 @@ from .havaei import (
     two_path_cnn,
 )
 from .kayalibay import kayalibay_unet3d
+from .mlynarski import mlynarski_2d, mlynarski_3d
 
 __all__ = [
     "DEEPMEDIC",
     "DROZDZAL",
     "HAVAEI",
     "KAYALIBAY",
+    "MLYNARSKI",
     "NETWORKS",
     "big_deep_plus",
     "deep",
@@ -50,6 +52,8 @@ __all__ = [
     "local_cascade_cnn",
     "local_path_cnn",
     "mf_cascade_cnn",
+    "mlynarski_2d",
+    "mlynarski_3d",
     "save",
     "shallow",
     "shallow_plus",
@@ -61,7 +65,7 @@ __all__ = [
 NETWORKS = tuple(
     name for name in __all__ if name[0].islower() and name not in ("load", "save")
 )  # the builders, by name
-DEEPMEDIC, HAVAEI, KAYALIBAY, DROZDZAL = (  # the same, paper by paper
+DEEPMEDIC, HAVAEI, KAYALIBAY, DROZDZAL, MLYNARSKI = (  # the same, paper by paper
     tuple(name for name in NETWORKS if globals()[name].__module__ == f"{__name__}.{file}")
-    for file in ("deepmedic", "havaei", "kayalibay", "drozdzal")
+    for file in ("deepmedic", "havaei", "kayalibay", "drozdzal", "mlynarski")
 )
