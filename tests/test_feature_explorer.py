@@ -66,11 +66,11 @@ def test_what_is_sent_are_the_maps(explorer, model, layer):
     about, values = sent(explorer, f"0/{layer}")
     plain = features.capture(model, explorer._case, layer, region=explorer._box, progress=False)[layer]
     assert about["offset"] == plain.offset and about["stride"] == plain.stride
-    data = plain.data.astype(np.float32)
-    ends = np.percentile(data.reshape(len(data), -1), (0.1, 99.9), axis=1).reshape(2, -1, 1, 1, 1)
+    data, inside = plain.data.astype(np.float32), plain.sampled(explorer._case.mask)
+    both = [np.percentile(v.reshape(len(data), -1), (0.1, 99.9), axis=1) for v in (data, data[:, inside])]
+    ends = np.stack([np.minimum(both[0][0], both[1][0]), np.maximum(both[0][1], both[1][1])]).reshape(2, -1, 1, 1, 1)
     step = np.reshape(about["step"], (-1, 1, 1, 1))
     assert (np.abs(values - np.clip(data, *ends)) <= 1.1 * step).all()
-    inside = plain.sampled(explorer._case.mask)
     np.testing.assert_allclose(about["mean"], data[:, inside].mean(1), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(about["inactive"], (data[:, inside] <= 0).mean(1), atol=1e-4)
     assert sum(about["histogram"][0]) == inside.sum()

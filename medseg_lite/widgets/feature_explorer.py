@@ -264,7 +264,7 @@ class FeatureExplorer(anywidget.AnyWidget):
     def _message(self, panel: int, layer: str) -> tuple[dict, bytes]:
         """What the browser needs to know about a layer, and its voxels."""
         maps = self.maps(layer, panel=panel)
-        levels, low, step = _quantise(maps.data)
+        levels, low, step = _quantise(maps.data, self._inside(maps))
         table = self._numbers(maps, levels)
         first, last = maps.field[1:] if maps.field else (None, None)
         about = {
@@ -282,12 +282,15 @@ class FeatureExplorer(anywidget.AnyWidget):
         }
         return about, pack(levels)
 
+    def _inside(self, maps: FeatureMaps) -> np.ndarray | None:
+        """Which voxels of the maps lie inside the mask; None where there is none."""
+        inside = None if self._case.mask is None else maps.sampled(self._case.mask)
+        return inside if inside is not None and inside.any() else None
+
     def _numbers(self, maps: FeatureMaps, levels: np.ndarray) -> dict[str, object]:
         """Of each channel, over the voxels inside the mask."""
-        mask = self._case.mask
-        inside = None if mask is None else maps.sampled(mask).reshape(-1)
-        if inside is None or not inside.any():
-            inside = slice(None)
+        inside = self._inside(maps)
+        inside = slice(None) if inside is None else inside.reshape(-1)
         values = maps.data.reshape(len(maps.data), -1)[:, inside].astype(np.float32)
         levels = levels.reshape(len(levels), -1)[:, inside]
         mean, deviation = values.mean(1), values.std(1)
@@ -327,7 +330,7 @@ class FeatureExplorer(anywidget.AnyWidget):
         import pandas as pd
 
         maps = self.maps(panel=panel)
-        numbers = self._numbers(maps, _quantise(maps.data)[0])
+        numbers = self._numbers(maps, _quantise(maps.data, self._inside(maps))[0])
         for name in ("histogram", "bottom", "top"):
             del numbers[name]
         groups = {group: numbers.pop(group) for group in ("selectivity", "correlation")}
@@ -499,12 +502,17 @@ def _palette(name: str) -> list[str]:
     return [matplotlib.colors.to_hex(c) for c in colours(np.linspace(0, 1, 256))]
 
 
-def _quantise(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _quantise(data: np.ndarray, inside: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Maps `(C, ...)` as bytes: a value is `low + step * byte`. Zero is a level of its own where it is within the range; the extreme
-    0.1 % of a channel are cut off, unless they are all that there is."""
+    0.1 % of a channel are cut off, counted everywhere and among the voxels `inside`, unless they are all that there is."""
     flat = data.reshape(len(data), -1)
     thin = flat[:, :: max(1, flat.shape[1] // 100_000)].astype(np.float32)
     low, high = np.percentile(thin, (0.1, 99.9), axis=1)
+    if inside is not None:
+        part = flat[:, inside.reshape(-1)]
+        part = part[:, :: max(1, part.shape[1] // 50_000)].astype(np.float32)
+        ends = np.percentile(part, (0.1, 99.9), axis=1)
+        low, high = np.minimum(low, ends[0]), np.maximum(high, ends[1])
     narrow = high - low < 0.3 * (thin.max(1) - thin.min(1))  # a rare but strong channel
     low, high = np.where(narrow, thin.min(1), low), np.where(narrow, thin.max(1), high)
     step = np.maximum(high - low, 1e-6 * np.maximum(np.abs(high), 1e-6)) / (LEVELS - 1)
@@ -572,7 +580,7 @@ def _draw(explorer: FeatureExplorer) -> Figure:
         rows = figure.subplots(len(panels), 2, squeeze=False, width_ratios=(0.36, 0.64))
         for panel, ((layer, channel), (left, right)) in enumerate(zip(panels, rows)):
             maps = explorer.maps(layer, panel=panel)
-            about = explorer._numbers(maps, _quantise(maps.data)[0])
+            about = explorer._numbers(maps, _quantise(maps.data, explorer._inside(maps))[0])
             colours = explorer.colours
             if colours == "auto":
                 colours = "signed" if _is_signed(maps.data) else "sequential"

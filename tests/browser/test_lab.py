@@ -101,3 +101,38 @@ def test_png_viewer(open_notebook):
     page.keyboard.press("ArrowRight")
     page.wait_for_function("before => document.querySelector('img.widget-image').src !== before", arg=before)
     assert run_last_cell(page) == "(12, 20, 15)"
+
+
+FEATURES = """
+import torch
+from medseg_lite import models
+from medseg_lite.widgets import FeatureExplorer
+torch.manual_seed(0)
+explorer = FeatureExplorer(models.deepmedic(in_channels=2, classes=3, width=0.2), case)
+explorer
+"""
+
+
+def test_feature_explorer(open_notebook):
+    """Layers come from the kernel when they are first looked at, once; what is chosen in the browser arrives in Python."""
+    page = open_notebook(
+        SETUP + FEATURES,
+        "print(explorer.layer, explorer.channel, explorer.sort, explorer.bytes_sent)\n"
+        "explorer.layer = 'normal.0'\nexplorer.position = (3, 4, 5)",
+    )
+
+    def choose_low7():
+        page.locator(".pathway", has_text="low").locator("button").nth(7).click()
+        page.wait_for_selector("[data-layer='low.7']")
+
+    page.wait_for_selector(".medseg-features[data-ready] [data-layer='normal.0']")
+    page.wait_for_function("() => document.querySelector('.medseg-features .readout').innerText.includes('3, 4, 5')")
+    choose_low7()
+    page.focus("[data-view=grid0]")
+    page.keyboard.press("End")
+    page.get_by_label("Sort by").select_option("activity")
+    first = run_last_cell(page)
+    assert first.startswith("low.7 9 activity ") and int(first.split()[-1]) > 0
+    page.wait_for_selector("[data-layer='normal.0']")
+    choose_low7()
+    assert run_last_cell(page).split()[-1] == first.split()[-1]  # the layer was there already
