@@ -48,6 +48,50 @@ def cross_entropy(
     return (per_voxel * mask).sum() / (counts.sum().clamp(min=1) if weights is None else counts.sum().clamp(min=1e-6))
 
 
+def balanced_cross_entropy(logits: Tensor, target: Tensor, *, target_weights: Sequence[float]) -> Tensor:
+    """−Σ w log p over all voxels of the batch, where the voxels of class c share the weight t_c evenly.
+
+    w = t_c / N_c with N_c the batch's voxels of class c, so classes count as `target_weights` say however rare they are. A
+    class that is absent from the batch contributes nothing.
+
+    Args:
+        logits: `(B, K, *space)`.
+        target: `(B, *space)` class numbers.
+        target_weights: t, K numbers of sum 1: (.7, .1, .1, .1) for the paper's 2D networks, (.4, .2, .2, .2) for 3D.
+
+    Source: Mlynarski et al. 2019, eq. 1 and 2. The paper's further factor, one over the number of voxels, is left out: the
+    weights already sum to 1.
+    """
+    _check(logits, target)
+    weights = torch.as_tensor(target_weights, dtype=torch.float32, device=logits.device)
+    if weights.shape != logits.shape[1:2] or bool((weights < 0).any()) or abs(float(weights.sum()) - 1) > 1e-4:
+        raise ValueError(f"target_weights={target_weights}; expected {logits.shape[1]} numbers from 0 on of sum 1")
+    counts = torch.bincount(target.flatten(), minlength=len(weights))
+    return F.cross_entropy(logits.float(), target, weights / counts.clamp(min=1), reduction="sum")
+
+
+def deep_supervision(
+    outputs: tuple[Tensor, Sequence[Tensor]], target: Tensor, *, loss=cross_entropy, main: float = 0.75
+) -> Tensor:
+    """Convex combination of a network's loss and those of its auxiliary classifiers, which share 1 − `main` evenly.
+
+    Args:
+        outputs: logits `(B, K, *space)` and a list of auxiliary ones, as `with_auxiliary` of a network gives them.
+        target: `(B, *space)` class numbers.
+        loss: `loss(logits, target)`.
+        main: weight of the network's own loss; .75 in the paper, which leaves .05 for each of 5 subnetworks.
+
+    Source: Mlynarski et al. 2019, eq. 3.
+    """
+    logits, auxiliary = outputs
+    if not 0 <= main <= 1 or not auxiliary:
+        raise ValueError(
+            f"main={main} with {len(auxiliary)} auxiliary outputs; expected 0 to 1 and at least one of them"
+        )
+    share = (1 - main) / len(auxiliary)
+    return main * loss(logits, target) + share * sum(loss(other, target) for other in auxiliary)
+
+
 def jaccard_distance(logits: Tensor, target: Tensor, *, per_class: bool = False) -> Tensor:
     """Σ_c (1 − J_c) over all classes, the background too; between 0 and K.
 

@@ -152,6 +152,101 @@ class MomentumSchedule:
             group["momentum"] = first + (last - first) * step / self.steps
 
 
+class NormalizedSGD(torch.optim.Optimizer):
+    """Gradient descent whose steps are as long as the learning rate says, whatever the gradient's length.
+
+        v ← m v − lr · g / ‖g‖
+        θ ← θ + v
+
+    ‖g‖ is the Euclidean norm over all parameters together. A loss multiplied by a constant gives the same steps. Where the
+    gradient is zero, only momentum moves.
+
+    Args:
+        parameters: what to train.
+        lr: length of a step without momentum (.25 in the paper, at the start).
+        momentum: m. The paper has momentum but gives no number; .9 is the author's in later code.
+
+    Source: Mlynarski et al. 2019, eq. 4. The gradient is that of several batches: `training.fit(accumulate=...)`.
+    """
+
+    def __init__(self, parameters: Iterable, *, lr: float = 0.25, momentum: float = 0.9):
+        if lr < 0 or not 0 <= momentum < 1:
+            raise ValueError(f"lr={lr}, momentum={momentum}; expected lr >= 0 and momentum from 0 to below 1")
+        super().__init__(parameters, {"lr": float(lr), "momentum": float(momentum)})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update from the gradients in `.grad`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moved = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not moved:
+            return loss
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for _, p in moved])))
+        for group, p in moved:
+            if not self.state[p]:
+                self.state[p]["velocity"] = torch.zeros_like(p)
+            velocity = self.state[p]["velocity"].mul_(group["momentum"])
+            velocity.sub_(torch.where(norm > 0, p.grad * (group["lr"] / norm), 0.0))
+            p.add_(velocity)
+        return loss
+
+
+class HalveOnSlowLoss:
+    """Halve the learning rate when the training loss no longer falls fast enough.
+
+    After every `window` updates the mean loss of the window's second half is compared with that of its first half. If it is
+    above `ratio` times that, the rate is halved; if that happens twice in a row, the window is doubled, for the changes
+    have become too small to be seen in a short one.
+
+    Args:
+        optimizer: whose rate to change.
+        window: updates F between comparisons, 200 in the paper.
+        ratio: d_loss, .98 in the paper.
+        minimum: the rate is never set below this, .001 in the paper.
+
+    Source: Mlynarski et al. 2019, section 2.4.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *, window: int = 200, ratio: float = 0.98, minimum: float = 0.001
+    ):
+        if window < 2 or window % 2 or ratio <= 0 or minimum < 0:
+            raise ValueError(
+                f"window={window}, ratio={ratio}, minimum={minimum}; expected an even window and positive numbers"
+            )
+        self.optimizer, self.window, self.ratio, self.minimum = optimizer, window, ratio, minimum
+        self.losses: list[float] = []
+        self.slow = 0
+
+    def observe(self, loss: float) -> None:
+        """Called after every update with its training loss."""
+        self.losses.append(float(loss))
+        if len(self.losses) < self.window:
+            return
+        half = self.window // 2
+        before, now = sum(self.losses[:half]) / half, sum(self.losses[half:]) / half
+        self.losses = []
+        if now <= self.ratio * before:
+            self.slow = 0
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = max(group["lr"] / 2, self.minimum)
+        self.slow += 1
+        if self.slow == 2:
+            self.window, self.slow = 2 * self.window, 0
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs."""
+        return {"window": self.window, "losses": self.losses, "slow": self.slow}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was taken."""
+        self.window, self.losses, self.slow = state["window"], list(state["losses"]), state["slow"]
+
+
 class HalveOnPlateau(ReduceLROnPlateau):
     """Halve the learning rate when a score has not improved for `patience` validations.
 

@@ -31,6 +31,8 @@ def fit(
     steps: int,
     optimizer: torch.optim.Optimizer,
     loss: Callable[[Tensor, Tensor], Tensor] = losses.cross_entropy,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    accumulate: int = 1,
     l1: float = 0.0,
     l2: float = 0.0,
     schedule=None,
@@ -50,9 +52,12 @@ def fit(
         steps: updates in all, those of an interrupted run included.
         optimizer: over `model.parameters()`.
         loss: `loss(logits, label)`, a scalar.
+        forward: what turns inputs into the loss's first argument, if not the model itself: `model.with_auxiliary`, say.
+        accumulate: batches for each update; their gradients are averaged. The sampler then counts batches, not updates.
         l1, l2: weight penalties on the kernels, see `losses.weight_penalty`.
         schedule: an object with `step(score)`, called with the first validation score (or the mean training loss since the
-            last time when there is no validation), or with `after(step)`, called after every update; or None.
+            last time when there is no validation), with `after(step)`, called after every update, or with `observe(loss)`,
+            called with every update's training loss; or None.
         validate: `validate(model) -> {"dice_whole": .83, ...}`, see `validate_on`.
         validate_every: updates between validations, schedule steps and saved states.
         folder: where the state is kept (`last.pt`, `history.csv`). A run found there is continued: it gives the
@@ -70,11 +75,13 @@ def fit(
         FloatingPointError: when the loss is not finite; the last saved state is still there.
         ValueError: when `folder` holds another run.
     """
-    if steps < 1 or validate_every < 1:
-        raise ValueError(f"steps={steps}, validate_every={validate_every}; both must be at least 1")
+    if steps < 1 or validate_every < 1 or accumulate < 1:
+        raise ValueError(
+            f"steps={steps}, validate_every={validate_every}, accumulate={accumulate}; all must be at least 1"
+        )
     device = next(model.parameters()).device
     autocast, scaler = _precision(precision, device)
-    run = _Run(model, optimizer, schedule, scaler, Path(folder) if folder else None, seed)
+    run = _Run(model, optimizer, schedule, scaler, Path(folder) if folder else None, seed, accumulate)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         done = run.resume()
@@ -87,14 +94,18 @@ def fit(
         model.train()
         clock = time.perf_counter() - (run.history[-1]["seconds"] if run.history else 0)
         with bar, _Interruptible() as interruption:
-            for step, batch in zip(range(done + 1, steps + 1), _ahead(sampler, done, steps), strict=True):
-                inputs, label = _to(batch[0], device), _to(batch[1], device)
-                with autocast:
-                    value = loss(model(inputs), label)
-                    total = value + losses.weight_penalty(model, l1=l1, l2=l2) if l1 or l2 else value
+            batches = _ahead(sampler, done * accumulate, steps * accumulate)
+            for step in range(done + 1, steps + 1):
                 optimizer.zero_grad(set_to_none=True)
-                scaler.scale(total).backward()
-                number = float(value.detach())
+                number = 0.0
+                for _ in range(accumulate):
+                    batch = next(batches)
+                    inputs, label = _to(batch[0], device), _to(batch[1], device)
+                    with autocast:
+                        value = loss((forward or model)(inputs), label)
+                        total = value + losses.weight_penalty(model, l1=l1, l2=l2) if l1 or l2 else value
+                    scaler.scale(total / accumulate if accumulate > 1 else total).backward()
+                    number += float(value.detach()) / accumulate
                 if not math.isfinite(number):
                     raise FloatingPointError(
                         f"the loss became {number} at update {step} (learning rate {_rate(optimizer):g}); lower the learning "
@@ -110,6 +121,8 @@ def fit(
                     "seconds": time.perf_counter() - clock,
                 }
                 run.history.append(row)
+                if hasattr(schedule, "observe"):
+                    schedule.observe(number)
                 if hasattr(schedule, "after"):
                     schedule.after(step)
                 if step % validate_every == 0 or step == steps:
@@ -178,7 +191,7 @@ def running_average(values: Sequence[float], *, alpha: float = 0.5, start: float
 class _Run:
     """The state that outlives an interruption."""
 
-    def __init__(self, model, optimizer, schedule, scaler, folder: Path | None, seed: int):
+    def __init__(self, model, optimizer, schedule, scaler, folder: Path | None, seed: int, accumulate: int):
         self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
         if hasattr(schedule, "state_dict"):
             self.parts["schedule"] = schedule
@@ -189,6 +202,8 @@ class _Run:
             "schedule": type(schedule).__name__,
             "seed": seed,
         }
+        if accumulate > 1:
+            self.config["accumulate"] = accumulate
         self.path = folder / STATE if folder else None
         self.history: list[dict[str, float]] = []
         self.saved = 0

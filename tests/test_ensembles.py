@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from medseg_lite import inference, models
-from medseg_lite.ensembles import Ensemble
+from medseg_lite.ensembles import Ensemble, hierarchical_vote
 
 
 @pytest.fixture
@@ -81,3 +83,41 @@ def test_members_must_agree_on_their_channels(members):
     members[1].card = {"channels": ["t1c", "flair"]}
     with pytest.raises(ValueError, match="trained on different channels"):
         Ensemble(members[:2])
+
+
+def test_an_ensemble_of_padded_networks_keeps_their_halo():
+    ensemble = Ensemble([models.kayalibay_unet3d(width=0.1), models.kayalibay_unet3d(width=0.2)])
+    assert ensemble.halo == ensemble.members[0].halo
+    assert not hasattr(Ensemble([models.dm2d_seg(width=0.1)]), "halo")
+
+
+# ---------------------------------------------------------------------------------------------------------------- votes
+
+
+def vote_of_one_voxel(v1: int, v2: int, v3: int, n: int) -> int:
+    """Figure 7 read aloud, in whole numbers: .4 = 2/5, .3 = 3/10."""
+    tumour = v1 + v2 + v3
+    if tumour == 0 or 5 * tumour < 2 * n:
+        return 0
+    if 10 * (v1 + v3) < 3 * tumour:
+        return 2
+    return 3 if 5 * v3 >= 2 * (v1 + v3) else 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6])
+def test_hierarchical_vote_for_every_possible_vote(n):
+    votes = [v for v in itertools.product(range(n + 1), repeat=3) if sum(v) <= n]
+    maps = np.array([[0] * (n - sum(v)) + [1] * v[0] + [2] * v[1] + [3] * v[2] for v in votes]).T  # (networks, voxels)
+    expected = [vote_of_one_voxel(*v, n) for v in votes]
+    for order in (slice(None), slice(None, None, -1)):
+        assert hierarchical_vote(maps[order]).tolist() == expected
+    assert set(expected) == {0, 1, 2, 3}
+    brats = np.array([0, 1, 2, 4])[maps]
+    assert hierarchical_vote(brats, labels=(1, 2, 4)).tolist() == [{3: 4}.get(e, e) for e in expected]
+
+
+def test_hierarchical_vote_refuses():
+    with pytest.raises(ValueError, match="at least one"):
+        hierarchical_vote([])
+    with pytest.raises(ValueError, match=r"hold \[4\] beside 0"):
+        hierarchical_vote([np.array([0, 4])])

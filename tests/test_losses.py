@@ -247,3 +247,56 @@ def test_dice_loss_is_finite_on_empty_and_full_masks(target, kind):
 def test_dice_loss_checks_shapes():
     with pytest.raises(ValueError, match=r"predict .* voxels but the target"):
         losses.dice_loss(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 5))
+
+
+# ----------------------------------------------------------------------------------- balanced classes, deep supervision
+
+
+def test_balanced_cross_entropy_by_hand():
+    logits, target = table()  # true classes 0, 2, 1: one voxel each
+    weights = (0.6, 0.3, 0.1)
+    expected = 0.6 * NEGATIVE_LOG[0] + 0.1 * NEGATIVE_LOG[1] + 0.3 * NEGATIVE_LOG[2]
+    assert losses.balanced_cross_entropy(logits, target, target_weights=weights).item() == pytest.approx(
+        expected, abs=1e-5
+    )
+
+
+def test_weights_of_a_batch_sum_to_one_and_absent_classes_add_nothing():
+    torch.manual_seed(0)
+    uniform, t = torch.zeros(2, 4, 6, 5), (0.4, 0.3, 0.2, 0.1)  # -log p is log 4 everywhere
+    target = torch.randint(4, (2, 6, 5))
+    assert losses.balanced_cross_entropy(uniform, target, target_weights=t).item() == pytest.approx(
+        math.log(4), rel=1e-5
+    )
+    target[target == 1] = 0
+    found = losses.balanced_cross_entropy(uniform, target, target_weights=t)
+    assert found.item() == pytest.approx(0.7 * math.log(4), rel=1e-5)
+
+
+def test_balanced_cross_entropy_does_not_mind_how_rare_a_class_is():
+    """The same mistakes, in a batch with ten times as much background."""
+    logits = torch.tensor([[[2.0, 0.0, -1.0], [0.0, 1.0, 0.5]]])
+    target = torch.tensor([[0, 0, 1]])
+    more = torch.cat([logits[..., :2].repeat(1, 1, 10), logits[..., 2:]], dim=2)
+    t = (0.7, 0.3)
+    torch.testing.assert_close(
+        losses.balanced_cross_entropy(more, torch.tensor([[0] * 20 + [1]]), target_weights=t),
+        losses.balanced_cross_entropy(logits, target, target_weights=t),
+    )
+    for bad in ((0.5, 0.4), (1.0,), (1.5, -0.5)):
+        with pytest.raises(ValueError, match="expected 2 numbers from 0 on of sum 1"):
+            losses.balanced_cross_entropy(logits, target, target_weights=bad)
+
+
+def test_deep_supervision():
+    torch.manual_seed(0)
+    main, *auxiliary = torch.randn(6, 1, 4, 3, 3)
+    target = torch.randint(4, (1, 3, 3))
+    expected = 0.75 * losses.cross_entropy(main, target) + 0.05 * sum(
+        losses.cross_entropy(a, target) for a in auxiliary
+    )
+    torch.testing.assert_close(losses.deep_supervision((main, auxiliary), target), expected)
+    only = losses.deep_supervision((main, auxiliary), target, main=1.0, loss=losses.dice_loss)
+    torch.testing.assert_close(only, losses.dice_loss(main, target))
+    with pytest.raises(ValueError, match="with 0 auxiliary outputs"):
+        losses.deep_supervision((main, []), target)

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from medseg_lite.optimizers import HalveAt, HalveOnPlateau, MaxNormSGD, MomentumSchedule, RMSpropNesterov
+from medseg_lite.optimizers import (
+    HalveAt,
+    HalveOnPlateau,
+    HalveOnSlowLoss,
+    MaxNormSGD,
+    MomentumSchedule,
+    NormalizedSGD,
+    RMSpropNesterov,
+)
 
 
 def gradient(theta: float) -> float:
@@ -244,3 +252,79 @@ def test_momentum_schedule_rejects(options):
     optimizer = MaxNormSGD([nn.Parameter(torch.zeros(1))])
     with pytest.raises(ValueError, match="expected at least 1 step and epoch, momenta from 0 to below 1"):
         MomentumSchedule(optimizer, **options)
+
+
+# ------------------------------------------------------------------------------------------- normalised gradient descent
+
+
+def small_net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+def train(model, *, scale=1.0, steps=6, **options):
+    optimizer = NormalizedSGD(model.parameters(), **options)
+    x = torch.linspace(-1, 1, 12).view(4, 3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (scale * model(x).square().sum()).backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_normalized_sgd_by_hand():
+    theta = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
+    other = nn.Parameter(torch.tensor([0.0], dtype=torch.float64))
+    optimizer = NormalizedSGD([theta, other], lr=0.5, momentum=0.8)
+    velocity = torch.zeros(3, dtype=torch.float64)
+    expected = torch.tensor([3.0, 4.0, 0.0], dtype=torch.float64)
+    for g in ([6.0, 2.0, 3.0], [0.0, 0.0, 1e-5]):  # the first has norm 7
+        theta.grad, other.grad = torch.tensor(g[:2], dtype=torch.float64), torch.tensor(g[2:], dtype=torch.float64)
+        optimizer.step()
+        g = torch.tensor(g, dtype=torch.float64)
+        velocity = 0.8 * velocity - 0.5 * g / g.norm()
+        expected = expected + velocity
+        torch.testing.assert_close(torch.cat([theta, other]).detach(), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 7.0, 1e4])
+def test_normalized_sgd_does_not_mind_the_loss_s_scale(scale):
+    torch.testing.assert_close(train(small_net(), scale=scale), train(small_net()), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(train(small_net(), lr=0.1), train(small_net()))
+
+
+def test_normalized_sgd_without_a_gradient():
+    theta = nn.Parameter(torch.ones(2))
+    optimizer = NormalizedSGD([theta], lr=0.1)
+    optimizer.step()  # no .grad at all
+    theta.grad = torch.zeros(2)
+    optimizer.step()
+    assert torch.equal(theta.detach(), torch.ones(2))
+    with pytest.raises(ValueError, match="momentum from 0 to below 1"):
+        NormalizedSGD([theta], momentum=1)
+
+
+def test_halve_on_slow_loss():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.25)
+    schedule = HalveOnSlowLoss(optimizer, window=4, minimum=0.05)
+
+    def observe(*values):
+        for value in values:
+            schedule.observe(value)
+        return optimizer.param_groups[0]["lr"], schedule.window
+
+    assert observe(2, 2, 1, 1) == (0.25, 4)  # falls
+    assert observe(1, 1, 0.97, 0.99) == (0.25, 4)  # just enough: .98
+    assert observe(1, 1, 0.97, 1.0) == (0.125, 4)  # too slow
+    assert observe(2, 2, 1, 1) == (0.125, 4)  # falls again, so the count starts anew
+    assert observe(1, 1, 1, 1) == (0.0625, 4)
+    assert observe(1, 1, 1, 1) == (0.05, 8)  # twice in a row, and never below the minimum
+    assert observe(1, 1, 1, 1) == (0.05, 8)  # half a window
+    again = HalveOnSlowLoss(optimizer, window=4, minimum=0.05)
+    again.load_state_dict(schedule.state_dict())
+    for s in (schedule, again):
+        for value in (2, 2, 2, 2):
+            s.observe(value)
+    assert again.state_dict() == schedule.state_dict() == {"window": 8, "losses": [], "slow": 1}
+    with pytest.raises(ValueError, match="even window"):
+        HalveOnSlowLoss(optimizer, window=3)

@@ -11,7 +11,7 @@ import torch
 from scipy import ndimage
 
 from medseg_lite import losses, models, training
-from medseg_lite.optimizers import HalveAt, HalveOnPlateau, RMSpropNesterov
+from medseg_lite.optimizers import HalveAt, HalveOnPlateau, HalveOnSlowLoss, RMSpropNesterov
 from medseg_lite.sampling import SegmentSampler
 from medseg_lite.training import fit, validate_on
 from medseg_lite.volume import Case
@@ -228,7 +228,50 @@ SCHEDULES = {
     "none": None,
     "HalveAt": lambda o: HalveAt(o, steps=[3, 6]),
     "HalveOnPlateau": lambda o: HalveOnPlateau(o, patience=0, mode="min", threshold=100),
+    "HalveOnSlowLoss": lambda o: HalveOnSlowLoss(o, window=2, ratio=0.1),
 }
+
+
+def test_several_batches_for_one_update(setup, tmp_path):
+    """The gradient is the mean over the batches; a resumed run goes on with the batch that is due."""
+    model, sampler, keywords = setup(dropout=0.0, batch_norm=False)
+    twin, _, other = setup(dropout=0.0, batch_norm=False)
+    history = fit(model, sampler, steps=2, accumulate=3, **keywords)
+    for update in range(2):
+        twin.train()
+        other["optimizer"].zero_grad()
+        values = [losses.cross_entropy(twin(x), y) for x, y in map(sampler.batch, range(3 * update, 3 * update + 3))]
+        (sum(values) / 3).backward()
+        other["optimizer"].step()
+        assert history["loss"][update] == pytest.approx(sum(values).item() / 3, rel=1e-5)
+    for a, b in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(a, b)
+
+    whole, sampler, keywords = setup()
+    fit(whole, sampler, steps=6, accumulate=2, **keywords)
+    part, sampler, keywords = setup()
+    fit(part, sampler, steps=4, accumulate=2, folder=tmp_path, **keywords)
+    part, sampler, keywords = setup()
+    fit(part, sampler, steps=6, accumulate=2, folder=tmp_path, **keywords)
+    assert_same_network(whole, part)
+    with pytest.raises(ValueError, match="of another run"):
+        fit(part, sampler, steps=8, accumulate=3, folder=tmp_path, **keywords)
+
+
+def test_another_way_through_the_network(setup):
+    """`forward` decides what the loss sees, here the logits twice."""
+    model, sampler, keywords = setup()
+    twin, _, other = setup()
+    a = fit(
+        model,
+        sampler,
+        steps=3,
+        forward=lambda x: (model(x), 0),
+        loss=lambda y, t: losses.cross_entropy(y[0], t),
+        **keywords,
+    )
+    b = fit(twin, sampler, steps=3, **other)
+    assert_same_history(a, b)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
@@ -426,7 +469,7 @@ def test_bad_settings(setup):
     model, sampler, keywords = setup()
     for options, message in [
         ({"steps": 0}, "steps=0"),
-        ({"steps": 1, "validate_every": 0}, "validate_every=0; both must be at least 1"),
+        ({"steps": 1, "validate_every": 0}, "validate_every=0, accumulate=1; all must be at least 1"),
         ({"steps": 1, "precision": "float8"}, "precision='float8'; expected auto, float32"),
         ({"steps": 1, "precision": "float16"}, "float16 training needs a CUDA device"),
     ]:
