@@ -21,59 +21,11 @@ function render({ model, el }) {
   };
   const move = (axis, by) => moveTo(model.get("position").map((p, a) => (a === axis ? p + by : p)));
   const planeNow = () => scene.planes.find((p) => p.name.toLowerCase() === model.get("plane"));
-  const scratch = make("canvas"), scratchContext = scratch.getContext("2d");
-
-  /** Slice of a volume on a grid of its own, as an image turned for display: pixel (u, v) shows index (nx - 1 - u, ny - 1 - v). */
-  function sliceImage(data, size, from, plane, index, colours) {
-    const step = [size[1] * size[2], size[2], 1], width = size[plane.x], height = size[plane.y];
-    const image = new ImageData(width, height), out = new Uint32Array(image.data.buffer), sx = step[plane.x], sy = step[plane.y];
-    let row = from + index * step[plane.cut] + (width - 1) * sx + (height - 1) * sy;
-    for (let v = 0, o = 0; v < height; v++, row -= sy)
-      for (let u = 0, i = row; u < width; u++, i -= sx) out[o++] = colours[data[i]];
-    return image;
-  }
-
-  function stamp(context, image, x, y, width, height) {
-    Object.assign(scratch, { width: image.width, height: image.height });
-    scratchContext.putImageData(image, 0, 0);
-    context.drawImage(scratch, x, y, width, height);
-  }
-
-  /** A canvas as sharp as the screen; returns its context in CSS pixels. */
-  function fit(canvas, width, height) {
-    const ratio = window.devicePixelRatio || 1;
-    if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio))
-      Object.assign(canvas, { width: Math.round(width * ratio), height: Math.round(height * ratio) });
-    const context = canvas.getContext("2d");
-    context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    context.imageSmoothingEnabled = false;
-    context.clearRect(0, 0, width, height);
-    return context;
-  }
 
   // --------------------------------------------------------------------------------------------------------- input
   const sequenceNow = () => sequences.findIndex((s) => s.name === model.get("sequence"));
-  function greys() {
-    const { window: [black, white], low, high } = sequences[sequenceNow()];
-    return Uint32Array.from({ length: 256 }, (_, q) => {
-      const g = Math.round(clamp(((low + (q * (high - low)) / 255 - black) * 255) / (white - black), 0, 255));
-      return (0xff000000 | (g << 16) | (g << 8) | g) >>> 0;
-    });
-  }
-
-  /** Pixels where a class meets another, in its colour. */
-  function outline(plane, index) {
-    const width = shape[plane.x], height = shape[plane.y], colours = new Uint32Array(256);
-    for (const [value, , colour] of classes) colours[value] = pixel(colour);
-    const values = new Uint32Array(sliceImage(label, shape, 0, plane, index, Uint32Array.from({ length: 256 }, (_, k) => k)).data.buffer);
-    const image = new ImageData(width, height), out = new Uint32Array(image.data.buffer);
-    for (let v = 0, i = 0; v < height; v++)
-      for (let u = 0; u < width; u++, i++) {
-        const k = values[i];
-        if (k && (k !== values[i - 1] || k !== values[i + 1] || k !== values[i - width] || k !== values[i + width])) out[i] = colours[k];
-      }
-    return image;
-  }
+  const outlineColours = new Uint32Array(256);
+  for (const [value, , colour] of classes) outlineColours[value] = pixel(colour);
 
   // -------------------------------------------------------------------------------------------------------- panels
   const views = panels.map((panel, number) => {
@@ -253,14 +205,14 @@ function render({ model, el }) {
     const height = width * (shape[y] / shape[x]) * aspect, tall = height / shape[y];
     view.stage.style.aspectRatio = `${shape[x]} / ${shape[y] * aspect}`;
     const context = fit(view.picture, width, height), here = position[cut] - start[cut];
-    stamp(context, sliceImage(volumes[sequenceNow()], shape, 0, plane, here, greys()), 0, 0, width, height);
+    stamp(context, sliceImage(volumes[sequenceNow()], shape, 0, plane, here, greyTable(sequences[sequenceNow()])), 0, 0, width, height);
     const channel = model.get(view.channelKey), { shape: [, ...size], field, offset, stride } = view.about;
     const [left, wide] = place(view, x), [top, high] = place(view, y);
     const map = sliceImage(view.data, size, channel * voxels(view), plane, indexAt(view, cut, position[cut]), view.tables[channel]);
     context.globalAlpha = model.get("opacity");
     stamp(context, map, left * scale, top * tall, wide * scale, high * tall);
     context.globalAlpha = 1;
-    if (label && model.get("truth")) stamp(context, outline(plane, here), 0, 0, width, height);
+    if (label && model.get("truth")) stamp(context, outlineImage(label, shape, plane, here, outlineColours), 0, 0, width, height);
     const centre = (axis) => shape[axis] - (position[axis] - start[axis]) - 0.5;
     context.fillStyle = "rgb(255 255 255 / 60%)";
     context.fillRect(0, centre(y) * tall - 0.5, width, 1);
