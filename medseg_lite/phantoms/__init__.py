@@ -1,7 +1,8 @@
 """Generated cases with known truth: deterministic by seed, so nothing has to be downloaded to teach or test."""
 
 from .brain import brain, brain_cohort
+from .em import em, em_cohort
 from .hand import hand, hand_cohort
 from .mri import SITES
 
-__all__ = ["SITES", "brain", "brain_cohort", "hand", "hand_cohort"]
+__all__ = ["SITES", "brain", "brain_cohort", "em", "em_cohort", "hand", "hand_cohort"]

@@ -1,0 +1,328 @@
+"""Electron-microscopy phantoms: stacks of slices through nerve tissue, with the membranes between cells labelled.
+
+After the data of the ISBI 2012 challenge (Arganda-Carreras et al. 2015, Frontiers in Neuroanatomy 9:142), on which Drozdzal
+et al. 2017, section 4.1, train: 512×512 pixels of 4 nm, slices of 50 nm, one number from 0 to 255 a pixel.
+
+Cells are an anisotropic power diagram: pixel x belongs to the cell with the lowest (x-c)ᵀA(x-c) - r², where A stretches the
+cell along the bundle it lies in, or to the glia that fills gaps where all of these exceed a limit. Centres move from slice to slice, as neurites do that run askew, so the diagram tells two
+more things about every membrane: how far it is from a pixel, and how far it moves within the thickness of the slice. Where it
+moves far it is cut obliquely, and shows as a broad grey smear. Everything else is what makes the task hard and is not labelled:
+vesicles, mitochondria with their cristae, reticulum, and the grain of the cytoplasm.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from tqdm import tqdm
+
+from ..volume import Case
+from .anatomy import stream
+from .mri import blur_matrix
+from .noise import along, bspline_noise
+
+CLASSES = ("cell", "membrane")
+PIXEL, THICKNESS = 4e-6, 5e-5  # mm
+FIELD = 512  # pixels: densities below are per this square
+MARGIN = 60  # pixels around the picture that hold cells too
+BIG, SMALL = 13, 235  # cells per field, before the small ones give way to the big ones
+GLIA = 28.0**2  # square pixels: what no cell reaches with less than this is glia
+
+
+def em(seed: int, *, slices: int = 3, size: int = 512) -> Case:
+    """One stack of slices.
+
+    Args:
+        seed: which tissue, 0 or more. The same seed gives the same bytes, and its first slices do not depend on how many follow.
+        slices: how many, 1 to 64. Neighbouring slices correlate, but weakly (0.25), as in the real stack.
+        size: pixels along D and H, 64 to 1024, of 4 nm each.
+
+    Returns:
+        A case of one channel, "em", `(1, size, size, slices)`: whole numbers from 0 to 255, slices along W. `label` is 0 in
+        cells and 1 on membranes (the challenge's own files hold 255 and 0). `info` has the seed and the names of the "classes".
+    """
+    _check_whole("seed", seed, 0, None)
+    _check_whole("slices", slices, 1, 64)
+    _check_whole("size", size, 64, 1024)
+    tissue = _Tissue(seed, size)
+    image = np.empty((1, size, size, slices), np.float32)
+    label = np.empty((size, size, slices), np.uint8)
+    for number in range(slices):
+        image[0, ..., number], label[..., number] = _slice(tissue, seed, number)
+    return Case(
+        image=image, channels=("em",), label=label, affine=np.diag([PIXEL, PIXEL, THICKNESS, 1]), name=f"em-{seed:04d}",
+        info={"seed": seed, "classes": CLASSES},
+    )  # fmt: skip
+
+
+def em_cohort(count: int, *, first_seed: int = 0, progress: bool = False, **options) -> list[Case]:
+    """`count` stacks with consecutive seeds; `options` as for `em`."""
+    if count < 1:
+        raise ValueError(f"count is {count}; expected at least one case")
+    seeds = range(first_seed, first_seed + count)
+    return [em(seed, **options) for seed in tqdm(seeds, desc="phantoms", unit="case", disable=not progress)]
+
+
+def _check_whole(name: str, value, least: int, most: int | None) -> None:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        raise ValueError(f"{name} is {value!r}; expected a whole number, {least} {f'to {most}' if most else 'or more'}")
+
+
+class _Tissue:
+    """Cells, organelles and synapses of one stack; positions in pixels, times in slices."""
+
+    def __init__(self, seed: int, size: int):
+        rng = stream(seed, "em tissue")
+        low, high = -MARGIN, size + MARGIN
+        share = ((high - low) / FIELD) ** 2
+        self.axes = (np.arange(size, dtype=np.float32),) * 2
+        self.extent = ((low, high),) * 2
+
+        # Big cells, and small ones that leave them room.
+        count = max(2, round(BIG * share))
+        big = _apart(rng, count, low, high, 75)
+        small = rng.uniform(low, high, (round(SMALL * share), 2))
+        radius = np.exp(rng.normal(np.log(50), 0.35, len(big)))
+        gap = np.linalg.norm(small[:, None] - big, axis=2) - 0.95 * radius
+        small = small[(gap > 0).all(1)]
+        self.centre = np.concatenate([big, small])
+        self.radius = np.concatenate([radius, np.exp(rng.normal(np.log(19), 0.40, len(small)))])
+        n = len(self.centre)
+
+        # Bundles: a smooth field says which way cells are stretched, and where.
+        along_x, along_y, strength = self._at(
+            bspline_noise(rng, (np.arange(low, high, 4.0),) * 2, 260, count=3), low, n
+        )
+        angle = np.arctan2(along_y, along_x) / 2 + rng.normal(0, 0.35, n)
+        stretch = np.exp(np.clip(0.18 + 0.45 * strength, 0, 0.9) + rng.normal(0, 0.08, n))
+        c, s = np.cos(angle), np.sin(angle)
+        a, b = 1 / stretch, stretch  # squares of the axes' inverse lengths; their product is 1
+        self.metric = np.stack([a * c * c + b * s * s, (a - b) * c * s, a * s * s + b * c * c])  # dd, dh, hh
+        self.angle, self.stretch = angle, stretch
+
+        # Most neurites cross the slices steeply, some lie almost in them.
+        lean = np.where(rng.random(n) < 0.2, 7.0, 2.6)
+        self.velocity = rng.normal(0, 1, (n, 2)) * lean[:, None]
+        self.swing, self.phase = rng.uniform(0.15, 0.3, n), rng.uniform(0, 2 * np.pi, n)
+        # Of the glia too, which is the last.
+        self.shade = np.append(np.where(rng.random(n) < 0.12, rng.uniform(-40, -15, n), rng.normal(2, 6, n)), -14)
+        self.vesicles = np.append(np.clip(rng.normal(0.42, 0.45, n), 0.12, 1.2), 0.2)
+        self.angle = np.append(self.angle, 0)
+        self.mitochondria = [
+            (i, rng.normal(0, 0.3, 2), rng.uniform(-0.5, 0.5), rng.uniform(0.5, 0.85), rng.normal(0, 4), rng.random())
+            for i in range(n)
+            for _ in range(2 if self.radius[i] > 60 else 1)
+            if self.radius[i] > 18 and rng.random() < 0.5
+        ]
+        # Synapses: places and moments; they darken the membranes that pass by.
+        count = round(90 * share)
+        self.synapses = np.column_stack(
+            [rng.uniform(low, high, (count, 2)), rng.uniform(-3, 67, count), rng.uniform(9, 26, count)]
+        )
+
+        def warp(scale: float) -> np.ndarray:
+            return bspline_noise(rng, self.axes, scale, extent=self.extent, count=2)
+
+        self.jitter = rng.normal(0, 2.5, (64, 2))  # slices are not perfectly aligned
+        self.bend = 10 * warp(50)
+        self.wobble = [4.4 * warp(20) + 1.3 * warp(9) for _ in range(2)]
+
+    def _at(self, fields: np.ndarray, low: int, n: int) -> np.ndarray:
+        index = np.clip(((self.centre - low) / 4).astype(int), 0, fields.shape[1] - 1)
+        return fields[:, index[:, 0], index[:, 1]]
+
+    def moved(self, time: float) -> tuple[np.ndarray, np.ndarray]:
+        """Centres and speeds of the cells: they sway, so that none leaves the field for good."""
+        sway = (np.sin(self.swing * time + self.phase) - np.sin(self.phase)) / self.swing
+        speed = self.velocity * np.cos(self.swing * time + self.phase)[:, None]
+        return self.centre + self.velocity * sway[:, None], speed
+
+    def cells(self, time: int):
+        """Which cell each pixel belongs to, its distance to the membrane, and how far that moves in a slice (pixels)."""
+        turn = 0.7 * time
+        jitter = self.jitter[time]
+        mix = [np.cos(turn), np.sin(turn)]
+        shift = self.bend + sum(np.float32(m) * w for m, w in zip(mix, self.wobble))
+        shift += jitter.astype(np.float32)[:, None, None]
+        d, h = self.axes[0][:, None] + shift[0], self.axes[1] + shift[1]
+        centre, speed = (np.float32(v) for v in self.moved(time))
+        radius2, metric = np.float32(self.radius**2), np.float32(self.metric)
+
+        # Pixels that a cell may own: around the place that the warp sends to its centre, with room for the warp's changes.
+        shape = d.shape
+        index = tuple(np.clip(centre, 0, len(d) - 1).astype(int).T)
+        middle = centre - shift[:, index[0], index[1]].T
+        reach = np.sqrt((self.radius**2 + GLIA) * self.stretch) + 32
+
+        first, second = np.full(shape, GLIA, np.float32), np.full(shape, 1e9, np.float32)
+        nearest, next_one = (np.full(shape, len(centre), np.int32) for _ in range(2))
+        for i in range(len(centre)):
+            lo = np.clip(middle[i] - reach[i], 0, shape).astype(int)
+            hi = np.clip(middle[i] + reach[i], 0, shape).astype(int)
+            if (lo >= hi).any():
+                continue
+            box = tuple(slice(a, b) for a, b in zip(lo, hi))
+            x, y = d[box] - centre[i, 0], h[box] - centre[i, 1]
+            power = x * (metric[0, i] * x + 2 * metric[1, i] * y) + metric[2, i] * y * y - radius2[i]
+            one, two = first[box], second[box]
+            wins = power < one
+            runner = ~wins & (power < two)
+            np.copyto(two, one, where=wins)
+            np.copyto(next_one[box], nearest[box], where=wins)
+            np.copyto(two, power, where=runner)
+            next_one[box][runner] = i
+            np.copyto(one, power, where=wins)
+            nearest[box][wins] = i
+
+        # Near the membrane f = second - first is 0; f over its slope is the distance, its change in time over its slope the speed.
+        # The glia's limit is the same everywhere and always: no slope, no change.
+        slope_d = slope_h = change = np.float32(0)
+        centre, speed, metric = (
+            np.pad(centre, ((0, 1), (0, 0))),
+            np.pad(speed, ((0, 1), (0, 0))),
+            np.pad(metric, ((0, 0), (0, 1))),
+        )
+        for sign, cell in ((-1, nearest), (1, next_one)):
+            x, y = d - centre[cell, 0], h - centre[cell, 1]
+            gd = 2 * sign * (metric[0][cell] * x + metric[1][cell] * y)
+            gh = 2 * sign * (metric[1][cell] * x + metric[2][cell] * y)
+            slope_d, slope_h = slope_d + gd, slope_h + gh
+            change = change - gd * speed[cell, 0] - gh * speed[cell, 1]
+        slope = np.sqrt(slope_d**2 + slope_h**2) + 1e-3
+        return nearest, (second - first) / slope, np.abs(change) / slope
+
+
+def _apart(rng: np.random.Generator, count: int, low: float, high: float, distance: float) -> np.ndarray:
+    """Up to `count` random points, none closer than `distance` to another."""
+    points: list[np.ndarray] = []
+    for point in rng.uniform(low, high, (6 * count, 2)):
+        if len(points) < count and all(np.hypot(*(point - other)) > distance for other in points):
+            points.append(point)
+    return np.array(points)
+
+
+def _slice(tissue: _Tissue, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image and label `(size, size)` of one slice."""
+    rng = stream(seed, f"em slice {number}")
+    axes, extent = tissue.axes, tissue.extent
+
+    def noise(scale: float) -> np.ndarray:
+        return bspline_noise(rng, axes, scale, extent=extent)
+
+    cell, distance, move = tissue.cells(number)
+    size = len(axes[0])
+    synapse = np.zeros((size, size), np.float32)
+    for d, h, moment, width in tissue.synapses[np.abs(tissue.synapses[:, 2] - number) < 2.5]:
+        fade = np.exp(-(((moment - number) / 1.3) ** 2))
+        near = [np.exp(-(((x - c) / width) ** 2)) for x, c in zip(axes, (d, h))]
+        synapse += np.float32(fade) * np.outer(*near).astype(np.float32)
+    synapse = np.minimum(synapse, 1)
+
+    # Membranes. The two sheets and what stains between them are some 2 pixels to each side; obliquely cut ones broader, paler.
+    smear = np.clip(0.5 * np.maximum(move - 4.0, 0), 0, 9)
+    half = np.clip(2.65 + 0.4 * noise(30) + 0.3 * noise(9), 1.6, 4.2)
+    width = np.hypot(half, 0.9 * smear)
+    edge = 0.6 + 0.2 * smear
+    profile = _step(width - distance, edge) * (half / width) ** 0.55
+    dark = 106 * (1 + 0.14 * noise(14)) * profile
+    dark += 75 * synapse * np.exp(-((distance / 9) ** 2)) * np.clip(1 + 0.35 * noise(6), 0.3, 2)
+    label = distance < np.clip(1.05 * width + 0.2, 2.2, 8.5) + 1.5 * synapse
+
+    # Cytoplasm: each cell's own grey, mottled.
+    inner = _step(distance - 4.5, 1.2)
+    rough = 0.75 * noise(3.2) + 0.65 * noise(5)
+    image = 162 + tissue.shade[cell] + 8 * noise(11) + (15 + 4 * (tissue.shade[cell] < -12)) * rough
+    image = image.astype(np.float32) - dark
+    image += _organelles(tissue, rng, number, cell, distance, synapse) * inner
+
+    # The microscope: a little blur, shot noise, uneven illumination.
+    image += 43 * rng.standard_normal((size, size), dtype=np.float32)
+    blur = blur_matrix(size, 0.85)
+    image = along(along(image, 0, blur), 1, blur)
+    image = 126 + (image - 126) * rng.uniform(0.93, 1.07) + rng.normal(0, 7) + 5 * noise(170)
+    return np.clip(np.rint(image), 0, 255), label.astype(np.uint8)
+
+
+def _organelles(tissue: _Tissue, rng, number: int, cell, distance, synapse) -> np.ndarray:
+    """What vesicles, dots, reticulum and mitochondria add to the cytoplasm's grey."""
+    size = len(tissue.axes[0])
+    out = np.zeros((size, size), np.float32)
+    area = (size / FIELD) ** 2
+
+    # Vesicles: dark rings around a bright lumen, crowded in some cells and near synapses; some have a dense core.
+    place = rng.integers(0, size, (2, round(5200 * area)))
+    crowd = tissue.vesicles[cell[tuple(place)]] * 0.36 + 0.9 * synapse[tuple(place)]
+    keep = (rng.random(place.shape[1]) < crowd) & (distance[tuple(place)] > 6)
+    n = int(keep.sum())
+    radius = rng.normal(3.5, 0.6, n).clip(2.2, 6)
+    lumen = np.where(rng.random(n) < 0.08, rng.uniform(-60, -30, n), rng.uniform(5, 30, n))
+    _stamp(
+        out, place[:, keep], radius, rng.uniform(28, 85, n), lumen, rng.uniform(1, 1.4, n), rng.uniform(0, np.pi, n), 9
+    )
+
+    # Microtubules and ribosomes: dark dots.
+    place = rng.integers(0, size, (2, round(2600 * area)))
+    n = place.shape[1]
+    zero = np.zeros(n)
+    _stamp(out, place, zero + 0.2, rng.uniform(20, 110, n), zero, rng.uniform(1, 1.8, n), rng.uniform(0, np.pi, n), 6)
+
+    # Reticulum: long narrow sacs that follow their cell.
+    place = rng.integers(0, size, (2, round(150 * area)))
+    place = place[:, distance[tuple(place)] > 9]
+    n = place.shape[1]
+    here = cell[tuple(place)]
+    _stamp(
+        out, place, rng.uniform(3.4, 6.5, n), rng.uniform(25, 55, n), rng.uniform(5, 25, n), rng.uniform(1.6, 3.2, n),
+        tissue.angle[here] + rng.normal(0, 0.5, n), 20,
+    )  # fmt: skip
+
+    out = np.clip(1.2 * out, -80, 30)  # where organelles overlap, stain does not add up
+    for i, offset, turn, length, start, phase in tissue.mitochondria:
+        _mitochondrion(out, tissue, number, cell, i, offset, turn, length, start, phase)
+    return out
+
+
+def _stamp(image, place, radius, ring, lumen, stretch, angle, reach: int) -> None:
+    """Add a dark ring around a bright (or dark) inside at each place `(2, n)`; every property may differ, `(n,)`."""
+    offsets = np.arange(-reach, reach + 1, dtype=np.float32)
+    x, y = offsets[:, None], offsets[None, :]
+    c, s, stretch, radius, ring, lumen = (
+        np.asarray(v, np.float32)[:, None, None] for v in (np.cos(angle), np.sin(angle), stretch, radius, ring, lumen)
+    )
+    q = np.sqrt(((x * c + y * s) / stretch) ** 2 + (y * c - x * s) ** 2)
+    value = lumen * np.exp(-((q / (0.75 * radius)) ** 2)) - ring * np.exp(-(((q - radius) / 1.25) ** 2))
+    d, h = place[0][:, None, None] + offsets.astype(int)[:, None], place[1][:, None, None] + offsets.astype(int)
+    inside = (d >= 0) & (h >= 0) & (d < image.shape[0]) & (h < image.shape[1])
+    d, h = np.broadcast_arrays(d, h)
+    total = np.bincount(d[inside] * image.shape[1] + h[inside], value[inside], image.size)
+    image += total.reshape(image.shape).astype(np.float32)
+
+
+def _mitochondrion(out, tissue: _Tissue, number: int, cell, i: int, offset, turn, length, start, phase) -> None:
+    """Replace what is in `out` by a dark ellipse with cristae, where it lies in its cell."""
+    centre = tissue.moved(number)[0][i] + offset * tissue.radius[i] * 0.5
+    swell = np.sqrt(max(0.0, 1 - ((number - 4 * phase * 3 - start) / 9) ** 2))  # it ends some slices further on
+    major = float(np.clip(length * tissue.radius[i] * tissue.stretch[i] ** 0.5, 11, 42)) * swell
+    minor = min(major * 0.66, 0.55 * tissue.radius[i])
+    if minor < 7:
+        return
+    lo, hi = (np.clip(centre + k * (major + 4), 0, out.shape[0]).astype(int) for k in (-1, 1))
+    if (lo >= hi).any():
+        return
+    box = tuple(slice(a, b) for a, b in zip(lo, hi))
+    x, y = np.meshgrid(*(np.arange(a, b, dtype=np.float32) - c for a, b, c in zip(lo, hi, centre)), indexing="ij")
+    angle = tissue.angle[i] + turn
+    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    lumpy = 1 + 0.05 * np.sin(3 * np.arctan2(v, u) + 6 * phase)
+    depth = (1 - np.hypot(u / major, v / minor) * lumpy) * minor  # pixels inside, roughly
+    wave = v + 1.6 * np.sin(u / 8 + 6 * phase) + 0.25 * u * (phase - 0.5)
+    cristae = np.cos(wave * 2 * np.pi / 6.2) * np.clip(0.6 + 0.8 * np.sin(u / 5 + v / 3 + 20 * phase), 0, 1.2)
+    body = -62 + 34 * cristae * _step(depth - 3.5, 0.8)
+    rim = -38 * np.exp(-(((depth - 1) / 1.3) ** 2))
+    inside = _step(depth, 0.7) * (cell[box] == i)
+    out[box] += inside * (body + rim - 0.75 * out[box])
+
+
+def _step(x: np.ndarray, width: float | np.ndarray) -> np.ndarray:
+    """From 0 to 1 around x = 0, `width` pixels softly."""
+    return 1 / (1 + np.exp(-np.clip(x / width, -30, 30)))
