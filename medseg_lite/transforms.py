@@ -1,4 +1,4 @@
-"""Intensity normalisation, and augmentation of batches on the device they lie on."""
+"""Intensity normalisation, healthy brains made of ill ones, and augmentation of batches on the device they lie on."""
 
 from __future__ import annotations
 
@@ -32,6 +32,70 @@ def standardise(case: Case) -> Case:
         )
     image = (case.image - mean[:, None, None, None]) / std[:, None, None, None]
     return case.replace(image=image.astype(np.float32))
+
+
+def mirror_healthy(case: Case, *, midline: np.ndarray | None = None) -> Case:
+    """A healthy brain made of an ill one: the hemisphere without a lesion, and its mirror image in place of the other.
+
+    Every line of voxels from left to right is mirrored about the place where it meets the midline, so image, mask and
+    extra maps stay on their grid. What would come from outside it is 0. The label is 0 everywhere.
+
+    Args:
+        case: labelled, its first axis from left to right (RAS+, as all cases here are).
+        midline: `(D, H, W)`, negative left of the midline and positive right of it. By default `case.extra["midline"]`,
+            which generated brains have, or else the sagittal plane between two voxels about which the mask is most symmetric.
+
+    Raises:
+        ValueError: the lesion reaches into both hemispheres, there is none, or nothing says where the midline is.
+
+    Source: Kayalibay et al. 2017, section 4.2 (Table 6, Figure 14).
+    """
+    if case.label is None or not case.label.any():
+        raise ValueError(f"{case.name} has no lesion in its label, so neither hemisphere is the healthy one")
+    if midline is None:
+        midline = case.extra.get("midline")
+    if midline is None and case.mask is None:
+        raise ValueError(f"{case.name} has no mask to find the midline by; give midline=, negative on the left")
+    if midline is None:
+        midline = np.broadcast_to(_offset_from_symmetry_plane(case.mask)[:, None, None], case.shape)
+    if midline.shape != case.shape:
+        raise ValueError(f"midline has shape {midline.shape}; expected that of {case.name}, {case.shape}")
+    on_left, on_right = (int(np.count_nonzero(case.label[half])) for half in (midline < 0, midline >= 0))
+    if on_left and on_right:
+        raise ValueError(
+            f"{case.name} has {on_left} lesion voxels left of the midline and {on_right} right of it; "
+            "only a lesion within one hemisphere leaves a healthy one to mirror"
+        )
+    left = np.count_nonzero(midline < 0, axis=0)  # (H, W): the midline lies between voxels left - 1 and left
+    voxel = np.arange(case.shape[0])[:, None, None]
+    twin = 2 * left - 1 - voxel
+    known = (twin >= 0) & (twin < case.shape[0])
+    replaced = voxel < left if on_left else voxel >= left
+
+    def mirrored(array):
+        source = np.take_along_axis(array, np.where(known, twin, 0), axis=0) * known
+        return np.where(replaced, source, array).astype(array.dtype)
+
+    return case.replace(
+        name=f"{case.name}-mirrored",
+        image=np.stack([mirrored(channel) for channel in case.image]),
+        label=np.zeros_like(case.label),
+        mask=None if case.mask is None else mirrored(case.mask),
+        extra={k: v if k == "midline" else mirrored(v) for k, v in case.extra.items()},
+        info=case.info | {"mirrored": True},
+    )
+
+
+def _offset_from_symmetry_plane(mask: np.ndarray) -> np.ndarray:
+    """Voxels, left to right, from the sagittal plane between two voxels about which the mask is most symmetric."""
+    count = mask.shape[0]
+    best, plane = -1, count // 2
+    for left in range(count // 4, count - count // 4 + 1):  # so many voxels lie left of the plane
+        reach = min(left, count - left)
+        fit = np.count_nonzero(mask[left - reach : left] & mask[left : left + reach][::-1])
+        if fit > best:
+            best, plane = fit, left
+    return np.arange(count) - (plane - 0.5)
 
 
 def augment(image: Tensor, label: Tensor, *, rng: np.random.Generator, angle: float = 180.0) -> tuple[Tensor, Tensor]:

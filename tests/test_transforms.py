@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from medseg_lite.transforms import augment, standardise
+from medseg_lite import phantoms
+from medseg_lite.transforms import augment, mirror_healthy, standardise
 from medseg_lite.volume import Case
 
 
@@ -176,3 +177,57 @@ def test_augmentation_rejects(shapes, options, message):
     image, label = (torch.zeros(s) for s in shapes)
     with pytest.raises(ValueError, match=message):
         augment(image, label, rng=np.random.default_rng(0), **options)
+
+
+def line(values, label, **options) -> Case:
+    """A case of one line of voxels from left to right."""
+    image = np.asarray(values, np.float32).reshape(1, -1, 1, 1)
+    label = np.asarray(label, np.uint8).reshape(-1, 1, 1)
+    return Case(image=image, channels=("flair",), label=label, mask=image[0] > 0, name="line", **options)
+
+
+@pytest.mark.parametrize(
+    "label, expected",
+    [([0, 2, 0, 0, 0, 0], [0, 50, 40, 40, 50, 0]), ([0, 0, 0, 0, 4, 0], [0, 20, 30, 30, 20, 0])],
+)
+def test_mirrored_by_hand(label, expected):
+    case = line([0, 20, 30, 40, 50, 0], label, extra={"wm": np.arange(6.0).reshape(6, 1, 1)})
+    result = mirror_healthy(case)
+    assert result.image.ravel().tolist() == expected and not result.label.any() and result.info["mirrored"]
+    assert result.mask.ravel().tolist() == [v > 0 for v in expected]
+    assert result.extra["wm"].ravel().tolist() == ([5, 4, 3, 3, 4, 5] if label[1] else [0, 1, 2, 2, 1, 0])
+    assert case.label.any() and case.image.ravel().tolist() == [0, 20, 30, 40, 50, 0]  # the original is left alone
+
+
+def test_mirrored_about_a_midline_off_the_middle():
+    midline = np.array([-1, 1, 2, 3, 4, 5.0]).reshape(6, 1, 1)
+    result = mirror_healthy(line([7, 20, 30, 40, 50, 60], [0, 0, 1, 0, 0, 0], extra={"midline": midline}))
+    assert result.image.ravel().tolist() == [7, 7, 0, 0, 0, 0]  # the rest would come from outside the grid
+    given = mirror_healthy(line([7, 20, 30, 40, 50, 60], [1, 0, 0, 0, 0, 0]), midline=midline)
+    assert given.image.ravel().tolist() == [20, 20, 30, 40, 50, 60]
+
+
+def test_without_a_midline_the_plane_of_symmetry_is_found():
+    result = mirror_healthy(line([0, 2, 3, 4, 5, 0, 0], [0, 1, 0, 0, 0, 0, 0]))  # brain in voxels 1 to 4 of 7
+    assert result.image.ravel().tolist() == [0, 5, 4, 4, 5, 0, 0]
+
+
+def test_mirrored_phantom_is_the_one_that_its_maker_mirrors():
+    ill = phantoms.brain(3, spacing=4, lesion="stroke")
+    found, expected = mirror_healthy(ill), phantoms.brain(3, spacing=4, lesion="stroke", mirrored=True)
+    np.testing.assert_array_equal(found.image, expected.image)
+    np.testing.assert_array_equal(found.mask, expected.mask)
+
+
+@pytest.mark.parametrize(
+    "case, options, message",
+    [
+        (line([1] * 6, [0, 1, 0, 0, 1, 1]), {}, "line has 1 lesion voxels left of the midline and 2 right of it"),
+        (line([1] * 6, [0] * 6), {}, "no lesion in its label"),
+        (line([1] * 6, [0, 1, 0, 0, 0, 0]).replace(mask=None), {}, "has no mask to find the midline by"),
+        (line([1] * 6, [0, 1, 0, 0, 0, 0]), {"midline": np.zeros((3, 1, 1))}, r"midline has shape \(3, 1, 1\)"),
+    ],
+)
+def test_mirroring_rejects(case, options, message):
+    with pytest.raises(ValueError, match=message):
+        mirror_healthy(case, **options)
