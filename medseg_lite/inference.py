@@ -42,7 +42,8 @@ def predict(
     Args:
         model: a network with `margin`, `multiple` and `spatial_dims`, as all of this package have; `halo` if it pads.
         case: normalised as the training cases were.
-        output: "labels" `(D, H, W)` uint8, "probabilities" or "logits" `(K, D, H, W)` float32.
+        output: "labels" `(D, H, W)` uint8, "probabilities" or "logits" `(K, D, H, W)` float32. A network with a single output
+            (a sigmoid's) counts as one of two classes, whose background has the logit 0.
         inside_mask: predict inside `case.mask` only and call everything outside background (class 0); with "logits" the
             outside is zero. Without effect when the case has no mask.
         tile: side of the predicted block at a time, or one for each axis; by default as large as the memory at hand allows.
@@ -66,7 +67,7 @@ def predict(
     if output == "labels":
         result = np.zeros(case.shape, np.uint8)
     else:
-        result = np.zeros((model.classes, *case.shape), np.float32)
+        result = np.zeros((max(model.classes, 2), *case.shape), np.float32)
         if output == "probabilities":
             result[0] = 1
     was_training = model.training
@@ -83,6 +84,8 @@ def predict(
                 continue
             with autocast:
                 logits = _run(network, case.image, a, b, model, device, stop)
+            if len(logits) == 1:
+                logits = torch.cat([torch.zeros_like(logits), logits])
             logits = logits[(slice(None), *(slice(s.stop - s.start) for s in inside))].float()
             if output == "labels":
                 block = logits.argmax(0).to(torch.uint8).cpu().numpy()

@@ -280,6 +280,28 @@ class HalveOnPlateau(ReduceLROnPlateau):
         )
 
 
+class InverseTimeDecay:
+    """Learning rate lr / (1 + decay · t) after t updates.
+
+    Args:
+        optimizer: whose rate to change.
+        decay: .001 in the paper.
+
+    Source: Drozdzal et al. 2018, section 4 ("learning rate decay", which is this in the library that they used).
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, decay: float = 0.001):
+        if decay < 0:
+            raise ValueError(f"decay={decay}; expected 0 or more")
+        self.optimizer, self.decay = optimizer, decay
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+
+    def after(self, step: int) -> None:
+        """Called after every update with the number of updates made."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = rate / (1 + self.decay * step)
+
+
 class HalveAt:
     """Halve the learning rate at given steps, the fixed schedule of DeepMedic's published configuration.
 

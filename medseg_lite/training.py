@@ -38,11 +38,13 @@ def fit(
     schedule=None,
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
     validate_every: int = 100,
+    patience: int | None = None,
     folder: str | Path | None = None,
     precision: str = "auto",
     seed: int = 0,
     progress: bool = True,
     on_validation: Callable[[int, dict[str, float]], None] | None = None,
+    on_update: Callable[[dict[str, float]], None] | None = None,
 ) -> pd.DataFrame:
     """Train a network on the device that it lies on.
 
@@ -60,12 +62,16 @@ def fit(
             called with every update's training loss; or None.
         validate: `validate(model) -> {"dice_whole": .83, ...}`, see `validate_on`.
         validate_every: updates between validations, schedule steps and saved states.
+        patience: stop when the first validation score has not risen for this many validations, and go back to the weights
+            that had the highest; None trains to the end and keeps the last weights.
         folder: where the state is kept (`last.pt`, `history.csv`). A run found there is continued: it gives the
             same network as one never interrupted. None keeps nothing.
         precision: "float32", "bfloat16", "float16", or "auto" (bfloat16 on CUDA where it is supported, else float32).
         seed: of dropout. Batches have the sampler's seed, and the weights were drawn when the model was built.
         progress: whether to show a bar with loss, rate, last validation score and time left.
         on_validation: called with the step and the scores after each validation (live plots), in evaluation mode.
+        on_update: called with the row of each update, its validation scores included, in evaluation mode:
+            `widgets.TrainingMonitor`, say.
 
     Returns:
         One row per update: step, loss (without penalties), learning_rate it was made with, seconds since the start, and the
@@ -75,13 +81,15 @@ def fit(
         FloatingPointError: when the loss is not finite; the last saved state is still there.
         ValueError: when `folder` holds another run.
     """
+    if patience is not None and (validate is None or patience < 1):
+        raise ValueError(f"patience={patience} needs validations and must be at least 1; give validate=…")
     if steps < 1 or validate_every < 1 or accumulate < 1:
         raise ValueError(
             f"steps={steps}, validate_every={validate_every}, accumulate={accumulate}; all must be at least 1"
         )
     device = next(model.parameters()).device
     autocast, scaler = _precision(precision, device)
-    run = _Run(model, optimizer, schedule, scaler, Path(folder) if folder else None, seed, accumulate)
+    run = _Run(model, optimizer, schedule, scaler, Path(folder) if folder else None, seed, accumulate, validate_every)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         done = run.resume()
@@ -96,6 +104,8 @@ def fit(
         with bar, _Interruptible() as interruption:
             batches = _ahead(sampler, done * accumulate, steps * accumulate)
             for step in range(done + 1, steps + 1):
+                if run.patience_lost(patience, step - 1):
+                    break
                 optimizer.zero_grad(set_to_none=True)
                 number = 0.0
                 for _ in range(accumulate):
@@ -131,6 +141,7 @@ def fit(
                             scores = {k: float(v) for k, v in validate(model).items()}
                             row.update(scores)
                             name, best = next(iter(scores.items()))
+                            run.keep_if_best(best, step, patience)
                             score = f", {name.replace('_', ' ')} {best:.3f}"
                             if on_validation is not None:
                                 on_validation(step, scores)
@@ -138,12 +149,16 @@ def fit(
                         recent = np.mean([r["loss"] for r in run.history[-validate_every:]])
                         schedule.step(best if validate is not None else recent)
                     run.save(step)
+                if on_update is not None:
+                    with _aside(model):
+                        on_update(row)
                 bar.update()
                 bar.set_postfix_str(f"loss {number:.3f}, rate {_rate(optimizer):.1e}{score}")
                 if interruption.asked:
                     run.save(step)
                     again = f"; the same call goes on from {run.path}" if run.path else ""
                     raise KeyboardInterrupt(f"stopped after update {step}{again}")
+    run.go_back_to_best()
     model.eval()
     return pd.DataFrame(run.history)
 
@@ -191,7 +206,9 @@ def running_average(values: Sequence[float], *, alpha: float = 0.5, start: float
 class _Run:
     """The state that outlives an interruption."""
 
-    def __init__(self, model, optimizer, schedule, scaler, folder: Path | None, seed: int, accumulate: int):
+    def __init__(
+        self, model, optimizer, schedule, scaler, folder: Path | None, seed: int, accumulate: int, validate_every: int
+    ):
         self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
         if hasattr(schedule, "state_dict"):
             self.parts["schedule"] = schedule
@@ -207,6 +224,8 @@ class _Run:
         self.path = folder / STATE if folder else None
         self.history: list[dict[str, float]] = []
         self.saved = 0
+        self.best: dict | None = None  # weights, score and step; only where a patience asks for them
+        self.validate_every = validate_every
 
     def resume(self) -> int:
         """Restore a state if there is one; the number of updates it has."""
@@ -228,9 +247,23 @@ class _Run:
         torch.set_rng_state(rng["cpu"].cpu())
         if self.device.type == "cuda" and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
-        self.history = state["history"]
+        self.history, self.best = state["history"], state.get("best")
         self.saved = len(self.history)
         return self.saved
+
+    def keep_if_best(self, score: float, step: int, patience: int | None) -> None:
+        if patience is not None and (self.best is None or score > self.best["score"]):
+            weights = {name: value.detach().clone() for name, value in self.parts["model"].state_dict().items()}
+            self.best = {"score": score, "step": step, "weights": weights}
+
+    def patience_lost(self, patience: int | None, done: int) -> bool:
+        if patience is None or self.best is None:
+            return False
+        return done - self.best["step"] >= patience * self.validate_every
+
+    def go_back_to_best(self) -> None:
+        if self.best is not None:
+            self.parts["model"].load_state_dict(self.best["weights"])
 
     def save(self, step: int) -> None:
         if self.path is None:
@@ -239,6 +272,8 @@ class _Run:
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {name: part.state_dict() for name, part in self.parts.items()}
+        if self.best is not None:
+            state["best"] = self.best
         with atomic_write(self.path) as temporary:
             torch.save({"config": self.config, "rng": rng, "history": self.history, **state}, temporary)
         with atomic_write(self.path.with_name("history.csv")) as temporary:

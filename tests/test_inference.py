@@ -51,7 +51,19 @@ def close(a, b) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
-    "name", ["deepmedic", "deep_plus", "shallow", "dm2d_seg", "large2d_seg", "two_path_cnn", "local_cascade_cnn"]
+    "name",
+    [
+        "deepmedic",
+        "deep_plus",
+        "shallow",
+        "dm2d_seg",
+        "large2d_seg",
+        "two_path_cnn",
+        "local_cascade_cnn",
+        "unet2d",
+        "mlynarski_2d",
+        "mlynarski_3d",
+    ],
 )
 def test_equals_the_plain_network_on_the_mirrored_volume(network, noise_case, name, shape):
     model, case = network(name), noise_case(shape)
@@ -333,3 +345,19 @@ def test_a_padded_network_in_little_memory(network, noise_case, monkeypatch):
     sides = inference._tile_size(model, [0] * 3, [60, 18, 12], None, torch.device("cpu"))
     assert sides[0] < 30
     close(logits_of(model, case), padded_reference(model, case))
+
+
+def test_a_network_with_one_output_is_one_of_two_classes(noise_case, stir):
+    torch.manual_seed(0)
+    model = stir(models.fc_resnet(in_channels=2, classes=1, width=0.1))
+    case = noise_case((40, 33, 6), mask=True)
+    with torch.no_grad():
+        x = torch.from_numpy(np.pad(case.image, [(0, 0), (0, 24), (0, 31), (0, 0)], mode="reflect"))
+        expected = model(x.permute(3, 0, 1, 2))[:, 0, :40, :33].permute(1, 2, 0).numpy()
+    logits = logits_of(model, case, inside_mask=False)
+    assert not logits[0].any()
+    np.testing.assert_allclose(logits[1], expected, rtol=1e-4, atol=1e-4 * abs(expected).max())
+    probabilities = predict(model, case, output="probabilities", progress=False)
+    np.testing.assert_allclose(probabilities.sum(0), 1, rtol=1e-5)
+    labels = predict(model, case, progress=False)
+    assert np.array_equal(labels, (logits[1] > 0) & case.mask) and 0 < labels.mean() < 1

@@ -10,6 +10,7 @@ from medseg_lite.optimizers import (
     HalveAt,
     HalveOnPlateau,
     HalveOnSlowLoss,
+    InverseTimeDecay,
     MaxNormSGD,
     MomentumSchedule,
     NormalizedSGD,
@@ -328,3 +329,14 @@ def test_halve_on_slow_loss():
     assert again.state_dict() == schedule.state_dict() == {"window": 8, "losses": [], "slow": 1}
     with pytest.raises(ValueError, match="even window"):
         HalveOnSlowLoss(optimizer, window=3)
+
+
+def test_inverse_time_decay():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.2)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.1})
+    schedule = InverseTimeDecay(optimizer, decay=0.01)
+    for step, expected in ((1, (0.2 / 1.01, 0.1 / 1.01)), (100, (0.1, 0.05)), (300, (0.05, 0.025))):
+        schedule.after(step)
+        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx(expected)
+    with pytest.raises(ValueError, match="decay=-1"):
+        InverseTimeDecay(optimizer, decay=-1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
@@ -256,6 +257,36 @@ def test_several_batches_for_one_update(setup, tmp_path):
     assert_same_network(whole, part)
     with pytest.raises(ValueError, match="of another run"):
         fit(part, sampler, steps=8, accumulate=3, folder=tmp_path, **keywords)
+
+
+def test_patience(setup, tmp_path):
+    """Scores rise until update 8; with a patience of 2 validations of 4 updates, update 16 is the last."""
+    scores = {4: 0.3, 8: 0.6, 12: 0.5, 16: 0.6, 20: 0.9}
+
+    def run(folder, *, first=4, loss=losses.cross_entropy):
+        model, sampler, keywords = setup()
+        due = itertools.count(first, 4)
+
+        def validate(model):
+            return {"dice": scores[next(due)]}
+
+        return model, fit(model, sampler, steps=24, validate=validate, patience=2, folder=folder, loss=loss, **keywords)
+
+    model, history = run(tmp_path / "whole")
+    assert history["step"].iloc[-1] == 16 and not model.training
+    eight, sampler, keywords = setup()
+    fit(eight, sampler, steps=8, **keywords)
+    assert_same_network(model, eight)
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "cut", loss=At(11, crash))
+    again, resumed = run(tmp_path / "cut", first=12)
+    assert_same_network(again, eight)
+    assert_same_history(resumed, history)
+
+    model, sampler, keywords = setup()
+    with pytest.raises(ValueError, match="patience=3 needs validations"):
+        fit(model, sampler, steps=3, patience=3, **keywords)
 
 
 def test_another_way_through_the_network(setup):
