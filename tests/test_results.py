@@ -1,0 +1,39 @@
+"""The stored results and small networks of notebook 04: complete, and what the networks really score."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from medseg_lite import inference, metrics, models, paths, phantoms, transforms
+
+
+@pytest.fixture(scope="module")
+def scores() -> pd.DataFrame:
+    return pd.read_csv(paths.shipped("results", "deepmedic_scores.csv"), dtype={"section": str})
+
+
+def test_stored_scores_are_complete(scores):
+    sizes = scores.groupby(["run", "network"]).size()
+    assert set(sizes) == {4, 6}  # a fold's subjects, or section 3's validation cases
+    assert not scores.duplicated(["run", "network", "case"]).any()
+    assert scores.dice.between(0, 1).all() and (scores.true_ml > 0).all()
+    both = scores[(scores.precision > 0) & (scores.sensitivity > 0)]
+    dice = 2 * both.precision * both.sensitivity / (both.precision + both.sensitivity)
+    np.testing.assert_allclose(both.dice, dice, atol=2e-4)
+
+
+def test_stored_curves_end_where_the_scores_are(scores):
+    curves = pd.read_csv(paths.shipped("results", "deepmedic_curves.csv"))
+    last = curves.groupby("run").dice.last()
+    assert len(last) >= 5
+    np.testing.assert_allclose(last, scores.groupby("run").dice.mean()[last.index], atol=1e-3)
+
+
+@pytest.mark.parametrize("network", ["deep_plus", "deepmedic"])
+def test_shipped_networks_score_what_is_stored(scores, network):
+    model = models.load(paths.shipped("checkpoints", f"analysis_{network}.safetensors"))
+    case = transforms.standardise(phantoms.brain(104, site="C"))
+    found = inference.predict(model, case, progress=False)
+    rows = scores[(scores.network == network) & scores.section.isin(["3.3", "3.4"]) & (scores.case == case.name)]
+    assert len(rows) == 1
+    assert metrics.dice(found, case.label > 0) == pytest.approx(rows.dice.item(), abs=0.01)
