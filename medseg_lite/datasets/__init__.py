@@ -5,8 +5,12 @@ Nothing here is needed to run the course, whose default data are generated. Data
 """
 
 from .brats2013_deepmedic import brats2013_deepmedic, download_brats2013_deepmedic
+from .isbi2012 import download_isbi2012, isbi2012
 from .nifti_folder import NiftiFolder, nifti_folder
 
 downloads = {"brats2013_deepmedic": download_brats2013_deepmedic}
 
-__all__ = ["NiftiFolder", "brats2013_deepmedic", "download_brats2013_deepmedic", "downloads", "nifti_folder"]
+__all__ = [
+    "NiftiFolder", "brats2013_deepmedic", "download_brats2013_deepmedic", "download_isbi2012", "downloads", "isbi2012",
+    "nifti_folder",
+]  # fmt: skip
