@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from medseg_lite import phantoms
+from medseg_lite import phantoms, transforms
 from medseg_lite.transforms import augment, mirror_healthy, standardise
 from medseg_lite.volume import Case
 
@@ -231,3 +231,66 @@ def test_mirrored_phantom_is_the_one_that_its_maker_mirrors():
 def test_mirroring_rejects(case, options, message):
     with pytest.raises(ValueError, match=message):
         mirror_healthy(case, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------- distortion
+
+
+def smooth_batch(count: int = 3, shape=(40, 52)) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(0)
+    image = ndimage.gaussian_filter(rng.normal(size=(count, 2, *shape)), (0, 0, 3, 3)).astype(np.float32)
+    return torch.from_numpy(image), torch.from_numpy((image[:, 0] > 0).astype(np.int64) + 4 * (image[:, 1] > 0))
+
+
+def test_distort_does_nothing_when_told_so():
+    image, label = smooth_batch()
+    still = {"flip": False, "shear": 0, "angle": 0, "warp": 0}
+    same, names = transforms.distort(image, label, rng=np.random.default_rng(0), **still)
+    torch.testing.assert_close(same, image, rtol=0, atol=1e-5)
+    assert torch.equal(names, label)
+
+
+def test_distort_keeps_classes_and_joins_image_and_label():
+    image, label = smooth_batch()
+    image[:, 0] = label  # the picture shows the label itself
+    moved, names = transforms.distort(image, label, rng=np.random.default_rng(1))
+    assert set(names.unique().tolist()) <= set(label.unique().tolist()) and names.dtype == label.dtype
+    assert (moved[:, 0].round() == names).float().mean() > 0.85  # but for interpolation along the borders
+    assert (names != label).float().mean() > 0.2
+    again = transforms.distort(image, label, rng=np.random.default_rng(1))
+    assert torch.equal(again[0], moved) and torch.equal(again[1], names)
+    assert not torch.equal(transforms.distort(image, label, rng=np.random.default_rng(2))[1], names)
+
+
+@pytest.mark.parametrize("shear, angle", [(0, 25), (0.41, 0), (0.3, 20)])
+def test_shear_and_rotation_against_scipy(shear, angle):
+    image, label = smooth_batch(1)
+    draw = np.random.default_rng(5)
+    rng = np.random.default_rng(5)
+    s, t = draw.uniform(-shear, shear, 1)[0], np.deg2rad(draw.uniform(-angle, angle, 1)[0])
+    moved, _ = transforms.distort(image, label, rng=rng, flip=False, shear=shear, angle=angle, warp=0)
+    xy = np.array([[np.cos(t), -np.sin(t)], [np.sin(t), np.cos(t)]]) @ np.array([[1, -np.sin(s)], [0, np.cos(s)]])
+    matrix = xy[::-1, ::-1]  # SciPy names the vertical axis first
+    middle = (np.array(image.shape[2:]) - 1) / 2
+    for channel in range(2):
+        expected = ndimage.affine_transform(
+            image[0, channel].numpy(), matrix, middle - matrix @ middle, order=1, mode="mirror"
+        )
+        np.testing.assert_allclose(moved[0, channel], expected, atol=1e-4)
+    assert (moved - image).abs().max() > 0.05
+
+
+def test_warp_is_smooth_and_as_large_as_asked():
+    ramp = torch.stack(torch.meshgrid(torch.linspace(-1, 1, 65), torch.linspace(-1, 1, 65), indexing="ij"))
+    moved, _ = transforms.distort(
+        ramp.expand(200, -1, -1, -1), torch.zeros(200, 65, 65, dtype=torch.long),
+        rng=np.random.default_rng(0), flip=False, shear=0, angle=0, warp=0.1,
+    )  # fmt: skip
+    shift = (moved - ramp)[..., 32, 32]  # at the grid's middle point, far from the mirrored border
+    assert shift.std() == pytest.approx(0.1, rel=0.15) and abs(shift.mean()) < 0.02
+    assert moved.diff(dim=-1).diff(dim=-1)[..., 20:44, 20:44].abs().max() < 0.02
+
+
+def test_distort_checks_shapes():
+    with pytest.raises(ValueError, match=r"expected \(B, C, H, W\) and \(B, H, W\)"):
+        transforms.distort(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 4, 4, 4), rng=np.random.default_rng(0))
