@@ -5,5 +5,6 @@ from .crf_explorer import CRFExplorer
 from .feature_explorer import FeatureExplorer
 from .kernel_editor import KernelEditor
 from .slice_viewer import SliceViewer
+from .training_monitor import TrainingMonitor
 
-__all__ = ["CRFExplorer", "CompareSegmentations", "FeatureExplorer", "KernelEditor", "SliceViewer"]
+__all__ = ["CRFExplorer", "CompareSegmentations", "FeatureExplorer", "KernelEditor", "SliceViewer", "TrainingMonitor"]
