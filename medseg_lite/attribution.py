@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import inference, metrics
-from .features import FeatureMaps, _evaluating, _find_region, _multiple, _whole, capture, list_layers
+from .features import FeatureMaps, _evaluating, _find_region, _input, _plan, capture, list_layers
 from .tracing import spatial_dims
 from .volume import Case, bounding_box, padded_region
 
@@ -241,33 +241,15 @@ def grad_cam(
     if outside.any():
         raise ValueError(f"{int(outside.sum())} voxels of where lie outside the region; enlarge the region")
     (name,) = list_layers(model, layer)
-    dims, margin, multiple = spatial_dims(model), getattr(model, "margin", 0), _multiple(model)
-    box = bounding_box(where)
-    if margin:
-        grid = [multiple] * dims + [1] * (3 - dims)
-        begin = [s.start // g * g for s, g in zip(box, grid)]
-        end = [a + math.ceil((s.stop - a) / g) * g for a, s, g in zip(begin, box, grid)]
-        tile = [
-            -(-GRAD_TILE // multiple) * multiple if dims == 3 or axis == 2 else 3 * GRAD_TILE * multiple
-            for axis in range(3)
-        ]
-        border = [margin] * dims + [0] * (3 - dims)
-    else:
-        grid = [multiple] * dims + [1] * (3 - dims)
-        begin, end, tile = _whole(model, "", [s.start for s in box], [s.stop for s in box], case.shape, grid)
-        border = [0, 0, 0]
+    dims, box = spatial_dims(model), bounding_box(where)
     device = next(model.parameters()).device
     module, total = dict(model.named_modules())[name.split("#")[0]], 0.0
     with _evaluating(model), torch.enable_grad():
-        for corner in itertools.product(*(range(a, b, t) for a, b, t in zip(begin, end, tile))):
-            last = [min(c + t, b) for c, t, b in zip(corner, tile, end)]
-            counted = tuple(slice(c, min(b, n)) for c, b, n in zip(corner, last, case.shape))
+        for tile in _plan(model, "", [b.start for b in box], [b.stop for b in box], case.shape, device, GRAD_TILE):
+            counted = tuple(slice(a, min(b, n)) for a, b, n in zip(tile.start, tile.stop, case.shape))
             if not where[counted].any():
                 continue
-            patch = padded_region(
-                case.image, [c - m for c, m in zip(corner, border)], [b + m for b, m in zip(last, border)]
-            )
-            x = torch.from_numpy(np.ascontiguousarray(patch, np.float32)).to(device).requires_grad_()
+            x = _input(case, tile, dims, device).requires_grad_()
             caught: list[Tensor] = []
 
             def keep(module, inputs, output, caught=caught):
@@ -276,13 +258,15 @@ def grad_cam(
 
             handle = module.register_forward_hook(keep)
             try:
-                logits = model(x.permute(3, 0, 1, 2)).permute(1, 2, 3, 0) if dims == 2 else model(x[None])[0]
+                logits = model(x).permute(1, 2, 3, 0) if dims == 2 else model(x)[0]
             finally:
                 handle.remove()
             if not 0 <= target < len(logits):
                 raise ValueError(f"target={target}; the network has classes 0 to {len(logits) - 1}")
             chosen = torch.from_numpy(where[counted]).to(device)
-            score = logits[(target, *(slice(n) for n in chosen.shape))][chosen].sum()
+            # The output of a network that pads covers the tile's context too.
+            skip = [0] * 3 if getattr(model, "margin", 0) else [a - b for a, b in zip(tile.start, tile.first)]
+            score = logits[(target, *(slice(a, a + n) for a, n in zip(skip, chosen.shape)))][chosen].sum()
             call = int(name.split("#")[1]) - 1 if "#" in name else 0
             (gradient,) = torch.autograd.grad(score, caught[call], allow_unused=True)
             if gradient is None:

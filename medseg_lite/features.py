@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .inference import _check_fits, _tile_size
+from .inference import PADDED_WORKSPACE, _check_fits, _tile_size, _workspace
 from .models.layers import convolutions
 from .tracing import Axis, Layer, spatial_dims, trace, watched
 from .volume import Case, padded_region
@@ -456,8 +456,8 @@ def capture(
         maps["low.7"].data, maps["low.7"].offset, maps["low.7"].stride
 
     Large regions are computed in tiles, as `inference.predict` does, each with the context that the network sees; the volume is
-    mirrored beyond its border. A network that pads its convolutions (`margin` 0) gets all of the region at once, with what
-    its layers see around it. Computation ends with the last layer asked for. The network is used in evaluation mode and left as
+    mirrored beyond its border. A network that pads its convolutions (`margin` 0) gets each tile with what the layers see around
+    it, up to the border. Computation ends with the last layer asked for. The network is used in evaluation mode and left as
     it was; no hook stays behind.
 
     Args:
@@ -477,44 +477,28 @@ def capture(
         ValueError: for unknown layers, an empty region, a case that does not fit, or maps that need more than `memory`.
     """
     _check_fits(model, case)
-    dims, margin = spatial_dims(model), getattr(model, "margin", 0)
-    multiple = _multiple(model)
-    device = next(model.parameters()).device
+    dims, device = spatial_dims(model), next(model.parameters()).device
     start, stop = _find_region(region, case)
-    grid = [multiple] * dims + [1] * (3 - dims)
-    border = [margin] * dims + [0] * (3 - dims)
-    if margin:
-        begin = [a // g * g for a, g in zip(start, grid)]
-        end = [a + math.ceil((b - a) / g) * g for a, b, g in zip(begin, stop, grid)]
-        tile = _tile_size(model, begin, end, None, device)
-    else:
-        begin, end, tile = _whole(model, layers, start, stop, case.shape, grid)
-    corners = list(itertools.product(*(range(a, b, t) for a, b, t in zip(begin, end, tile))))
-    first_patch = [min(t, b - a) + 2 * m for t, a, b, m in zip(tile, begin, end, border)]
-    traced = trace(model, first_patch[:dims])
+    tiles = _plan(model, layers, start, stop, case.shape, device)
+    origin, end = tiles[0].first, tiles[0].last
+    traced = trace(model, [b - a for a, b in zip(origin, end)][:dims])
     names = _choose(model, traced, layers)
     fields = {name: info.field for name, info in list_layers(model, names).items()} if names else {}
-    stores = {
-        name: _Store(traced[name], first_patch, [a - m for a, m in zip(begin, border)], start, stop, largest, dims)
-        for name in names
-    }
+    patch = [b - a for a, b in zip(origin, end)]
+    stores = {name: _Store(traced[name], patch, origin, start, stop, largest, dims) for name in names}
     _check_memory(stores, memory, case)
 
     with _evaluating(model):
-        for corner in tqdm(
-            corners, desc=f"features of {case.name}", disable=not progress or len(corners) == 1, dynamic_ncols=True
+        for tile in tqdm(
+            tiles, desc=f"features of {case.name}", disable=not progress or len(tiles) == 1, dynamic_ncols=True
         ):
-            stop_here = [min(c + t, b) for c, t, b in zip(corner, tile, end)]
-            origin = [c - m for c, m in zip(corner, border)]
-            patch = padded_region(case.image, origin, [b + m for b, m in zip(stop_here, border)])
-            x = torch.from_numpy(np.ascontiguousarray(patch, np.float32)).to(device)
-            x = x.permute(3, 0, 1, 2) if dims == 2 else x[None]  # axial slices become the batch
+            x = _input(case, tile, dims, device)
             missing = set(names)
 
-            def note(name, module, output, origin=origin, missing=missing):
+            def note(name, module, output, tile=tile, missing=missing):
                 if name in missing:
                     maps = output.permute(1, 2, 3, 0) if dims == 2 else output[0]
-                    stores[name].take(maps, origin)
+                    stores[name].take(maps, tile)
                     missing.remove(name)
                     if not missing:
                         raise _Enough
@@ -562,18 +546,21 @@ class _Store:
     def bytes(self) -> int:
         return 2 * math.prod(self.shape)
 
-    def take(self, maps: Tensor, origin: Sequence[int]) -> None:
-        """Keep what belongs to the region of one tile's maps `(C, *n)`."""
+    def take(self, maps: Tensor, tile: _Tile) -> None:
+        """Keep what one patch's maps `(C, *n)` say about its tile."""
         if self.data is None:
             self.data = np.zeros(self.shape, np.float16)
         source, target = [], []
         for axis, n in enumerate(maps.shape[1:]):
-            place = (origin[axis] + self.shift[axis] - self.zero[axis]) / self.stride[axis]
-            first = round(place)  # where this tile's voxel 0 lies on the lattice
-            ahead = self.phase[axis] - first
-            skip = ahead if ahead > 0 else ahead % self.every
+            stride = self.stride[axis]
+            centre = tile.first[axis] + self.shift[axis]  # of the patch's voxel 0
+            first = round((centre - self.zero[axis]) / stride)  # its place on the lattice
+            # Voxels that reach into the tile; what lies around it may have seen the patch's own border.
+            least = max(self.phase[axis] - first, math.floor((tile.start[axis] - 0.5 - centre) / stride - 0.5) + 1, 0)
+            most = min(n, math.ceil((tile.stop[axis] - 0.5 - centre) / stride + 0.5))
+            skip = least + (self.phase[axis] - first - least) % self.every
             index = (first + skip - self.phase[axis]) // self.every
-            count = min(-(-(n - skip) // self.every), len(self.seen[axis]) - index)
+            count = min(-(-(most - skip) // self.every), len(self.seen[axis]) - index)
             if count <= 0:
                 return
             source.append(slice(skip, skip + (count - 1) * self.every + 1, self.every))
@@ -610,22 +597,69 @@ def _find_region(region: Sequence[slice | int] | None, case: Case) -> tuple[list
     return start, stop
 
 
-def _whole(model, layers, start, stop, shape, grid):
-    """One patch for a network that pads: the region and what its layers see around it, but no more than the volume; in 2-D a
-    few slices at a time."""
-    infos = list_layers(model, layers).values()
-    begin, end = [], []
-    for axis, (a, b, n, g) in enumerate(zip(start, stop, shape, grid)):
-        if axis < spatial_dims(model):
-            reach = [(i.field.first[axis], i.field.last[axis]) if i.field else (-n, n) for i in infos]
-            a, b = max(0, a + min(r[0] for r in reach)), min(n, b + max(r[1] for r in reach))
-        a = a // g * g
-        begin.append(a)
-        end.append(a + math.ceil((b - a) / g) * g)
-    tile = [b - a for a, b in zip(begin, end)]
-    if spatial_dims(model) == 2:
-        tile[2] = max(1, min(tile[2], 2**20 // (tile[0] * tile[1])))
-    return begin, end, tile
+class _Tile(NamedTuple):
+    """A part of the region from `start` to `stop`, and the patch of the volume from `first` to `last` that is computed for it."""
+
+    start: list[int]
+    stop: list[int]
+    first: list[int]
+    last: list[int]
+
+
+def _plan(model, layers, start, stop, shape, device, side: int | None = None) -> list[_Tile]:
+    """Tiles that cover a region, each with the context it needs, `side` voxels wide or as large as the memory at hand allows.
+
+    A network of valid convolutions gets its margin. One that pads gets what its layers see around the tile, but no more than the
+    volume, so that it pads where `inference.predict` has it pad.
+    """
+    dims, margin, multiple = spatial_dims(model), getattr(model, "margin", 0), _multiple(model)
+    grid = [multiple] * dims + [1] * (3 - dims)
+    begin = [a // g * g for a, g in zip(start, grid)]
+    end = [a + math.ceil((b - a) / g) * g for a, b, g in zip(begin, stop, grid)]
+    halo = [(margin, margin)] * dims + [(0, 0)] * (3 - dims)
+    if not margin:
+        infos = list_layers(model, layers).values()
+        for axis in range(dims):
+            # One voxel of the layer more, for those that only reach into the tile.
+            reach = [
+                (i.stride[axis] - i.field.first[axis], i.stride[axis] + i.field.last[axis]) if i.field else (n, n)
+                for i in infos
+                for n in shape[axis : axis + 1]
+            ]
+            halo[axis] = tuple(math.ceil(max(r) / multiple) * multiple for r in zip(*reach))
+    around = [max(h) for h in halo]
+    if side is not None:
+        tile = [max(side // g, 1) * g for g in grid]
+    elif margin:
+        tile = _tile_size(model, begin, end, None, device)
+    else:
+        tile = [b - a for a, b in zip(begin, end)]
+        widest = max(c.in_channels + c.out_channels for c in convolutions(model))
+        voxels = _workspace(device, PADDED_WORKSPACE) / (6 * widest)
+        order = [2, 0, 1] if dims == 2 else [0, 1, 2]
+        while math.prod(min(t + 2 * h, b - a) for t, h, a, b in zip(tile, around, begin, end)) > voxels:
+            axis = order[0] if dims == 2 and tile[2] > 1 else max(order, key=lambda i: tile[i] / grid[i])
+            if tile[axis] <= 4 * grid[axis] and not (dims == 2 and axis == 2):
+                break  # the halo is all that is left
+            tile[axis] = -(-tile[axis] // (2 * grid[axis])) * grid[axis]
+    tiles = []
+    for corner in itertools.product(*(range(a, b, t) for a, b, t in zip(begin, end, tile))):
+        last = [min(c + t, b) for c, t, b in zip(corner, tile, end)]
+        first_seen = [c - h[0] for c, h in zip(corner, halo)]
+        last_seen = [b + h[1] for b, h in zip(last, halo)]
+        if not margin:
+            whole = [math.ceil(n / g) * g for n, g in zip(shape, grid)]
+            first_seen = [max(c, 0) for c in first_seen]
+            last_seen = [min(b, n) for b, n in zip(last_seen, whole)]
+        tiles.append(_Tile(list(corner), last, first_seen, last_seen))
+    return tiles
+
+
+def _input(case: Case, tile: _Tile, dims: int, device: torch.device) -> Tensor:
+    """The patch of a tile as a batch; axial slices are the batch of a 2-D network."""
+    patch = padded_region(case.image, tile.first, tile.last)
+    x = torch.from_numpy(np.ascontiguousarray(patch, np.float32)).to(device)
+    return x.permute(3, 0, 1, 2) if dims == 2 else x[None]
 
 
 def _multiple(model: nn.Module) -> int:

@@ -136,6 +136,19 @@ def test_grad_cam_of_predicted_voxels_in_two_dimensions(noise_case, stir):
     assert cam.laid_over(case.shape, 0).shape == case.shape
 
 
+def test_grad_cam_of_a_network_that_pads(noise_case, monkeypatch):
+    """The same in tiles as in one piece."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv3d(2, 4, 3, padding=1), torch.nn.ReLU(inplace=True), torch.nn.Conv3d(4, 2, 3, padding=1))  # fmt: skip
+    case = noise_case((24, 20, 16))
+    where = case.label == 1
+    whole = grad_cam(model, case, "0", 1, where=where, region=np.s_[:, :, :]).data
+    monkeypatch.setattr(attribution, "GRAD_TILE", 6)
+    tiled = grad_cam(model, case, "0", 1, where=where, region=np.s_[:, :, :]).data
+    np.testing.assert_allclose(tiled, whole, rtol=1e-3, atol=1e-3 * whole.max())
+    assert whole.max() > 0
+
+
 def test_grad_cam_rejects(model, noise_case):
     case = noise_case((9, 9, 9))
     where = np.zeros(case.shape, bool)
