@@ -55,6 +55,8 @@ class SegmentSampler:
         shift: standard deviation of the random intensity shift r_c · σ_c of each channel (.1 for TBI, section 4.1.2;
             σ_c is the channel's standard deviation inside the mask).
         spatial_dims: 3, or 2 for axial slices.
+        augment: `augment(image, label, rng=...)` for every batch, such as `transforms.distort`; for networks with one input
+            that lose no margin.
         seed: of all random choices.
     """
 
@@ -70,8 +72,13 @@ class SegmentSampler:
         flip: bool = True,
         shift: float = 0.0,
         spatial_dims: int = 3,
+        augment: Augment | None = None,
         seed: int = 0,
     ):
+        if augment is not None and (margin or cut is not None):
+            raise ValueError(
+                "augment= moves image and label together, so the network must predict all voxels that it sees"
+            )
         if scheme not in SCHEMES:
             raise ValueError(f"scheme={scheme!r}; expected one of {', '.join(SCHEMES)}")
         if not cases:
@@ -89,7 +96,7 @@ class SegmentSampler:
         self.margin = (margin,) * spatial_dims + (0,) * (3 - spatial_dims)
         self.cut = cut or (lambda patch: (patch,))
         self.batch_size, self.scheme, self.flip, self.shift = batch_size, scheme, flip, shift
-        self.spatial_dims, self.seed = spatial_dims, seed
+        self.spatial_dims, self.augment, self.seed = spatial_dims, augment, seed
         self._classes = 1 + max(int(c.label.max()) for c in cases)
         self._cases = [self._prepare(c) for c in cases]
         # For every group of voxels, the cases that have any.
@@ -157,7 +164,10 @@ class SegmentSampler:
                     store[n] += offset.astype(np.float32).reshape(-1, *(1,) * self.spatial_dims)
             label[n] = target
         tensors = tuple(torch.from_numpy(i) for i in inputs)
-        return Batch(tensors if len(tensors) > 1 else tensors[0], torch.from_numpy(label))
+        label = torch.from_numpy(label)
+        if self.augment is not None:
+            return Batch(*self.augment(tensors[0], label, rng=rng))
+        return Batch(tensors if len(tensors) > 1 else tensors[0], label)
 
     def _draw_groups(self, rng: np.random.Generator) -> np.ndarray:
         if self.scheme == "uniform":

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from medseg_lite import models, recipes
+from medseg_lite import context, inference, models, recipes
 from medseg_lite.volume import Case
 
 
@@ -174,3 +174,75 @@ def test_havaei_bad_input(cases):
 def test_regions(classes, names):
     regions = recipes.regions_of(classes)
     assert regions == "brats2015" if names is None else list(regions) == names
+
+
+# ------------------------------------------------------------------------------------------------- the other papers
+
+
+def test_kayalibay(cases, tmp_path):
+    options = {"width": 0.1, "crop": 16, "learning_rate": 1e-2, "progress": False}
+    model = recipes.kayalibay(
+        cases, steps=4, halvings=(0.5,), merge="sum", validation=cases[1:], validate_every=2, **options
+    )
+    assert model.history["learning_rate"].tolist() == [1e-2, 1e-2, 5e-3, 5e-3]
+    assert model.history["dice_lesion"].notna().tolist() == [False, True, False, True]
+    assert model.config["merge"] == "sum" and model.card["loss"] == "jaccard" and not model.training
+    assert 0 < model.history["loss"][0] < 2  # a distance for each of two classes
+    whole = recipes.kayalibay(cases, steps=2, folder=tmp_path, **options)
+    recipes.kayalibay(cases, steps=1, folder=tmp_path / "short", **options)
+    resumed = recipes.kayalibay(cases, steps=2, folder=tmp_path / "short", **options)
+    assert all(same(whole, resumed).values())
+    with pytest.raises(ValueError, match="loss='dice'; expected one of jaccard, cross_entropy"):
+        recipes.kayalibay(cases, loss="dice")
+
+
+@pytest.mark.parametrize("network", ["fcn_fc_resnet", "fc_resnet", "unet2d", "fcn8"])
+def test_drozdzal(network):
+    rng = np.random.default_rng(0)
+    label = np.zeros((48, 64, 3), np.uint8)
+    label[10:30, 20:50] = 1
+    slices = [Case((1000.0 * label + rng.normal(500, 9, label.shape)).astype(np.float32)[None], ("em",), "s", label)]
+    options = {"network": network, "width": 0.1, "crop": 32, "batch_size": 2, "progress": False}
+    model = recipes.drozdzal(slices, steps=3, **options)
+    assert model.history["learning_rate"].tolist() == pytest.approx([1e-3, 1e-3 / 1.001, 1e-3 / 1.002])
+    assert model.history["loss"].between(-1, 0).all() and model.card["network"] == network
+    again = recipes.drozdzal(slices, steps=3, **options)
+    assert all(same(model, again).values())
+    with pytest.raises(ValueError, match=r"crop=40; .* needs a multiple of"):
+        recipes.drozdzal(slices, **options | {"crop": 40})
+
+
+def test_drozdzal_wants_a_network_that_segments(cases):
+    with pytest.raises(ValueError, match="network='fcn_preprocessor'; expected one of"):
+        recipes.drozdzal(cases, network="fcn_preprocessor")
+
+
+def test_mlynarski_in_two_steps(tmp_path):
+    """2D networks in three planes, their scores on disk, and a 3D network that is given them."""
+    rng = np.random.default_rng(0)
+    label = np.zeros((24, 20, 28), np.uint8)
+    label[5:15, 5:15, 5:15] = 1
+    label[8:12, 8:12, 8:12] = 2
+    cases = [
+        Case(rng.standard_normal((2, *label.shape)).astype(np.float32) + label, ("flair", "t1c"), name, label)
+        for name in ("one", "two")
+    ]
+    short = {"steps": 2, "width": 0.1, "accumulate": 2, "progress": False}
+    flat = {
+        plane: recipes.mlynarski(
+            [context.facing(c, plane) for c in cases], output=16, batch_size=2, flip=False, **short
+        )
+        for plane in context.PLANES
+    }
+    assert flat["axial"].history["loss"][0] == pytest.approx(np.log(3), rel=0.5)
+    context.extract_scores(flat, cases, tmp_path, progress=False)
+    seeing = [context.with_scores(c, tmp_path) for c in cases]
+    model = recipes.mlynarski(seeing, network="mlynarski_3d", output=4, **short)
+    assert model.config["variant"] == "a" and model.in_channels == 2 + 9 and model.classes == 3
+    assert inference.predict(model, seeing[0], progress=False).shape == label.shape
+    again = models.load(models.save(tmp_path / "net.safetensors", model, model.card))
+    assert all(same(model, again).values())
+    alone = recipes.mlynarski(cases, network="mlynarski_3d", output=4, **short)
+    assert alone.config["variant"] == "standard" and alone.in_channels == 2
+    with pytest.raises(ValueError, match="expected 3 numbers from 0 on of sum 1"):
+        recipes.mlynarski(cases, network="mlynarski_3d", output=4, target_weights=(0.5, 0.5), **short)

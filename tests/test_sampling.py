@@ -398,3 +398,20 @@ def test_volume_sampler_errors(noise_case):
     ]:
         with pytest.raises(ValueError, match=message):
             VolumeSampler(cases, **options)
+
+
+def test_segments_are_augmented_as_a_batch(grid_case):
+    """The function gets the batch and the batch's own random numbers."""
+
+    def turned(image, label, *, rng):
+        return image.flip(-1) + rng.integers(1), label.flip(-1)
+
+    plain, other = (
+        SegmentSampler([grid_case()], output=6, batch_size=3, scheme="uniform", spatial_dims=2, augment=a, seed=3)
+        for a in (None, turned)
+    )
+    for step in range(3):
+        (x, y), (u, v) = plain.batch(step), other.batch(step)
+        assert torch.equal(u, x.flip(-1)) and torch.equal(v, y.flip(-1))
+    with pytest.raises(ValueError, match="must predict all voxels that it sees"):
+        SegmentSampler([grid_case()], margin=2, augment=turned)
