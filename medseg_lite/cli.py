@@ -1,8 +1,9 @@
-"""The command line: `python -m medseg_lite train | segment | evaluate | phantom | download`."""
+"""The command line: `python -m medseg_lite train | scores | segment | evaluate | phantom | download`."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,19 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from . import __version__, datasets, ensembles, inference, metrics, models, phantoms, recipes, statistics, transforms
+from . import (
+    __version__,
+    context,
+    datasets,
+    ensembles,
+    inference,
+    metrics,
+    models,
+    phantoms,
+    recipes,
+    statistics,
+    transforms,
+)
 from .paths import atomic_write
 from .volume import Case, read_label, write_case, write_nifti
 
@@ -27,6 +40,11 @@ examples
     python -m medseg_lite train deepmedic --data brats2013_deepmedic --hold-out brats_2013_pat0003_1 --steps 500 --out runs/real
     python -m medseg_lite segment --model runs/real/model.safetensors --data brats2013_deepmedic --cases brats_2013_pat0003_1 --out runs/real/predictions
     python -m medseg_lite evaluate --predictions runs/real/predictions --data brats2013_deepmedic --cases brats_2013_pat0003_1
+
+  2D networks in three planes, and a 3D network that is told what they see (the same for coronal and sagittal)
+    python -m medseg_lite train mlynarski_2d --plane axial --data my_phantoms --channels flair t1 t1c t2 --width 0.2 --steps 200 --out runs/axial
+    python -m medseg_lite scores --model runs/{axial,coronal,sagittal}/model.safetensors --data my_phantoms --out runs/scores
+    python -m medseg_lite train mlynarski_3d --scores runs/scores --data my_phantoms --channels flair t1 t1c t2 --width 0.5 --steps 200 --out runs/both
 
   your own scans: one sub-folder per case; say how each file is named
     python -m medseg_lite train deepmedic --data my_scans --channels 'flair=*flair.nii.gz' 't1c=*t1ce.nii.gz' --label '*seg.nii.gz' --out runs/mine
@@ -61,16 +79,21 @@ def _train(options) -> None:
     cases = [c for c in cases if c.name not in options.hold_out]
     if not cases:
         raise ValueError("every case is held out; leave at least one to train on")
+    settings = _of_the_recipe(options)
+    if options.plane:
+        if options.network != "mlynarski_2d":
+            raise ValueError(f"--plane is for mlynarski_2d; {options.network} takes volumes or axial slices")
+        cases, held = ([context.facing(c, options.plane) for c in some] for some in (cases, held))
+        settings["flip"] = options.plane != "sagittal"  # whose slices have no left and right
     device = _device(options.device)
     print(f"{len(cases)} cases to train on, {len(held)} held out, on {device}")
     out = Path(options.out)
     for member in range(options.ensemble):
         folder = out / f"member{member}" if options.ensemble > 1 else out
-        model = recipes.deepmedic(
-            cases, network=options.network, steps=options.steps, halvings=options.halvings, folder=folder, width=options.width,
-            classes=options.classes, output=options.block, start=options.start,
-            shift=options.shift, conv_dropout=options.conv_dropout, validation=held if options.validate_every else (),
-            validate_every=options.validate_every or 500, device=device, seed=options.seed + member,
+        model = recipes.of_network(options.network)(
+            cases, network=options.network, folder=folder, classes=options.classes, width=options.width,
+            validation=held if options.validate_every else (), validate_every=options.validate_every or 500,
+            device=device, seed=options.seed + member, **settings,
         )  # fmt: skip
         card = model.card | {"normalise": options.normalise, "held_out": [c.name for c in held], "command": _command()}
         path = models.save(folder / "model.safetensors", model, card)
@@ -80,6 +103,17 @@ def _train(options) -> None:
             table = metrics.evaluate_cohort(predictions, held, regions=recipes.regions_of(model.classes))
             _save_table(folder / "held_out.csv", table)
             print(table.round(3).to_string(index=False))
+
+
+def _of_the_recipe(options) -> dict:
+    """The settings that were given, where the network's recipe has them; the others stay as in the paper."""
+    recipe = recipes.of_network(options.network)
+    given = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
+    foreign = set(given) - set(inspect.signature(recipe).parameters)
+    if foreign:
+        flags = ", ".join(f"--{'block' if n == 'output' else n.replace('_', '-')}" for n in sorted(foreign))
+        raise ValueError(f"{flags}: the recipe of {options.network} has no such setting; leave it out")
+    return given
 
 
 def _segment(options) -> None:
@@ -92,6 +126,8 @@ def _segment(options) -> None:
     channels = cards[0].get("channels")
     if options.channels is None and options.data not in _KNOWN:
         options.channels = channels
+    if channels:
+        options.channels = options.channels and [c for c in options.channels if c.split()[0] not in context.PLANES]
     out = Path(options.out)
     for case in _cases(options, label=False, normalise=cards[0].get("normalise", "standardise")):
         if channels:
@@ -104,6 +140,17 @@ def _segment(options) -> None:
             labels = inference.predict(model, case)
         path = write_nifti(out / f"{case.name}.nii.gz", labels, case)
         print(f"wrote {path}")
+
+
+def _scores(options) -> None:
+    device = _device(options.device)
+    networks = {plane: models.load(path).to(device) for plane, path in zip(context.PLANES, options.model, strict=True)}
+    cards = [network.card for network in networks.values()]
+    if options.channels is None and options.data not in _KNOWN:
+        options.channels = cards[0].get("channels")
+    cases = _cases(options, label=False, normalise=cards[0].get("normalise", "standardise"))
+    context.extract_scores(networks, cases, options.out)
+    print(f"the scores are in {options.out}; train mlynarski_3d with --scores {options.out}")
 
 
 def _evaluate(options) -> None:
@@ -137,6 +184,11 @@ def _download(options) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ input
 
+# Settings of recipes that can be given on the command line; not every recipe has every one.
+_SETTINGS = (
+    "steps", "phase2_steps", "halvings", "output", "crop", "batch_size", "learning_rate", "start", "first", "shift",
+    "conv_dropout", "patience",
+)  # fmt: skip
 _KNOWN = ("brats2013_deepmedic", "phantoms")  # --data that is not a folder
 
 
@@ -164,7 +216,8 @@ def _cases(options, *, label: bool, normalise: str) -> Iterator[Case]:
     for case in cases:
         if options.channels and options.data in _KNOWN:
             case = case.select(options.channels)
-        yield transforms.standardise(case) if normalise == "standardise" else case
+        case = transforms.standardise(case) if normalise == "standardise" else case
+        yield context.with_scores(case, options.scores) if getattr(options, "scores", None) else case
 
 
 def _device(name: str) -> str:
@@ -231,6 +284,9 @@ def _parser() -> argparse.ArgumentParser:
             metavar="PATTERN",
             help="finds the brain mask; 'all' for the whole volume; default: mask.nii.gz, or else where the image is not 0",
         )
+        group.add_argument(
+            "--scores", metavar="FOLDER", help="with the scores of 2D networks as further channels (see `scores`)"
+        )
         group.add_argument("--spacing", type=float, default=2.0, help="voxel side in mm of --data phantoms (2)")
         group.add_argument("--count", type=_positive, default=24, help="phantoms to generate with --data phantoms (24)")
 
@@ -242,33 +298,44 @@ def _parser() -> argparse.ArgumentParser:
         "Train a network. The run is kept in --out: last.pt to go on from (the same command resumes), history.csv, and "
         "model.safetensors at the end. Defaults are the paper's; they take a GPU a day. On a CPU try --steps 500.",
     )  # fmt: skip
-    train.add_argument(
-        "network", choices=models.DEEPMEDIC, metavar="NETWORK", help="one of " + ", ".join(models.DEEPMEDIC)
-    )
+    networks = [name for name in models.NETWORKS if name != "fcn_preprocessor"]  # which does not segment
+    train.add_argument("network", choices=networks, metavar="NETWORK", help="one of " + ", ".join(networks))
     train.add_argument("--out", required=True, help="folder of the run")
     data(train)
     train.add_argument(
         "--hold-out", nargs="+", default=[], metavar="NAME", help="cases kept from training and scored at the end"
     )
-    train.add_argument(
-        "--steps", type=_positive, default=recipes.DEEPMEDIC_STEPS, help="updates of 10 segments (70000)"
+    train.add_argument("--width", type=float, default=1.0, help="scales every feature-map count; 1 is the paper's size")
+    settings = train.add_argument_group(
+        "settings of the recipe", "By default the paper's. Not every recipe has every one of them."
     )
-    train.add_argument(
-        "--halvings", type=float, nargs="*", default=recipes.DEEPMEDIC_HALVINGS, metavar="FRACTION",
-        help="fractions of the run after which the learning rate is halved (the published schedule); short runs do better with .6 .8 .9",
+    settings.add_argument("--steps", type=_positive, help="updates (DeepMedic's 70000)")
+    settings.add_argument("--phase2-steps", type=int, help="of Havaei's second phase, 0 to leave it out")
+    settings.add_argument(
+        "--halvings", type=float, nargs="*", metavar="FRACTION",
+        help="fractions of the run after which the learning rate is halved (DeepMedic: the published schedule); short runs do better with .6 .8 .9",
     )  # fmt: skip
-    train.add_argument(
-        "--block",
+    settings.add_argument(
+        "--block", dest="output", type=_positive,
+        help="side of the block predicted at a time; 9 is DeepMedic's (25³ segments), 21 costs less than half as much per labelled voxel",
+    )  # fmt: skip
+    settings.add_argument(
+        "--crop",
         type=_positive,
-        help="side of the block predicted at a time; 9 is the paper's (25³ segments), 21 costs less than half as much per labelled voxel",
+        help="side of the crops, for networks that pad (default: Kayalibay whole volumes, Drozdzal 256)",
     )
-    train.add_argument(
+    settings.add_argument("--batch-size", type=_positive, help="segments, crops or volumes per batch")
+    settings.add_argument("--learning-rate", type=float, help="at the start")
+    settings.add_argument(
         "--start", metavar="MODEL", help="begin from this model.safetensors instead of random weights (fine-tuning)"
     )
-    train.add_argument("--width", type=float, default=1.0, help="scales every feature-map count; 1 is the paper's size")
-    train.add_argument("--shift", type=float, default=0.0, help="random intensity shift; .1 for brain injuries")
-    train.add_argument(
-        "--conv-dropout", type=float, default=0.0, help="dropout on convolutions; .02 for brain injuries"
+    settings.add_argument("--first", metavar="MODEL", help="the trained two_path_cnn of one of Havaei's cascades")
+    settings.add_argument("--shift", type=float, help="random intensity shift; .1 for brain injuries")
+    settings.add_argument("--conv-dropout", type=float, help="dropout on convolutions; .02 for brain injuries")
+    settings.add_argument(
+        "--patience",
+        type=_positive,
+        help="stop when the score has not risen for this many validations (with --validate-every)",
     )
     train.add_argument(
         "--ensemble", type=_positive, default=1, help="train this many networks that differ by their seed (paper: 3)"
@@ -287,7 +354,22 @@ def _parser() -> argparse.ArgumentParser:
         help="zero mean, unit variance inside the mask, or leave as is",
     )
     train.add_argument("--seed", type=int, default=0, help="of weights, segments and dropout")
+    settings.add_argument(
+        "--plane", choices=tuple(context.PLANES), help="whose slices mlynarski_2d is trained on (axial)"
+    )
     device(train)
+
+    scores = command(
+        "scores", _scores,
+        "Write the class scores of three 2D networks for every case. One file for each case and plane, to be given to "
+        "mlynarski_3d with --scores. What is there already is not computed again.",
+    )  # fmt: skip
+    scores.add_argument(
+        "--model", nargs=3, required=True, metavar=("AXIAL", "CORONAL", "SAGITTAL"), help="model.safetensors"
+    )
+    scores.add_argument("--out", required=True, help="folder for the scores")
+    data(scores)
+    device(scores)
 
     segment = command(
         "segment", _segment,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -510,6 +510,20 @@ def mlynarski(
     )
     model.card = _card(network, cases, classes, steps, seed, device)
     return model
+
+
+def of_network(network: str) -> Callable[..., nn.Module]:
+    """The recipe that trains a network, by the network's name."""
+    for recipe, networks in (
+        (deepmedic, models.DEEPMEDIC),
+        (havaei, models.HAVAEI),
+        (kayalibay, models.KAYALIBAY),
+        (drozdzal, models.DROZDZAL),
+        (mlynarski, models.MLYNARSKI),
+    ):
+        if network in networks:
+            return recipe
+    raise ValueError(f"network={network!r}; expected one of {', '.join(models.NETWORKS)}")
 
 
 def _build(

@@ -154,3 +154,62 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "examples" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- all the networks
+
+
+@pytest.mark.parametrize("network, options", [
+    ("kayalibay_unet3d", ["--crop", "16", "--learning-rate", "1e-3"]),
+    ("two_path_cnn", ["--phase2-steps", "1", "--batch-size", "4"]),
+    ("unet2d", ["--crop", "16", "--batch-size", "2", "--patience", "3", "--validate-every", "1", "--hold-out", "case0"]),
+    ("mlynarski_3d", ["--block", "4"]),
+])  # fmt: skip
+def test_every_paper_s_networks_train(folder, tmp_path, network, options):
+    data = ["--data", str(folder), "--channels", "flair", "t1c", "--steps", "2", "--width", "0.1", "--device", "cpu"]
+    assert main(["train", network, *data, *options, "--out", str(tmp_path / "run")]) == 0
+    model = models.load(tmp_path / "run" / "model.safetensors")
+    assert model.config["builder"] == network == model.card["network"]
+
+
+@pytest.mark.parametrize("network, options, message", [
+    ("deepmedic", ["--crop", "16", "--patience", "2"], "--crop, --patience: the recipe of deepmedic has no such setting"),
+    ("kayalibay_unet3d", ["--block", "9"], "--block: the recipe of kayalibay_unet3d has no such setting"),
+    ("unet2d", ["--plane", "axial"], "--plane is for mlynarski_2d"),
+])  # fmt: skip
+def test_settings_of_another_recipe(folder, tmp_path, capsys, network, options, message):
+    data = ["--data", str(folder), "--channels", "flair", "t1c", "--out", str(tmp_path / "run")]
+    assert main(["train", network, *data, *options]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_2d_networks_in_three_planes_help_a_3d_network(folder, tmp_path, capsys):
+    data = ["--data", str(folder), "--channels", "flair", "t1c"]
+    short = ["--steps", "1", "--width", "0.1", "--device", "cpu"]
+    paths = []
+    for plane in ("axial", "coronal", "sagittal"):
+        out = tmp_path / plane
+        options = ["--plane", plane, "--block", "16", "--batch-size", "2"]
+        assert main(["train", "mlynarski_2d", *data, *short, *options, "--out", str(out)]) == 0
+        paths.append(str(out / "model.safetensors"))
+    scores = str(tmp_path / "scores")
+    assert main(["scores", "--model", *paths, "--data", str(folder), "--out", scores, "--device", "cpu"]) == 0
+    assert len(list((tmp_path / "scores").iterdir())) == 9
+    out = tmp_path / "both"
+    assert main(["train", "mlynarski_3d", *data, *short, "--block", "4", "--scores", scores, "--out", str(out)]) == 0
+    model = models.load(out / "model.safetensors")
+    assert model.config["variant"] == "a" and model.card["channels"][:3] == ["flair", "t1c", "axial 0"]
+    segment = [
+        "segment",
+        "--model",
+        str(out / "model.safetensors"),
+        "--data",
+        str(folder),
+        "--out",
+        str(tmp_path / "p"),
+    ]
+    assert main([*segment, "--scores", scores]) == 0
+    assert (tmp_path / "p" / "case2.nii.gz").exists()
+    capsys.readouterr()
+    assert main(segment) == 1  # without the scores
+    assert "axial 0" in capsys.readouterr().err
