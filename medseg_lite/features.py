@@ -466,7 +466,8 @@ def capture(
         layers: names or patterns as in `list_layers`; by default one layer for each convolution.
         region: slices or whole numbers along (D, H, W), `np.s_[:, :, 32]` for one axial slice; the whole case by default.
             Voxels of a coarse layer that reach into the region belong to it.
-        largest: values to keep of each layer; one with more keeps every second, third, … voxel along each axis. None keeps all.
+        largest: values to keep of each layer; one with more keeps every second, third, … voxel along its longest axes. None
+            keeps all.
         memory: bytes that the maps may take in all.
         progress: whether to show a bar.
 
@@ -485,7 +486,8 @@ def capture(
     names = _choose(model, traced, layers)
     fields = {name: info.field for name, info in list_layers(model, names).items()} if names else {}
     patch = [b - a for a, b in zip(origin, end)]
-    stores = {name: _Store(traced[name], patch, origin, start, stop, largest, dims) for name in names}
+    reach = [max(ends) for ends in zip(*(tile.last for tile in tiles))]
+    stores = {name: _Store(traced[name], patch, origin, reach, start, stop, largest, dims) for name in names}
     _check_memory(stores, memory, case)
 
     with _evaluating(model):
@@ -518,7 +520,7 @@ class _Enough(Exception):
 class _Store:
     """Puts one layer's maps together, tile by tile."""
 
-    def __init__(self, layer: Layer, patch, origin, start, stop, largest, dims):
+    def __init__(self, layer: Layer, patch, origin, reach, start, stop, largest, dims):
         axes = layer.axes
         if axes is None:  # not followed: the layer is taken to cover the patch evenly
             steps = [n / m for n, m in zip(patch, layer.shape[1:])]
@@ -530,15 +532,22 @@ class _Store:
         low = [
             math.floor((a - 0.5 - o - s) / d - 0.5) + 1 for a, o, s, d in zip(start, origin, self.shift, self.stride)
         ]
+        # Behind the last voxel of a coarse layer nothing follows: it stands for what is left of the volume.
+        final = [
+            math.floor((e - n - o) / d + m - 1 + 1e-6)
+            for e, n, o, d, m in zip(reach, patch, origin, self.stride, [len(a.first) for a in axes])
+        ]
+        low = [min(a, b) for a, b in zip(low, final)]
         self.zero = [o + s + d * i for o, s, d, i in zip(origin, self.shift, self.stride, low)]
         size = [max(1, math.ceil((b - 0.5 - z) / d + 0.5)) for b, z, d in zip(stop, self.zero, self.stride)]
-        self.every = 1
-        while largest is not None and layer.shape[0] * math.prod(-(-n // self.every) for n in size) > largest:
-            if self.every >= max(size):
-                break
-            self.every += 1
-        self.phase = [(min(self.every, n) - 1) // 2 for n in size]
-        self.shape = (layer.shape[0], *(-(-(n - p) // self.every) for n, p in zip(size, self.phase)))
+        self.every = [1, 1, 1]
+        kept = list(size)
+        while largest is not None and layer.shape[0] * math.prod(kept) > largest and max(kept) > 1:
+            axis = kept.index(max(kept))
+            self.every[axis] += 1
+            kept[axis] = -(-size[axis] // self.every[axis])
+        self.phase = [(min(e, n) - 1) // 2 for e, n in zip(self.every, size)]
+        self.shape = (layer.shape[0], *(-(-(n - p) // e) for n, p, e in zip(size, self.phase, self.every)))
         self.data = None
         self.seen = [np.zeros(n, bool) for n in self.shape[1:]]
 
@@ -552,18 +561,19 @@ class _Store:
             self.data = np.zeros(self.shape, np.float16)
         source, target = [], []
         for axis, n in enumerate(maps.shape[1:]):
-            stride = self.stride[axis]
+            stride, every = self.stride[axis], self.every[axis]
             centre = tile.first[axis] + self.shift[axis]  # of the patch's voxel 0
             first = round((centre - self.zero[axis]) / stride)  # its place on the lattice
             # Voxels that reach into the tile; what lies around it may have seen the patch's own border.
             least = max(self.phase[axis] - first, math.floor((tile.start[axis] - 0.5 - centre) / stride - 0.5) + 1, 0)
-            most = min(n, math.ceil((tile.stop[axis] - 0.5 - centre) / stride + 0.5))
-            skip = least + (self.phase[axis] - first - least) % self.every
-            index = (first + skip - self.phase[axis]) // self.every
-            count = min(-(-(most - skip) // self.every), len(self.seen[axis]) - index)
+            least = min(least, n - 1)
+            most = max(least + 1, min(n, math.ceil((tile.stop[axis] - 0.5 - centre) / stride + 0.5)))
+            skip = least + (self.phase[axis] - first - least) % every
+            index = (first + skip - self.phase[axis]) // every
+            count = min(-(-(most - skip) // every), len(self.seen[axis]) - index)
             if count <= 0:
                 return
-            source.append(slice(skip, skip + (count - 1) * self.every + 1, self.every))
+            source.append(slice(skip, skip + (count - 1) * every + 1, every))
             target.append(slice(index, index + count))
         for seen, part in zip(self.seen, target):
             seen[part] = True
@@ -572,9 +582,9 @@ class _Store:
 
     def maps(self, name: str, field: ReceptiveField | None) -> FeatureMaps:
         box = [slice(np.flatnonzero(s)[0], np.flatnonzero(s)[-1] + 1) for s in self.seen]
-        step = tuple(s * self.every for s in self.stride)
+        step = tuple(s * e for s, e in zip(self.stride, self.every))
         offset = tuple(z + d * p + s * b.start for z, d, p, s, b in zip(self.zero, self.stride, self.phase, step, box))
-        return FeatureMaps(name, self.data[(slice(None), *box)], offset, step, (self.every,) * 3, field)
+        return FeatureMaps(name, self.data[(slice(None), *box)], offset, step, tuple(self.every), field)
 
 
 def _find_region(region: Sequence[slice | int] | None, case: Case) -> tuple[list[int], list[int]]:

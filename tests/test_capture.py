@@ -120,6 +120,22 @@ def test_a_region_is_the_same_part_of_the_whole(build, noise_case, stir):
                 assert low + maps.stride[axis] > a - 0.5 and high - maps.stride[axis] < b - 0.5
 
 
+def test_the_last_slices_of_a_coarse_layer(noise_case):
+    """Centres of a strided, padded layer lie at 0, 4, 8, …: its last voxel stands for the rest of the volume."""
+    torch.manual_seed(0)
+    model, case = (
+        models.kayalibay_unet3d(in_channels=2, classes=2, width=0.2, blocks=2, maps=1),
+        noise_case((16, 16, 16)),
+    )
+    whole = capture(model, case, progress=False)
+    assert whole["contracting.1.conv"].stride == (4, 4, 4) and whole["contracting.1.conv"].offset == (0, 0, 0)
+    for index in range(16):
+        for name, maps in capture(model, case, region=np.s_[:, :, index], progress=False).items():
+            nearest = whole[name].index((0, 0, index))[2]
+            own = maps.index((0, 0, index))[2]
+            np.testing.assert_allclose(maps.data[..., own], whole[name].data[..., nearest], atol=2e-3, rtol=2e-3, err_msg=f"{name} {index}")  # fmt: skip
+
+
 def test_padded_networks_against_plain_hooks(noise_case):
     torch.manual_seed(0)
     case = noise_case((16, 12, 8))

@@ -207,7 +207,7 @@ def test_a_large_layer_is_thinned(model, monkeypatch):
     monkeypatch.setattr(module, "LARGEST", 5000)
     explorer = FeatureExplorer(model, make_case())
     about, values = sent(explorer)
-    assert values.size <= 5000 and about["every"] == 2 and about["stride"] == (2, 2, 2)
+    assert values.size <= 5000 and about["every"] == about["stride"] and max(about["every"]) > 1
     assert explorer.bytes_sent < 6000
 
 

@@ -143,7 +143,7 @@ function render({ model, el }) {
     Object.assign(view, { about, data: unpacked });
     delete view.root.dataset.waiting;
     const layer = view.panel.layers.find((l) => l.name === model.get(view.layerKey));
-    const size = about.shape.slice(1).join("×"), thin = about.every > 1 ? `, every ${["", "", "2nd", "3rd"][about.every] ?? `${about.every}th`} voxel kept` : "";
+    const size = about.shape.slice(1).join("×"), parts = about.every.reduce((a, b) => a * b), thin = parts > 1 ? `, one voxel of ${parts} kept` : "";
     view.facts.replaceChildren(make("b", {}, layer.name), ` ${layer.kind}: ${about.shape[0]} maps of ${size} voxels${thin} · `
       + `${layer.parameters.toLocaleString("en")} parameters · ${layer.side ? `receptive field ${layer.side.join("×")}` : "receptive field not known"}`);
     view.root.dataset.layer = layer.name;

@@ -53,7 +53,7 @@ class FeatureExplorer(anywidget.AnyWidget):
         explorer.to_html("layers.html", layers=["normal.7", "low.7"])
 
     Layers are computed when they are first looked at and sent once, as one byte a voxel; slices, crosshair, sorting and colours are
-    the browser's. A layer of more than 32 million values keeps every second or third voxel; a `region` shows it all.
+    the browser's. A layer of more than 56 million values keeps every second or third voxel along its longest axes; a `region` shows it all.
     The box on the input is what the layer's voxel at the crosshair sees. "Dead" channels have one value everywhere.
 
     Args:
@@ -273,7 +273,7 @@ class FeatureExplorer(anywidget.AnyWidget):
             "shape": maps.data.shape,
             "offset": maps.offset,
             "stride": maps.stride,
-            "every": max(maps.every),
+            "every": maps.every,
             "field": None if first is None else [[*first, *[0] * (3 - len(first))], [*last, *[0] * (3 - len(last))]],
             "low": low.tolist(),
             "step": step.tolist(),
