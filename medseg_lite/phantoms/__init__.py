@@ -3,6 +3,11 @@
 from .brain import brain, brain_cohort
 from .em import em, em_cohort
 from .hand import hand, hand_cohort
+from .liver import liver, liver_cohort
 from .mri import SITES
+from .prostate import PROSTATE_SITES, prostate, prostate_cohort
 
-__all__ = ["SITES", "brain", "brain_cohort", "em", "em_cohort", "hand", "hand_cohort"]
+__all__ = [
+    "PROSTATE_SITES", "SITES", "brain", "brain_cohort", "em", "em_cohort", "hand", "hand_cohort", "liver", "liver_cohort",
+    "prostate", "prostate_cohort",
+]  # fmt: skip
