@@ -34,6 +34,30 @@ def standardise(case: Case) -> Case:
     return case.replace(image=image.astype(np.float32))
 
 
+def median_normalise(case: Case, *, constant: float = 1.0) -> Case:
+    """Divide each channel by its median inside the mask (where the image is above 0 without one), times `constant`.
+
+    Keeps 0 at 0 and ratios as they are. It is for raw intensities; standardised ones have medians near 0.
+
+    Args:
+        constant: the new median. The paper has one but does not say which; the author's later data have 100. A small one keeps
+            networks without batch normalisation near the scale of the scores of 2D networks.
+
+    Source: Mlynarski et al. 2019, section 2.1.
+    """
+    result = np.empty_like(case.image, np.float32)
+    for name, channel, out in zip(case.channels, case.image, result):
+        inside = channel[case.mask] if case.mask is not None else channel[channel > 0]
+        median = float(np.median(inside)) if inside.size else 0.0
+        if not median > 0:
+            raise ValueError(
+                f"{case.name}: the median of {name} is {median:g}; expected raw intensities, whose median is above 0 "
+                "(standardised images need no other normalisation)"
+            )
+        np.multiply(channel, constant / median, out=out)
+    return case.replace(image=result)
+
+
 def mirror_healthy(case: Case, *, midline: np.ndarray | None = None) -> Case:
     """A healthy brain made of an ill one: the hemisphere without a lesion, and its mirror image in place of the other.
 

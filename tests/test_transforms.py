@@ -233,6 +233,20 @@ def test_mirroring_rejects(case, options, message):
         mirror_healthy(case, **options)
 
 
+def test_median_normalisation():
+    case = small([0, 2, 4, 6, 100], channels=("flair",))
+    np.testing.assert_allclose(
+        transforms.median_normalise(case).image.ravel(), np.array([0, 2, 4, 6, 100]) / 5
+    )  # of 4 and 6
+    masked = small([0, 2, 4, 6, 100], mask=[False, True, True, True, False])
+    np.testing.assert_allclose(transforms.median_normalise(masked, constant=100).image.ravel(), [0, 50, 100, 150, 2500])
+    again = transforms.median_normalise(transforms.median_normalise(masked, constant=7), constant=100)
+    np.testing.assert_allclose(again.image.ravel(), [0, 50, 100, 150, 2500], rtol=1e-6)
+    for values in ([-1, -2, -3], [0, 0, 0]):
+        with pytest.raises(ValueError, match=r"the median of flair is .*; expected raw intensities"):
+            transforms.median_normalise(small(values, mask=[True] * 3))
+
+
 # ----------------------------------------------------------------------------------------------------------- distortion
 
 
