@@ -99,7 +99,7 @@ def trace(model: nn.Module, shape: Sequence[int]) -> dict[str, Layer]:
         axes = getattr(output, _KEY, None)
         layers[name] = Layer(name, type(module).__name__, tuple(output.shape[1:]), count, axes)
 
-    with torch.no_grad(), _Follow(dims), watched(network, dims, note):
+    with torch.no_grad(), _Follow(shape), watched(network, dims, note):
         setattr(x, _KEY, start)
         try:
             network(x)
@@ -146,9 +146,9 @@ def watched(model: nn.Module, dims: int, note: Callable[[str, nn.Module, Tensor]
 class _Follow(TorchDispatchMode):
     """Hands the axes of each operation's inputs on to its outputs."""
 
-    def __init__(self, dims: int):
+    def __init__(self, shape: Sequence[int]):
         super().__init__()
-        self.dims = dims
+        self.shape, self.dims = tuple(shape), len(shape)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -162,9 +162,18 @@ class _Follow(TorchDispatchMode):
         for output in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(output, Tensor) and output.ndim > self.dims:
                 axes = rule(inputs, output, args, self.dims)
+                if axes is not None and (name.startswith("upsample") or (rule is _convolution and args[6])):
+                    axes = tuple(self._aligned(axis, n) for axis, n in zip(axes, self.shape))
                 if axes is not None and tuple(len(a.first) for a in axes) == tuple(output.shape[-self.dims :]):
                     setattr(output, _KEY, axes)
         return result
+
+    @staticmethod
+    def _aligned(axis: Axis, n: int) -> Axis:
+        """Enlarged maps that cover the patch evenly lie evenly on it, for that is how a network that pads is trained: its output
+        voxel i stands for input voxel i, even where strided convolutions, centred on every other voxel, have moved what it sees."""
+        covers = abs(axis.stride * len(axis.first) - n) < 1e-6
+        return axis._replace(offset=(axis.stride - 1) / 2) if covers else axis
 
 
 # --------------------------------------------------------------------------------- rules: (inputs, output, args, dims) -> axes
