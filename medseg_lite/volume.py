@@ -171,7 +171,7 @@ class Scan:
     array: np.ndarray
     affine: np.ndarray
     native_axes: str
-    header: nibabel.Nifti1Header
+    header: nibabel.Nifti1Header | None
     path: Path
 
 
@@ -202,6 +202,11 @@ def read_nifti(path: str | Path) -> Scan:
         ) from error
     if array.dtype.kind not in "buif":
         raise ValueError(f"{path} holds {_kind(array.dtype)} values; expected one real number per voxel")
+    return _as_scan(array, image.affine, image.header, path)
+
+
+def _as_scan(array: np.ndarray, affine: np.ndarray, header: nibabel.Nifti1Header | None, path: Path) -> Scan:
+    """Turn what a file holds to RAS+, after the checks that all formats share."""
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim not in (3, 4):
@@ -210,7 +215,6 @@ def read_nifti(path: str | Path) -> Scan:
         )
     if not array.size:
         raise ValueError(f"{path} has no voxels ({_size(array.shape)}); export it again")
-    affine = image.affine
     if not _places_voxels(affine):
         raise ValueError(
             f"{path} has an unusable affine {affine.tolist()}; set its orientation (sform or qform) and save again"
@@ -218,12 +222,141 @@ def read_nifti(path: str | Path) -> Scan:
     native = "".join(nibabel.aff2axcodes(affine))
     turn = orientations.io_orientation(affine)
     affine = affine @ orientations.inv_ornt_aff(turn, array.shape[:3])
-    return Scan(orientations.apply_orientation(array, turn), affine, native, image.header, path)
+    return Scan(orientations.apply_orientation(array, turn), affine, native, header, path)
+
+
+# MetaImage's names of types, without byte order.
+_METAIMAGE_TYPES = {
+    "MET_UCHAR": "u1", "MET_CHAR": "i1", "MET_USHORT": "u2", "MET_SHORT": "i2", "MET_UINT": "u4", "MET_INT": "i4",
+    "MET_ULONG": "u4", "MET_LONG": "i4", "MET_ULONG_LONG": "u8", "MET_LONG_LONG": "i8", "MET_FLOAT": "f4", "MET_DOUBLE": "f8",
+}  # fmt: skip
+
+
+def read_metaimage(path: str | Path) -> Scan:
+    """Read a MetaImage and turn it to RAS+: a `.mhd` header with its `.raw` or `.zraw` beside it, or a `.mha`, all in one.
+
+    Format: https://itk.org/Wiki/ITK/MetaIO/Documentation; its world axes run to the patient's left, back and top. Values may be
+    compressed by zlib. Raises FileNotFoundError or ValueError, also where the values are missing, cut off or too many.
+    """
+    path = Path(path)
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*.mh[ad]"))[:6] if path.parent.is_dir() else []
+        hint = f"; that folder holds {', '.join(beside)}" if beside else ""
+        raise FileNotFoundError(f"{path} does not exist{hint}")
+    _check_content(path)
+    with open(path, "rb") as file:
+        fields = _metaimage_fields(path, file)
+        if fields["ElementDataFile"].upper() == "LOCAL":
+            source, stored = path, file.read()
+        else:
+            source = _metaimage_values(path, fields["ElementDataFile"])
+            stored = source.read_bytes()
+
+    def numbers(key: str, default: str | None = None) -> list[float]:
+        try:
+            found = [float(n) for n in fields.get(key, default).split()]
+            if found and np.isfinite(found).all():
+                return found
+            raise ValueError
+        except (AttributeError, ValueError):
+            found = f"{key} = {fields[key]!r}" if key in fields else f"no {key}"
+            raise ValueError(f"{path} has {found}; expected numbers: its header is damaged, export it again") from None
+
+    def flag(key: str) -> bool:
+        return fields.get(key, "False").lower() in ("true", "1", "t")
+
+    shape = tuple(int(n) for n in numbers("DimSize"))
+    n = len(shape)
+    if n != numbers("NDims")[0] or n not in (3, 4) or min(shape) < 1:
+        raise ValueError(
+            f"{path} has NDims = {fields['NDims']} and DimSize = {fields['DimSize']!r}; expected a 3-D volume"
+        )
+    if fields.get("ElementNumberOfChannels", "1") != "1":
+        raise ValueError(f"{path} has {fields['ElementNumberOfChannels']} numbers per voxel; expected one")
+    if fields.get("ElementType") not in _METAIMAGE_TYPES:
+        raise ValueError(
+            f"{path} has ElementType = {fields.get('ElementType')!r}; expected one of {', '.join(_METAIMAGE_TYPES)}"
+        )
+    big = flag("BinaryDataByteOrderMSB") or flag("ElementByteOrderMSB")
+    dtype = np.dtype((">" if big else "<") + _METAIMAGE_TYPES[fields["ElementType"]])
+    expected = int(np.prod([int(n) for n in shape], dtype=object)) * dtype.itemsize
+    if flag("CompressedData"):
+        unpack = zlib.decompressobj()
+        try:
+            stored = unpack.decompress(stored, expected + 1)  # and no more, whatever the file claims to hold
+        except zlib.error as error:
+            raise ValueError(
+                f"{source} cannot be unpacked ({error}); it is damaged: download or export it again"
+            ) from error
+    elif "HeaderSize" in fields:
+        skip = int(numbers("HeaderSize")[0])
+        stored = stored[len(stored) - expected if skip < 0 and len(stored) > expected else max(skip, 0) :]
+    if len(stored) != expected:
+        found = f"more than {expected}" if flag("CompressedData") and len(stored) > expected else f"{len(stored)}"
+        raise ValueError(
+            f"{source} holds {found} bytes of voxels; expected {expected} for {_size(shape)} of {fields['ElementType']} as "
+            f"{path.name} says: it is truncated or belongs to another header, download or export it again"
+        )
+    # The first index varies fastest.
+    array = np.frombuffer(stored, dtype).reshape(shape[::-1]).T.astype(dtype.newbyteorder("="))
+
+    spacing = numbers("ElementSpacing" if "ElementSpacing" in fields else "ElementSize", " ".join("1" * n))
+    turn = next((k for k in ("TransformMatrix", "Rotation", "Orientation") if k in fields), "TransformMatrix")
+    directions = numbers(turn, " ".join(str(v) for v in np.eye(n).ravel()))
+    place = next((k for k in ("Offset", "Position", "Origin") if k in fields), "Offset")
+    origin = numbers(place, " ".join("0" * n))
+    if (len(spacing), len(directions), len(origin)) != (n, n * n, n):
+        raise ValueError(
+            f"{path} has ElementSpacing, {turn} or {place} of a length that does not fit {n} axes; export it again"
+        )
+    affine = np.eye(4)
+    # Row i of the matrix is the direction of axis i, in a world whose first two axes are opposite to RAS+.
+    affine[:3, :3] = (np.reshape(directions, (n, n))[:3, :3] * np.array(spacing[:3])[:, None]).T
+    affine[:3, 3] = origin[:3]
+    affine[:2] *= -1
+    return _as_scan(array, affine, None, path)
+
+
+def _metaimage_fields(path: Path, file) -> dict[str, str]:
+    """The header's lines up to ElementDataFile, which is the last."""
+    fields: dict[str, str] = {}
+    while "ElementDataFile" not in fields:
+        line = file.readline(4096)
+        key, equals, value = line.decode("latin-1").partition("=")
+        if not equals or (not line.endswith(b"\n") and key.strip() != "ElementDataFile") or len(fields) > 200:
+            raise ValueError(
+                f"{path} is not a MetaImage: expected lines such as 'DimSize = 320 320 24', the last of them ElementDataFile, "
+                f"but after {len(fields)} there is {line[:40]!r}; download or export it again"
+            )
+        fields[key.strip()] = value.strip()
+    return fields
+
+
+def _metaimage_values(path: Path, name: str) -> Path:
+    """The file beside a `.mhd` that holds its values."""
+    if name != Path(name).name or "\\" in name or name.upper().startswith("LIST") or "%" in name:
+        raise ValueError(
+            f"{path} keeps its values in {name!r}; expected LOCAL or one file in the same folder: convert it to .mha or NIfTI"
+        )
+    source = path.parent / name
+    if not source.is_file():
+        there = ", ".join(sorted(p.name for p in path.parent.glob("*raw"))[:6]) or "no .raw file"
+        raise FileNotFoundError(
+            f"{source}, which holds the voxels of {path.name}, does not exist; that folder holds {there}: copy both files"
+        )
+    _check_content(source)
+    return source
+
+
+def read_image(path: str | Path) -> Scan:
+    """Read a NIfTI file or, by its ending `.mhd` or `.mha`, a MetaImage."""
+    return read_metaimage(path) if Path(path).suffix in (".mhd", ".mha") else read_nifti(path)
 
 
 def read_case(
-    images: Mapping[str, str | Path],
+    images: Mapping[str, str | Path] | str | Path,
     *,
+    channels: Iterable[str] | None = None,
     label: str | Path | None = None,
     mask: str | Path | None = None,
     name: str | None = None,
@@ -232,7 +365,9 @@ def read_case(
     """Read the files of one subject, check that they fit together, and return a `Case`.
 
     Args:
-        images: file of each channel, `{"flair": path, ...}`; their order becomes the channel order.
+        images: file of each channel, `{"flair": path, ...}`; their order becomes the channel order. NIfTI or MetaImage.
+            Or one 4-D file with all of them.
+        channels: names of the volumes in that one file, in their order.
         label: file with the class of each voxel. Float files are accepted when every value is a whole number.
         mask: file of the region of interest; values above one half are inside (stored masks may hold 0.99999997).
         name: name of the case; by default the name of the folder that the files lie in.
@@ -243,7 +378,10 @@ def read_case(
     """
     if not images:
         raise ValueError("read_case needs at least one image file")
-    scans = {channel: read_nifti(path) for channel, path in images.items()}
+    if isinstance(images, Mapping):
+        scans = {channel: read_image(path) for channel, path in images.items()}
+    else:
+        scans = _read_channels(images, tuple(channels or ()))
     first = next(iter(scans.values()))
     name = name or first.path.parent.name
     for scan in scans.values():
@@ -256,11 +394,11 @@ def read_case(
     image = np.stack([_as_native_float(s.array) for s in scans.values()])
     label_array = mask_array = None
     if label is not None:
-        scan = read_nifti(label)
+        scan = read_image(label)
         _check_same_grid(scan, first)
         label_array = as_label(scan.array, labels, scan.path)
     if mask is not None:
-        scan = read_nifti(mask)
+        scan = read_image(mask)
         _check_same_grid(scan, first)
         mask_array = scan.array > 0.5
         if not mask_array.any():
@@ -271,6 +409,17 @@ def read_case(
         image=image, channels=tuple(scans), name=name, label=label_array, mask=mask_array,
         affine=first.affine, native_axes=first.native_axes, header=first.header,
     )  # fmt: skip
+
+
+def _read_channels(path: str | Path, channels: tuple[str, ...]) -> dict[str, Scan]:
+    scan = read_image(path)
+    array = scan.array if scan.array.ndim == 4 else scan.array[..., None]
+    if array.shape[3] != len(channels):
+        raise ValueError(
+            f"{scan.path} holds {array.shape[3]} volumes ({_size(scan.array.shape)}); expected {len(channels)}: "
+            f"{', '.join(channels) or 'name them with channels=(...)'}"
+        )
+    return {channel: dataclasses.replace(scan, array=array[..., i]) for i, channel in enumerate(channels)}
 
 
 def read_label(path: str | Path, case: Case, labels: Iterable[int] | None = None) -> np.ndarray:
@@ -367,7 +516,8 @@ def write_case(folder: str | Path, case: Case) -> Path:
 # ----------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_is_nifti(path: Path) -> None:
+def _check_content(path: Path) -> bytes:
+    """Say what a file is that cannot be an image; return its start."""
     with open(path, "rb") as file:
         start = file.read(512)
     if path.name.startswith("._"):
@@ -380,6 +530,11 @@ def _check_is_nifti(path: Path) -> None:
         raise ValueError(
             f"{path} is a web page, not an image; the download was answered by a login or error page: fetch it again"
         )
+    return start
+
+
+def _check_is_nifti(path: Path) -> None:
+    start = _check_content(path)
     if path.name.endswith(".gz") and not start.startswith(b"\x1f\x8b"[: len(start)]):
         kind = "a text file" if _is_text(start) else "not gzip-compressed"
         raise ValueError(f"{path} is {kind}, not a compressed NIfTI image; check what was saved under this name")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import json
 import sys
 import threading
 import zipfile
@@ -22,7 +23,10 @@ from medseg_lite.datasets import (
     download_brats2013_deepmedic,
     download_isbi2012,
     isbi2012,
+    lits,
+    msd,
     nifti_folder,
+    promise12,
 )
 from medseg_lite.datasets._download import fetch
 from medseg_lite.volume import read_case, write_nifti
@@ -608,3 +612,293 @@ def test_isbi_download_of_something_else_leaves_nothing(challenge, tmp_path, con
     with pytest.raises(ValueError, match=match):
         download_isbi2012(tmp_path / "isbi", unverified=True)
     assert list(tmp_path.rglob("*")) == []
+
+
+# --------------------------------------------------------------------------------------------------------- PROMISE12
+
+
+def mhd(path, array, spacing=(0.6, 0.6, 3.6)):
+    types = {"uint8": "MET_UCHAR", "int16": "MET_SHORT", "float32": "MET_FLOAT"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f"ObjectType = Image\nNDims = 3\nElementSpacing = {' '.join(map(str, spacing))}\n"
+        f"DimSize = {' '.join(map(str, array.shape))}\nElementType = {types[array.dtype.name]}\nElementDataFile = {path.stem}.raw\n"
+    )
+    path.with_suffix(".raw").write_bytes(array.tobytes(order="F"))
+    return path
+
+
+def promise_case(folder, name="Case00", seed=0, shape=(6, 7, 4)):
+    image = np.random.default_rng(seed).integers(0, 900, shape).astype(np.int16)
+    label = np.zeros(shape, np.uint8)
+    label[2:4, 3:5, 1:3] = 1
+    mhd(folder / f"{name}.mhd", image)
+    mhd(folder / f"{name}_segmentation.mhd", label)
+    return image, label
+
+
+def test_promise12_reads_cases_on_demand(tmp_path):
+    image, label = promise_case(tmp_path / "training_data")
+    promise_case(tmp_path / "training_data", "Case01", 1)
+    mhd(tmp_path / "test" / "Case30.mhd", image)
+    (tmp_path / "training_data" / "._Case02.mhd").write_bytes(b"Mac OS X")
+    cohort = promise12(tmp_path)
+    assert cohort.names == ["Case00", "Case01", "Case30"] and len(cohort) == 3
+    case = cohort["Case00"]
+    np.testing.assert_array_equal(case.image[0], image[::-1, ::-1])  # stored LPS
+    np.testing.assert_array_equal(case.label, label[::-1, ::-1])
+    assert case.spacing == pytest.approx((0.6, 0.6, 3.6)) and case.channels == ("t2",) and case.name == "Case00"
+    assert case.info["classes"] == ("background", "prostate") and case.native_axes == "LPS"
+    assert cohort[2].label is None and cohort[-1].name == "Case30"
+    assert cohort[1:].names == ["Case01", "Case30"] and [c.name for c in cohort[:2]] == ["Case00", "Case01"]
+    assert promise12(tmp_path, cases=["Case30", "Case00"]).names == ["Case30", "Case00"]
+    assert repr(cohort) == "Cohort(3 cases: Case00, Case01, Case30)"
+    with pytest.raises(KeyError, match="no case is called 'Case99'; there are Case00"):
+        cohort["Case99"]
+    with pytest.raises(IndexError):
+        cohort[3]
+
+
+def damage_raw(folder):
+    (folder / "Case00.raw").unlink()
+
+
+def damage_size(folder):
+    (folder / "Case00.raw").write_bytes(b"\1" * 10)
+
+
+def damage_label(folder):
+    mhd(folder / "Case00_segmentation.mhd", np.full((6, 7, 4), 3, np.uint8))
+
+
+def damage_empty(folder):
+    mhd(folder / "Case00_segmentation.mhd", np.zeros((6, 7, 4), np.uint8))
+
+
+def damage_shape(folder):
+    mhd(folder / "Case00_segmentation.mhd", np.ones((6, 7, 3), np.uint8))
+
+
+def damage_affine(folder):
+    mhd(folder / "Case00_segmentation.mhd", np.ones((6, 7, 4), np.uint8), spacing=(1, 1, 1))
+
+
+def damage_image(folder):
+    mhd(folder / "Case00.mhd", np.zeros((6, 7, 4), np.int16))
+
+
+def damage_nan(folder):
+    image = np.ones((6, 7, 4), np.float32)
+    image[0, 0, 0] = np.nan
+    mhd(folder / "Case00.mhd", image)
+
+
+@pytest.mark.parametrize(
+    "damage, error, match",
+    [
+        (damage_raw, FileNotFoundError, r"Case00\.raw, which holds the voxels of Case00\.mhd, does not exist"),
+        (damage_size, ValueError, r"Case00\.raw holds 10 bytes of voxels; expected 336"),
+        (damage_label, ValueError, r"Case00_segmentation\.mhd holds label 3; expected only 0, 1"),
+        (damage_empty, ValueError, r"Case00_segmentation\.mhd is empty: no voxel is prostate"),
+        (damage_shape, ValueError, r"Case00_segmentation\.mhd is 6×7×3 but Case00\.mhd is 6×7×4"),
+        (damage_affine, ValueError, "have the same size but lie elsewhere in the world"),
+        (damage_image, ValueError, r"Case00\.mhd is 0 everywhere"),
+        (damage_nan, ValueError, "has 1 NaN or infinite voxels"),
+    ],
+)
+def test_promise12_defects_are_named(tmp_path, damage, error, match):
+    promise_case(tmp_path)
+    damage(tmp_path)
+    cohort = promise12(tmp_path)
+    with pytest.raises(error, match=match):
+        cohort[0]
+
+
+def test_data_sets_that_are_not_there(tmp_path):
+    for function, match in (
+        (promise12, r"has no CaseNN\.mhd; it holds x"),
+        (lits, r"has no volume-N\.nii; it holds x"),
+    ):
+        with pytest.raises(FileNotFoundError, match="is not a folder"):
+            function(tmp_path / "no")
+        (tmp_path / "x").touch()
+        with pytest.raises(FileNotFoundError, match=match):
+            function(tmp_path)
+    promise_case(tmp_path)
+    with pytest.raises(ValueError, match=r"cases is \['Case07'\], but .* has Case00"):
+        promise12(tmp_path, cases="Case07")
+
+
+# -------------------------------------------------------------------------------------------------------------- LiTS
+
+
+def lits_case(folder, number=0, *, affine=None, labels=(0, 1, 2), dtype=np.uint8, lowest=-3024):
+    affine = np.diag([-0.7, -0.7, 2.5, 1]) if affine is None else affine
+    image = np.random.default_rng(number).integers(-900, 300, (5, 6, 7)).astype(np.int16)
+    image[0, 0] = lowest
+    nifti(folder / f"volume-{number}.nii", image, affine)
+    label = classes(number, (5, 6, 7), labels).astype(dtype)
+    nifti(folder / f"segmentation-{number}.nii", label, affine)
+    return image, label
+
+
+def test_lits_reads_cases_in_the_order_of_their_numbers(tmp_path):
+    image, label = lits_case(tmp_path / "Training Batch 1", 2)
+    lits_case(tmp_path / "Training Batch 2", 10, lowest=-1000)
+    lits_case(tmp_path / "Training Batch 2", 11, dtype=np.float64)
+    nifti(tmp_path / "test" / "volume-111.nii.gz", image, np.diag([1, 1, 2, 1]))
+    (tmp_path / "._volume-3.nii").write_bytes(b"Mac OS X")
+    cohort = lits(tmp_path)
+    assert cohort.names == ["volume-2", "volume-10", "volume-11", "volume-111"]
+    case = cohort[0]
+    np.testing.assert_array_equal(case.image[0], image[::-1, ::-1])
+    np.testing.assert_array_equal(case.label, label[::-1, ::-1])
+    assert case.info["padding"] == -3024 and case.info["classes"] == ("background", "liver", "lesion")
+    assert "padding" not in cohort[1].info
+    assert cohort["volume-11"].label.dtype == np.uint8  # whole numbers stored as float
+    assert cohort["volume-111"].label is None
+
+
+def test_lits_volumes_without_an_affine(tmp_path):
+    lits_case(tmp_path, 28, affine=np.eye(4))
+    with pytest.raises(
+        ValueError, match=r"volume-28\.nii has an identity affine.*volumes 28 to 47.*identity_affine=True"
+    ):
+        lits(tmp_path)[0]
+    assert lits(tmp_path, identity_affine=True)[0].spacing == (1, 1, 1)
+
+
+def test_lits_defects_are_named(tmp_path):
+    lits_case(tmp_path, 0, labels=(0, 1, 2, 3))
+    with pytest.raises(ValueError, match=r"segmentation-0\.nii holds label 3; expected only 0, 1, 2"):
+        lits(tmp_path)[0]
+    lits_case(tmp_path, 0)
+    nifti(tmp_path / "segmentation-0.nii", classes(0, (5, 6, 7), (0, 1)), np.diag([0.7, -0.7, 2.5, 1]))
+    with pytest.raises(ValueError, match=r"lie elsewhere in the world \(RPS against LPS\)"):
+        lits(tmp_path)[0]
+    nifti(tmp_path / "segmentation-0.nii", np.full((5, 6, 7), 0.5), np.diag([-0.7, -0.7, 2.5, 1]))
+    with pytest.raises(ValueError, match=r"holds 0\.5, not a whole class number"):
+        lits(tmp_path)[0]
+    (tmp_path / "volume-0.nii").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"volume-0\.nii is a Git-LFS pointer"):
+        lits(tmp_path)[0]
+
+
+# --------------------------------------------------------------------------------------------------------- Decathlon
+
+
+PROSTATE = {
+    "modality": {"0": "T2", "1": "ADC"},
+    "labels": {"0": "background", "1": "PZ", "2": "TZ"},
+    "training": [
+        {"image": "./imagesTr/prostate_00.nii.gz", "label": "./labelsTr/prostate_00.nii.gz"},
+        {"image": "./imagesTr/prostate_01.nii.gz", "label": "./labelsTr/prostate_01.nii.gz"},
+    ],
+    "test": ["./imagesTs/prostate_03.nii.gz"],
+}
+
+
+@pytest.fixture
+def decathlon(tmp_path):
+    """`decathlon(**changes)`: Task05 in small, with another dataset.json."""
+
+    def make(**changes):
+        root = tmp_path / "Task05_Prostate"
+        for n, name in enumerate(("imagesTr/prostate_00", "imagesTr/prostate_01", "imagesTs/prostate_03")):
+            image = np.random.default_rng(n).normal(size=(5, 6, 4, 2)).astype(np.float32)
+            nifti(root / f"{name}.nii.gz", image)
+            if "Tr" in name:
+                nifti(root / f"{name}.nii.gz".replace("images", "labels"), classes(n, (5, 6, 4), (0, 1, 2)))
+        (root / "dataset.json").write_text(json.dumps({**PROSTATE, **changes}))
+        (root / "imagesTr" / "._prostate_00.nii.gz").write_bytes(b"Mac OS X")
+        return root
+
+    return make
+
+
+def test_msd_reads_what_dataset_json_lists(decathlon):
+    root = decathlon()
+    cohort = msd(root)
+    assert cohort.names == ["prostate_00", "prostate_01"]
+    case = cohort["prostate_01"]
+    assert case.channels == ("t2", "adc") and case.info["classes"] == ("background", "PZ", "TZ")
+    stored = nibabel.load(root / "imagesTr" / "prostate_01.nii.gz").get_fdata()
+    np.testing.assert_array_equal(case.image, np.moveaxis(stored, -1, 0).astype(np.float32))
+    np.testing.assert_array_equal(case.label, classes(1, (5, 6, 4), (0, 1, 2)))
+    (test,) = msd(root, split="test")
+    assert test.name == "prostate_03" and test.label is None
+    assert msd(root, cases="prostate_01").names == ["prostate_01"]
+    with pytest.raises(ValueError, match="split is 'train'; expected 'training' or 'test'"):
+        msd(root, split="train")
+
+
+def test_msd_of_one_channel(decathlon):
+    root = decathlon(modality={"0": "CT"}, labels={"0": "background", "1": "liver", "2": "cancer"})
+    image = np.random.default_rng(0).normal(size=(5, 6, 4)).astype(np.float32)
+    nifti(root / "imagesTr" / "prostate_00.nii.gz", image)
+    case = msd(root)[0]
+    assert case.channels == ("ct",) and case.image.shape == (1, 5, 6, 4) and case.info["dataset"] == "Task05_Prostate"
+    nifti(root / "imagesTr" / "prostate_00.nii.gz", image[..., None])  # a trailing axis of length one
+    np.testing.assert_array_equal(msd(root)[0].image, case.image)
+
+
+def test_msd_ignores_what_macos_left(decathlon):
+    listed = [{"image": "./imagesTr/._prostate_00.nii.gz", "label": "./labelsTr/._prostate_00.nii.gz"}]
+    assert msd(decathlon(training=listed + PROSTATE["training"])).names == ["prostate_00", "prostate_01"]
+
+
+def test_msd_defects_are_named(decathlon, tmp_path):
+    root = decathlon()
+    image, label = root / "imagesTr" / "prostate_00.nii.gz", root / "labelsTr" / "prostate_00.nii.gz"
+    for path, content, match in [
+        (image, np.ones((5, 6, 4), np.float32), r"prostate_00\.nii\.gz holds 1 volumes \(5×6×4\); expected 2: t2, adc"),
+        (image, np.ones((5, 6, 4, 2), np.float32), "is 1 everywhere"),
+        (image, np.full((5, 6, 4, 2), np.inf, np.float32), "has 120 NaN or infinite voxels"),
+        (label, np.full((5, 6, 4), 7, np.uint8), "holds label 7; expected only 0, 1, 2"),
+        (label, np.ones((5, 6, 3), np.uint8), "is 5×6×3 but prostate_00"),
+    ]:
+        decathlon()
+        nifti(path, content)
+        with pytest.raises(ValueError, match=match):
+            msd(root)[0]
+    decathlon()
+    image.write_bytes(image.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        msd(root)[0]
+    image.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"dataset\.json lists .*prostate_00\.nii\.gz, which does not exist \(prostate_01"
+    ):
+        msd(root)[0]
+    with pytest.raises(
+        FileNotFoundError, match=r"dataset\.json does not exist; .* holds Task05_Prostate: point at the task"
+    ):
+        msd(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        (dict(modality={"first": "T2"}), "is not a description of a Decathlon task"),
+        (dict(labels=[1, 2]), "is not a description of a Decathlon task"),
+        (dict(training=["a"]), "is not a description"),
+        (dict(labels={}), "is not a description"),
+        (dict(labels={"0": "background", "999999999999": "much"}), "is not a description"),
+        (dict(training=[]), "lists no training cases"),
+        (
+            dict(training=[{"image": "../a.nii.gz", "label": "b.nii.gz"}]),
+            r"lists '\.\./a\.nii\.gz', which lies outside",
+        ),
+        (dict(training=[{"image": "a.nii.gz", "label": "/etc/b.nii.gz"}]), "lists '/etc/b.nii.gz', which lies outside"),
+    ],
+)
+def test_msd_descriptions_that_are_wrong(decathlon, changes, match):
+    with pytest.raises(ValueError, match=match):
+        msd(decathlon(**changes))
+
+
+def test_msd_description_that_is_no_json(decathlon):
+    root = decathlon()
+    (root / "dataset.json").write_text("<html>")
+    with pytest.raises(ValueError, match="is not a description of a Decathlon task"):
+        msd(root)

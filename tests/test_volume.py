@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import re
+import zlib
 
 import nibabel
 import numpy as np
@@ -19,6 +20,8 @@ from medseg_lite.volume import (
     bounding_box,
     padded_region,
     read_case,
+    read_image,
+    read_metaimage,
     read_nifti,
     write_case,
     write_nifti,
@@ -492,3 +495,180 @@ def test_padded_region_inside_and_beyond():
     assert padded_region(array, [1], [4]).tolist() == [[1, 2, 3]]
     assert padded_region(array, [-2], [2]).tolist() == [[2, 1, 0, 1]]
     assert padded_region(array, [4], [7]).tolist() == [[4, 3, 2]]
+
+
+# ------------------------------------------------------------------------------------------------------------ MetaImage
+
+LPS, IDENTITY = np.diag([-1.0, -1, 1, 1]), np.eye(3)
+
+
+def metaimage(path, array, *, matrix=IDENTITY, spacing=SPACING, offset=(7, -8, 9), compress=False, big=False, **fields):
+    """Write `array[i, j, k]`, where i varies fastest, with the rows of `matrix` as the axes' directions in LPS."""
+    types = {"uint8": "MET_UCHAR", "int16": "MET_SHORT", "float32": "MET_FLOAT", "float64": "MET_DOUBLE"}
+    data = array.astype(array.dtype.newbyteorder(">" if big else "<")).tobytes(order="F")
+    if compress:
+        data = zlib.compress(data)
+    local = path.suffix == ".mha"
+    header = {
+        "ObjectType": "Image", "NDims": array.ndim, "BinaryData": True, "BinaryDataByteOrderMSB": big,
+        "CompressedData": compress, "TransformMatrix": " ".join(map(str, np.ravel(matrix))),
+        "Offset": " ".join(map(str, offset)), "ElementSpacing": " ".join(map(str, spacing)),
+        "DimSize": " ".join(map(str, array.shape)), "ElementType": types[array.dtype.name], **fields,
+        "ElementDataFile": "LOCAL" if local else fields.get("ElementDataFile", path.stem + (".zraw" if compress else ".raw")),
+    }  # fmt: skip
+    text = "".join(f"{k} = {v}\n" for k, v in header.items() if v is not None).encode()
+    path.write_bytes(text + data if local else text)
+    if not local:
+        (path.parent / (path.stem + (".zraw" if compress else ".raw"))).write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["mhd", "mha"])
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64"])
+def test_metaimage_is_read_in_ras(tmp_path, ending, compress, big, dtype):
+    array = np.random.default_rng(0).integers(0, 200, (4, 5, 6)).astype(dtype)
+    scan = read_metaimage(metaimage(tmp_path / f"a.{ending}", array, compress=compress, big=big))
+    np.testing.assert_array_equal(scan.array, array[::-1, ::-1])  # LPS to RAS
+    assert scan.array.dtype == dtype and scan.native_axes == "LPS"
+    # The voxel stored first lies at the offset: 7 mm to the left, 8 mm to the front, 9 mm up.
+    np.testing.assert_allclose(scan.affine @ [3, 4, 0, 1], [-7, 8, 9, 1])
+    np.testing.assert_allclose(np.diag(scan.affine), [*SPACING, 1])
+
+
+@given(st.permutations(range(3)), st.tuples(*[st.sampled_from([1, -1])] * 3), st.floats(-0.3, 0.3))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_metaimage_and_nifti_of_one_scan_agree(tmp_path, axes, signs, angle):
+    """In any orientation, oblique ones too: nibabel's reading of the same affine is the peer."""
+    c, s = np.cos(angle), np.sin(angle)
+    directions = (
+        np.eye(3)[axes] * np.array(signs)[:, None] @ [[c, -s, 0], [s, c, 0], [0, 0, 1]]
+    )  # row i: of axis i, in LPS
+    array = np.random.default_rng(1).normal(size=(3, 4, 5)).astype(np.float32)
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = directions.T * SPACING, (7, -8, 9)
+    nibabel.save(nibabel.Nifti1Image(array, LPS @ affine), tmp_path / "a.nii")
+    ours = read_image(metaimage(tmp_path / "a.mha", array, matrix=directions))
+    theirs = read_image(tmp_path / "a.nii")
+    np.testing.assert_array_equal(ours.array, theirs.array)
+    np.testing.assert_allclose(ours.affine, theirs.affine, atol=1e-5)
+    assert ours.native_axes == theirs.native_axes
+
+
+def test_metaimages_make_a_case_that_is_written_on_their_grid(tmp_path):
+    image = np.random.default_rng(0).normal(size=(4, 5, 6)).astype(np.float32)
+    label = (image > 0).astype(np.uint8)
+    metaimage(tmp_path / "a.mhd", image)
+    metaimage(tmp_path / "a_segmentation.mhd", label, compress=True)
+    case = read_case({"t2": tmp_path / "a.mhd"}, label=tmp_path / "a_segmentation.mhd", labels=range(2))
+    np.testing.assert_array_equal(case.label, case.image[0] > 0)
+    written = nibabel.load(write_nifti(tmp_path / "out.nii.gz", case.label, case))
+    np.testing.assert_array_equal(np.asarray(written.dataobj), label)
+    assert nibabel.aff2axcodes(written.affine) == ("L", "P", "S")
+    metaimage(tmp_path / "a_segmentation.mhd", label, matrix=np.diag([-1, 1, 1]))
+    with pytest.raises(ValueError, match=r"same size but lie elsewhere in the world \(RPS against LPS\)"):
+        read_case({"t2": tmp_path / "a.mhd"}, label=tmp_path / "a_segmentation.mhd")
+
+
+def test_metaimage_header_variants(tmp_path):
+    array = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    path = metaimage(tmp_path / "a.mha", array, ElementSpacing=None, ElementSize="2 2 3", Offset=None, Position="1 2 3")
+    scan = read_metaimage(path)
+    np.testing.assert_allclose(np.abs(np.diag(scan.affine)[:3]), (2, 2, 3))
+    np.testing.assert_allclose(scan.affine @ [1, 2, 0, 1], [-1, -2, 3, 1])
+    (tmp_path / "b.raw").write_bytes(b"skip me" + array.tobytes(order="F"))
+    head = "ObjectType = Image\nNDims = 3\nDimSize = 2 3 4\nElementType = MET_SHORT\nHeaderSize = {}\nElementDataFile = b.raw"
+    for skip in (7, -1):
+        (tmp_path / "b.mhd").write_text(head.format(skip))
+        np.testing.assert_array_equal(read_metaimage(tmp_path / "b.mhd").array, array[::-1, ::-1])
+    four = metaimage(tmp_path / "c.mha", array[..., None], matrix=np.eye(4), spacing=(1, 1, 2, 1), offset=(0, 0, 0, 0))
+    assert read_metaimage(four).array.shape == (2, 3, 4)  # a trailing axis of length one
+
+
+@pytest.mark.parametrize(
+    "fields, match",
+    [
+        (dict(DimSize="4 5 7"), r"a\.mha holds 240 bytes of voxels; expected 280 for 4×5×7 of MET_SHORT.*truncated"),
+        (dict(DimSize="4 5 5"), "holds 240 bytes of voxels; expected 200"),
+        (dict(DimSize="4 5"), "NDims = 3 and DimSize = '4 5'; expected a 3-D volume"),
+        (dict(DimSize="4 5 -6"), "expected a 3-D volume"),
+        (dict(DimSize="4 nan 6"), "has DimSize = '4 nan 6'; expected numbers"),
+        (dict(DimSize=None), "has no DimSize; expected numbers"),
+        (dict(NDims=2, DimSize="4 30"), "expected a 3-D volume"),
+        (dict(ElementType="MET_STRING"), "ElementType = 'MET_STRING'; expected one of MET_UCHAR"),
+        (dict(ElementNumberOfChannels=3), "has 3 numbers per voxel; expected one"),
+        (dict(ElementSpacing="1 1"), "of a length that does not fit 3 axes"),
+        (dict(ElementSpacing="1 0 1"), "unusable affine"),
+        (dict(TransformMatrix="1 0 0 1 0 0 0 0 1"), "unusable affine"),
+        (dict(Offset="a b c"), "has Offset = 'a b c'; expected numbers"),
+        (dict(CompressedData=True), r"a\.mha cannot be unpacked .*damaged"),
+    ],
+)
+def test_metaimage_headers_that_lie(tmp_path, fields, match):
+    path = metaimage(tmp_path / "a.mha", np.ones((4, 5, 6), np.int16), **fields)
+    with pytest.raises(ValueError, match=match):
+        read_metaimage(path)
+
+
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        (b"", r"a\.mhd is empty"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git-LFS pointer"),
+        (b"just text", "is not a MetaImage: expected lines such as"),
+        (b"NDims = 3\nDimSize = 2 2 2\n", "is not a MetaImage.*but after 2 there is b''"),
+        (b"\0" * 9999, "is not a MetaImage"),
+        (
+            b"ElementDataFile = ../a.raw\n",
+            r"keeps its values in '\.\./a\.raw'; expected LOCAL or one file in the same folder",
+        ),
+        (b"ElementDataFile = /etc/passwd\n", "expected LOCAL or one file in the same folder"),
+        (b"ElementDataFile = LIST\n", "keeps its values in 'LIST'"),
+        (b"ElementDataFile = s%03d.raw 1 9 1\n", "expected LOCAL or one file"),
+    ],
+)
+def test_files_that_are_no_metaimages(tmp_path, content, match):
+    (tmp_path / "a.mhd").write_bytes(content)
+    with pytest.raises(ValueError, match=match):
+        read_metaimage(tmp_path / "a.mhd")
+
+
+def test_a_metaimage_without_its_values(tmp_path):
+    path = metaimage(tmp_path / "a.mhd", np.ones((4, 5, 6), np.int16))
+    (tmp_path / "a.raw").rename(tmp_path / "b.raw")
+    with pytest.raises(
+        FileNotFoundError, match=r"a\.raw, which holds the voxels of a\.mhd, does not exist; .* holds b\.raw"
+    ):
+        read_metaimage(path)
+    (tmp_path / "a.raw").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"a\.raw is a Git-LFS pointer"):
+        read_metaimage(path)
+    (tmp_path / "a.raw").write_bytes(b"1234")
+    with pytest.raises(ValueError, match=r"a\.raw holds 4 bytes of voxels; expected 240"):
+        read_metaimage(path)
+    with pytest.raises(FileNotFoundError, match=r"c\.mhd does not exist; that folder holds a\.mhd"):
+        read_metaimage(tmp_path / "c.mhd")
+
+
+def test_a_metaimage_never_unpacks_to_more_than_it_says(tmp_path):
+    path = metaimage(tmp_path / "a.mha", np.zeros((100, 100, 100), np.uint8), compress=True, DimSize="2 2 2")
+    with pytest.raises(ValueError, match="holds more than 8 bytes of voxels; expected 8"):
+        read_metaimage(path)
+
+
+def test_one_file_with_all_channels(tmp_path):
+    array = np.random.default_rng(0).normal(size=(3, 4, 5, 2)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "a.nii")
+    case = read_case(tmp_path / "a.nii", channels=("t2", "adc"))
+    assert case.channels == ("t2", "adc")
+    np.testing.assert_array_equal(case.image, np.moveaxis(array, -1, 0))
+    with pytest.raises(ValueError, match=r"holds 2 volumes \(3×4×5×2\); expected 4: flair, t1, t1c, t2"):
+        read_case(tmp_path / "a.nii", channels=("flair", "t1", "t1c", "t2"))
+    nibabel.save(nibabel.Nifti1Image(array[..., 0], np.eye(4)), tmp_path / "b.nii")
+    assert read_case(tmp_path / "b.nii", channels=["ct"]).channels == ("ct",)
+    with pytest.raises(ValueError, match=r"holds 1 volumes \(3×4×5\); expected 2: t2, adc"):
+        read_case(tmp_path / "b.nii", channels=("t2", "adc"))
+    with pytest.raises(ValueError, match="name them with channels="):
+        read_case(tmp_path / "b.nii")
