@@ -1,6 +1,6 @@
 """DeepMedic's own analysis on phantoms: the networks of each experiment of its paper, trained alike.
 
-    OMP_NUM_THREADS=1 python benchmarks/deepmedic_analysis.py [--only 3.3 3.4 4 3.5]
+    OMP_NUM_THREADS=1 python benchmarks/deepmedic_analysis.py [--only 3.3 3.4 4 3.5 "4, contusions"]
 
 Trains and scores, in short runs at reduced width: the deeper networks of section 3.3; the two scales of section 3.4; five-fold
 cross-validation, an ensemble of three and the random forest as in section 4.1; the 2D networks of section 3.5, on isotropic
@@ -43,7 +43,7 @@ CURVES, SCORES = RESULTS / "deepmedic_curves.csv", RESULTS / "deepmedic_scores.c
 WIDTH = 0.3  # share of the paper's feature maps
 TRAINING, VALIDATION = range(0, 16), range(100, 106)  # seeds of the phantoms of section 3
 SUBJECTS, FOLDS, MEMBERS = 20, 5, 3  # of section 4
-STEPS = {"3.3": 220, "3.4": 220, "4": 160, "3.5": 80}
+STEPS = {"3.3": 220, "3.4": 220, "4": 160, "3.5": 80, "4, contusions": 1000}
 HALVINGS = (0.5, 0.7, 0.85, 0.95)
 BATCH = {"dm2d_seg": 250, "deeper2d_seg": 100, "wider2d_seg": 100, "large2d_seg": 100, "dm2d_patch": 540}  # Table B.1
 FLAT = tuple(BATCH)
@@ -237,6 +237,29 @@ def cross_validate(fold: int, members: int = 1) -> None:
     )
 
 
+def contusions() -> None:
+    """Section 4 on lesions like the paper's, small and several: the shipped full-size network against a forest of the same cases."""
+    if (stored(SCORES).run == "contusions").any():
+        return
+    began = time.process_time()
+    network = models.load(paths.shipped("checkpoints", "deepmedic_contusions.safetensors"))
+    cases, unseen = ([injured(s) for s in seeds] for seeds in (range(32), range(100, 112)))
+    assert [c.name for c in cases] == network.card["trained_on"], "both learn from the same brains"
+    forest = RandomForest(trees=50, jobs=1).fit(cases, points_per_case=1000, balance=BALANCE)
+    tables = []
+    for case in unseen:
+        found = {"everything": case.mask, "forest": forest.predict(case, progress=False).argmax(0)}
+        found["deepmedic"] = inference.predict(network, case, progress=False)
+        tables += [{"network": method, "case": case.name} | score(f, case) for method, f in found.items()]
+    keep(SCORES, pd.DataFrame(tables), run="contusions", section="4, contusions", slices="isotropic", fold=-1)
+    means = pd.DataFrame(tables).groupby("network").dice.mean().round(3).to_dict()
+    print(f"contusions: {means}, {time.process_time() - began:.0f} s", flush=True)
+
+
+def injured(seed: int) -> Case:
+    return transforms.standardise(phantoms.brain(seed, site="ABC"[seed % 3], lesion="contusions"))
+
+
 def markdown(frame: pd.DataFrame) -> list[str]:
     rows = [frame.columns, ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
     return ["| " + " | ".join(map(str, row)) + " |" for row in rows]
@@ -282,6 +305,8 @@ def main() -> None:
             learn("3.3", network)
     if "3.4" in wanted:
         learn("3.4", "deepmedic")
+    if "4, contusions" in wanted:
+        contusions()
     if "4" in wanted:
         for fold in range(FOLDS):
             cross_validate(fold)
