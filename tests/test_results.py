@@ -14,7 +14,7 @@ def scores() -> pd.DataFrame:
 
 def test_stored_scores_are_complete(scores):
     sizes = scores.groupby(["run", "network"]).size()
-    assert set(sizes) == {4, 6}  # a fold's subjects, or section 3's validation cases
+    assert set(sizes) == {4, 6, 12}  # a fold's subjects, section 3's validation cases, brains with contusions
     assert not scores.duplicated(["run", "network", "case"]).any()
     assert scores.dice.between(0, 1).all() and (scores.true_ml > 0).all()
     both = scores[(scores.precision > 0) & (scores.sensitivity > 0)]
