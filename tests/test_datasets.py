@@ -754,7 +754,8 @@ def test_lits_reads_cases_in_the_order_of_their_numbers(tmp_path):
     np.testing.assert_array_equal(case.image[0], image[::-1, ::-1])
     np.testing.assert_array_equal(case.label, label[::-1, ::-1])
     assert case.info["padding"] == -3024 and case.info["classes"] == ("background", "liver", "lesion")
-    assert "padding" not in cohort[1].info
+    assert np.array_equal(case.mask, case.image[0] != -3024) and not case.mask.all()
+    assert "padding" not in cohort[1].info and cohort[1].mask is None
     assert cohort["volume-11"].label.dtype == np.uint8  # whole numbers stored as float
     assert cohort["volume-111"].label is None
 

@@ -33,7 +33,7 @@ def lits(
 
     Returns:
         Cases of one channel, "ct", in Hounsfield units as stored; `info["padding"]` is the value below -1024 that a scanner
-        wrote where it did not measure, if there is one. Labels are 1 liver, 2 lesion; None for test volumes, which have none.
+        wrote where it did not measure, if there is one, and `mask` is the rest. Labels are 1 liver, 2 lesion; None for test volumes, which have none.
 
     Raises:
         FileNotFoundError, ValueError: here where no case is found, and on reading a case that has a defect.
@@ -71,4 +71,5 @@ def _read(name: str, image: Path, label: Path | None, identity_affine: bool) -> 
     lowest = float(case.image.min())
     if lowest < -1024:
         case.info["padding"] = lowest
+        case.mask = case.image[0] > lowest
     return case

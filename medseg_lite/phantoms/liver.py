@@ -41,7 +41,7 @@ def liver(
 
     Returns:
         A case of one channel, "ct", in whole Hounsfield units, with values of -3024, -2048 or -1024 outside the circle that the
-        scanner reconstructs. Labels are 1 liver, 2 lesion. `info` has the seed, "lesions", their "kind", "liver_ml",
+        scanner reconstructs, which is the `mask`. Labels are 1 liver, 2 lesion. `info` has the seed, "lesions", their "kind", "liver_ml",
         "lesion_ml", the "padding" and the names of the "classes".
     """
     _check(seed, size, slice_mm, lesions, kind)
@@ -71,15 +71,14 @@ def liver(
     grain = along(along(grain, 0, blur_matrix(size, 0.7)), 1, blur_matrix(size, 0.7)) / 0.40
     image += sd * grain * np.clip(0.5 - body / 90, 0.4, 1.3)
     image = np.clip(image, -1024, 3071)
-    circle = np.hypot(axes[0][:, None], axes[1]) > field / 2
-    image[circle] = padding
-    label[circle] = 0
+    mask = np.repeat((np.hypot(axes[0][:, None], axes[1]) <= field / 2)[..., None], counts[2], axis=2)
+    image[~mask], label[~mask] = padding, 0
 
     affine = np.diag([pixel, pixel, slice_mm, 1.0])
     affine[:3, 3] = [a[0] for a in axes]
     ml = pixel**2 * slice_mm / 1000
     return Case(
-        image=np.rint(image)[None], channels=("ct",), label=label, affine=affine, name=f"liver-{seed:04d}",
+        image=np.rint(image)[None], channels=("ct",), label=label, mask=mask, affine=affine, name=f"liver-{seed:04d}",
         info={
             "seed": seed, "lesions": placed, "kind": kind if placed else None, "padding": padding, "classes": CLASSES,
             "liver_ml": round(float((label > 0).sum()) * ml), "lesion_ml": round(float((label == 2).sum()) * ml, 1),
