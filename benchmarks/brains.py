@@ -1,6 +1,6 @@
 """Kayalibay's network on brain phantoms: which sequences it needs, what it makes of healthy brains, crops or down-sampling.
 
-    python benchmarks/brains.py [--parts healthy modalities memory] [--folds 0 1 2]
+    python benchmarks/brains.py [--parts healthy modalities memory] [--folds 0 1 2] [--variants ill ...]
 
 Fifteen generated gliomas (seeds 0 to 14) at 4 mm in five cross-validation folds, twelve to train on and three to test; ten more
 persons (seeds 100 to 109) that no network trains on are seen with a glioma, with a hemisphere of that mirrored where the glioma keeps
@@ -8,7 +8,7 @@ to one side, and before they fell ill. All networks have half the feature maps a
 
 * modalities: each sequence alone, and the combinations of the paper's Table 2; one volume a batch.
 * healthy: two volumes a batch: both ill ("ill"); one ill, one healthy ("healthy beside"); one ill, one mirrored training case
-  ("mirrored beside"); two ill or two healthy ones in turn ("healthy apart"). "ill" is trained on all five folds, which become
+  ("mirrored beside"); two ill or two healthy ones in turn ("healthy apart"). The networks of "ill" become
   data/checkpoints/kayalibay_brains_ill*.safetensors; fold 0 of "healthy beside" is kept too.
 * memory: crops of 40x40x32 voxels at 2 mm against whole brains, averaged down to 4 mm, of that many voxels; judged at 2 mm.
 
@@ -234,22 +234,26 @@ def report(command: str) -> str:
             out.write(f"| {variant} | {row['folds']:.0f} | {' | '.join(f'{v:g}' for v in row.iloc[1:])} |\n")
     if table_of("healthy").is_file():
         table = pd.read_csv(table_of("healthy"))
-        false = table[table["set"] == "healthy"].groupby(["case", "variant"])["false_ml_whole"].mean().unstack()
-        out.write("\nFalse ml on healthy brains, ill − variant, paired by person (mean over folds):\n\n")
+        rows = table[table["set"] == "healthy"]
+        false = rows.pivot_table(index=["case", "fold"], columns="variant", values="false_ml_whole")
+        out.write("\nFalse ml on healthy brains, ill − variant, over the folds that both have, paired by person:\n\n")
         for variant in COMPANY[1:]:
             if variant in false:
-                out.write(f"* {variant}: {statistics.paired_t_test(false['ill'], false[variant])}\n")
+                pair = false[["ill", variant]].dropna()
+                means = pair.groupby("case").mean()
+                folds = pair.index.unique("fold").size
+                out.write(f"* {variant} ({folds} folds): {statistics.paired_t_test(means['ill'], means[variant])}\n")
     return out.getvalue() + f"\nRepeat it: `{command}`\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2], choices=range(5))
+    parser.add_argument("--variants", nargs="+", help="of the parts; all by default")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    plan = [(p, v, f) for f in options.folds for p in options.parts for v in PARTS[p][1]]
-    plan += [("healthy", "ill", f) for f in range(5) if "healthy" in options.parts and f not in options.folds]
+    plan = [(p, v, f) for f in options.folds for p in options.parts for v in options.variants or PARTS[p][1]]
     for part, variant, fold in plan:
         path = table_of(part)
         done = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["variant", "fold"])
