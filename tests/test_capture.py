@@ -78,6 +78,19 @@ def test_deepmedic_both_pathways_against_plain_hooks(noise_case, stir):
     np.testing.assert_allclose(maps["classifier"].data, logits, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("name", models.NETWORKS)
+def test_the_last_layer_of_every_network_is_what_it_predicts(name, noise_case, stir):
+    torch.manual_seed(0)
+    model = stir(getattr(models, name)(in_channels=2, classes=3, width=0.1))
+    case = noise_case((20, 33, 5))
+    before = [len(module._forward_hooks) for module in model.modules()]
+    maps = capture(model, case, [""], progress=False)[""]
+    assert [len(module._forward_hooks) for module in model.modules()] == before
+    logits = inference.predict(model, case, output="logits", progress=False)
+    assert maps.stride == (1, 1, 1) and max(map(abs, maps.offset)) <= 0.5  # even kernels see half a voxel to one side
+    np.testing.assert_allclose(maps.data, logits, rtol=2e-3, atol=2e-3 * abs(logits).max())
+
+
 @pytest.mark.parametrize(
     "build", [lambda: models.deepmedic(in_channels=2, classes=3, width=0.1), lambda: models.dm2d_seg(in_channels=2, classes=3, width=0.1),
               lambda: models.two_path_cnn(in_channels=2, classes=3, width=0.05, init="he"),
