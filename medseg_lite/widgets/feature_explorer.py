@@ -612,6 +612,11 @@ def _draw(explorer: FeatureExplorer) -> Figure:
             drawn = left.imshow(
                 shown, cmap=palette, vmin=a, vmax=b, alpha=explorer.opacity, extent=place, aspect=aspect
             )
+            if explorer.truth and case.label is not None and min(shape[plane.x], shape[plane.y]) > 1:
+                label = plotting.cut(case.label[box], plane, explorer.position[plane.cut] - start[plane.cut])
+                for k in np.unique(label[label > 0]).tolist():
+                    columns, lines = (np.arange(n) + 0.5 for n in label.shape[::-1])
+                    left.contour(columns, lines, label == k, [0.5], colors=plotting.class_colour(k), linewidths=1.2)
             x, y = (shape[i] - (explorer.position[i] - start[i]) - 0.5 for i in (plane.x, plane.y))
             left.axhline(y, color="#ffffff", lw=0.6, alpha=0.7)
             left.axvline(x, color="#ffffff", lw=0.6, alpha=0.7)
