@@ -81,17 +81,9 @@ class SegmentSampler:
             )
         if scheme not in SCHEMES:
             raise ValueError(f"scheme={scheme!r}; expected one of {', '.join(SCHEMES)}")
-        if not cases:
-            raise ValueError("no cases to sample from; give at least one labelled case")
         if output < 1 or batch_size < 1:
             raise ValueError(f"output={output}, batch_size={batch_size}; both must be at least 1")
-        for case in cases:
-            if case.label is None:
-                raise ValueError(f"{case.name} has no label; training needs one")
-            if case.channels != cases[0].channels:
-                raise ValueError(
-                    f"{case.name} has channels {case.channels} but {cases[0].name} has {cases[0].channels}"
-                )
+        _check_cases(cases)
         self.block = (output,) * spatial_dims + (1,) * (3 - spatial_dims)
         self.margin = (margin,) * spatial_dims + (0,) * (3 - spatial_dims)
         self.cut = cut or (lambda patch: (patch,))
@@ -212,17 +204,9 @@ class VolumeSampler:
         seed: int = 0,
         device: str | torch.device = "cpu",
     ):
-        if not cases:
-            raise ValueError("no cases to sample from; give at least one labelled case")
         if batch_size < 1 or multiple < 1:
             raise ValueError(f"batch_size={batch_size}, multiple={multiple}; both must be at least 1")
-        for case in cases:
-            if case.label is None:
-                raise ValueError(f"{case.name} has no label; training needs one")
-            if case.channels != cases[0].channels:
-                raise ValueError(
-                    f"{case.name} has channels {case.channels} but {cases[0].name} has {cases[0].channels}"
-                )
+        _check_cases(cases)
         self.crop = None if crop is None else (crop,) * 3 if isinstance(crop, int) else tuple(crop)
         if self.crop is not None:
             if len(self.crop) != 3 or any(n < 1 or n % multiple for n in self.crop):
@@ -271,3 +255,14 @@ class VolumeSampler:
         start = [int(rng.integers(n - c + 1)) for n, c in zip(label.shape, self.crop)]
         block = tuple(slice(a, a + c) for a, c in zip(start, self.crop))
         return image[(slice(None), *block)], label[block]
+
+
+def _check_cases(cases: Sequence[Case]) -> None:
+    """Raise ValueError unless there are cases, all labelled and of the same channels."""
+    if not cases:
+        raise ValueError("no cases to sample from; give at least one labelled case")
+    for case in cases:
+        if case.label is None:
+            raise ValueError(f"{case.name} has no label; training needs one")
+        if case.channels != cases[0].channels:
+            raise ValueError(f"{case.name} has channels {case.channels} but {cases[0].name} has {cases[0].channels}")
