@@ -96,6 +96,8 @@ def _train(options) -> None:
             device=device, seed=options.seed + member, **settings,
         )  # fmt: skip
         card = model.card | {"normalise": options.normalise, "held_out": [c.name for c in held], "command": _command()}
+        if options.plane:
+            card["plane"] = options.plane
         path = models.save(folder / "model.safetensors", model, card)
         print(f"saved {path}")
         if held:
@@ -123,6 +125,9 @@ def _segment(options) -> None:
     cards = [m.card for m in members]
     if any(c.get("normalise") != cards[0].get("normalise") for c in cards):
         raise ValueError("the networks of the ensemble were trained on differently normalised images")
+    plane = cards[0].get("plane", "axial")
+    if any(c.get("plane", "axial") != plane for c in cards):
+        raise ValueError("the networks of the ensemble were trained on slices of different planes; segment with each")
     channels = cards[0].get("channels")
     if options.channels is None and options.data not in _KNOWN:
         options.channels = channels
@@ -133,11 +138,12 @@ def _segment(options) -> None:
         if channels:
             case = case.select(channels)
         if options.probabilities:
-            probabilities = inference.predict(model, case, output="probabilities")
+            probabilities = inference.predict(model, context.facing(case, plane), output="probabilities")
+            probabilities = context.facing_back(probabilities, plane)
             write_nifti(out / f"{case.name}_probabilities.nii.gz", probabilities, case)
             labels = probabilities.argmax(0).astype("uint8")
         else:
-            labels = inference.predict(model, case)
+            labels = context.facing_back(inference.predict(model, context.facing(case, plane)), plane)
         path = write_nifti(out / f"{case.name}.nii.gz", labels, case)
         print(f"wrote {path}")
 
@@ -146,6 +152,11 @@ def _scores(options) -> None:
     device = _device(options.device)
     networks = {plane: models.load(path).to(device) for plane, path in zip(context.PLANES, options.model, strict=True)}
     cards = [network.card for network in networks.values()]
+    found = [card.get("plane", "axial") for card in cards]
+    if found != list(networks):
+        raise ValueError(
+            f"--model is for slices of the planes {', '.join(found)}; expected {', '.join(networks)}, in this order"
+        )
     if options.channels is None and options.data not in _KNOWN:
         options.channels = cards[0].get("channels")
     cases = _cases(options, label=False, normalise=cards[0].get("normalise", "standardise"))

@@ -116,7 +116,7 @@ def deepmedic(
         l1=1e-8 if flat else 1e-6,
         l2=1e-6 if flat else 1e-4,
         schedule=optimizers.HalveAt(optimizer, steps=[round(f * steps) for f in halvings]),
-        validate=training.validate_on(validation, regions=regions_of(classes)) if validation else None,
+        validate=_validate(validation, classes),
         validate_every=min(validate_every, steps),
         folder=folder,
         seed=seed,
@@ -217,7 +217,7 @@ def havaei(
             l1=1e-6,
             l2=1e-4,
             schedule=optimizers.MomentumSchedule(optimizer, steps=steps, epochs=epochs),
-            validate=training.validate_on(validation, regions=regions_of(classes)) if validation else None,
+            validate=_validate(validation, classes),
             validate_every=min(validate_every, steps),
             folder=Path(folder) / f"phase{number}" if folder else None,
             seed=seed,
@@ -312,7 +312,7 @@ def kayalibay(
         optimizer=optimizer,
         loss=functions[loss],
         schedule=optimizers.HalveAt(optimizer, steps=[round(f * steps) for f in halvings]),
-        validate=training.validate_on(validation, regions=regions_of(classes)) if validation else None,
+        validate=_validate(validation, classes),
         validate_every=min(validate_every, steps),
         patience=patience,
         folder=folder,
@@ -401,7 +401,7 @@ def drozdzal(
         loss=losses.dice_loss,
         l2=weight_decay,
         schedule=optimizers.InverseTimeDecay(optimizer),
-        validate=training.validate_on(validation, regions=regions_of(classes)) if validation else None,
+        validate=_validate(validation, classes),
         validate_every=min(validate_every, steps),
         patience=patience,
         folder=folder,
@@ -502,7 +502,7 @@ def mlynarski(
         forward=model.with_auxiliary if flat else None,
         accumulate=accumulate or (10 if flat else 5),
         schedule=optimizers.HalveOnSlowLoss(optimizer, window=window),
-        validate=training.validate_on(validation, regions=regions_of(classes)) if validation else None,
+        validate=_validate(validation, classes),
         validate_every=min(validate_every, steps),
         folder=folder,
         seed=seed,
@@ -544,6 +544,11 @@ def _build(
             in_channels=channels or len(cases[0].channels), classes=classes, width=width, **options
         )
     return model.to(device)
+
+
+def _validate(cases: Sequence[Case], classes: int) -> Callable | None:
+    """The validation of `training.fit`, where there are cases for it."""
+    return training.validate_on(cases, regions=regions_of(classes)) if cases else None
 
 
 def _card(network: str, cases: Sequence[Case], classes: int, steps: int, seed: int, device) -> dict:

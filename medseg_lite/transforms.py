@@ -90,15 +90,9 @@ def mirror_healthy(case: Case, *, midline: np.ndarray | None = None) -> Case:
             f"{case.name} has {on_left} lesion voxels left of the midline and {on_right} right of it; "
             "only a lesion within one hemisphere leaves a healthy one to mirror"
         )
-    left = np.count_nonzero(midline < 0, axis=0)  # (H, W): the midline lies between voxels left - 1 and left
-    voxel = np.arange(case.shape[0])[:, None, None]
-    twin = 2 * left - 1 - voxel
-    known = (twin >= 0) & (twin < case.shape[0])
-    replaced = voxel < left if on_left else voxel >= left
 
     def mirrored(array):
-        source = np.take_along_axis(array, np.where(known, twin, 0), axis=0) * known
-        return np.where(replaced, source, array).astype(array.dtype)
+        return mirror_hemisphere(array, midline, -1 if on_left else 1)
 
     return case.replace(
         name=f"{case.name}-mirrored",
@@ -108,6 +102,23 @@ def mirror_healthy(case: Case, *, midline: np.ndarray | None = None) -> Case:
         extra={k: v if k == "midline" else mirrored(v) for k, v in case.extra.items()},
         info=case.info | {"mirrored": True},
     )
+
+
+def mirror_hemisphere(array: np.ndarray, midline: np.ndarray, side: float) -> np.ndarray:
+    """Replace one hemisphere of `(D, H, W)` by the mirror image of the other.
+
+    The falx is not quite plane, and a tumour bends it: every line of voxels from left to right is mirrored about the place
+    where it meets the midline. What would come from outside the grid is 0.
+
+    Args:
+        midline: `(D, H, W)`, negative left of it.
+        side: of the hemisphere that is replaced, negative for the left one.
+    """
+    left = np.count_nonzero(midline < 0, axis=0)  # (H, W): the midline lies between voxels left - 1 and left
+    twin = 2 * left - 1 - np.arange(array.shape[0])[:, None, None]
+    known = (twin >= 0) & (twin < array.shape[0])
+    image = np.take_along_axis(array, np.where(known, twin, 0), axis=0) * known
+    return np.where((midline < 0) == (side < 0), image, array).astype(array.dtype)
 
 
 def _offset_from_symmetry_plane(mask: np.ndarray) -> np.ndarray:

@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
-from medseg_lite import models
+from medseg_lite import context, inference, models, transforms
 from medseg_lite.cli import main
+from medseg_lite.datasets import nifti_folder
 from medseg_lite.volume import Case, read_nifti, write_case
 
 AFFINE = np.array([[-2.0, 0, 0, 40], [0, -2, 0, 50], [0, 0, 3, -20], [0, 0, 0, 1]])  # LPS, as scanners often write
@@ -192,7 +193,29 @@ def test_2d_networks_in_three_planes_help_a_3d_network(folder, tmp_path, capsys)
         options = ["--plane", plane, "--block", "16", "--batch-size", "2"]
         assert main(["train", "mlynarski_2d", *data, *short, *options, "--out", str(out)]) == 0
         paths.append(str(out / "model.safetensors"))
+        assert models.load(paths[-1]).card.get("plane") == plane
+    # A network of sagittal slices segments sagittal slices.
+    assert (
+        main(["segment", "--model", paths[2], "--data", str(folder), "--out", str(tmp_path / "s"), "--device", "cpu"])
+        == 0
+    )
+    network = models.load(paths[2])
+    case = transforms.standardise(
+        next(
+            c
+            for c in nifti_folder(
+                folder, channels={n: f"{n}.nii.gz" for n in network.card["channels"]}, mask="mask.nii.gz"
+            )
+            if c.name == "case1"
+        )
+    )
+    expected = inference.predict(network, context.facing(case, "sagittal"), progress=False)
+    found = read_nifti(tmp_path / "s" / "case1.nii.gz").array
+    assert np.array_equal(context.facing(case.replace(label=found.astype(np.uint8)), "sagittal").label, expected)
     scores = str(tmp_path / "scores")
+    capsys.readouterr()
+    assert main(["scores", "--model", *paths[::-1], "--data", str(folder), "--out", scores, "--device", "cpu"]) == 1
+    assert "planes sagittal, coronal, axial; expected axial, coronal, sagittal" in capsys.readouterr().err
     assert main(["scores", "--model", *paths, "--data", str(folder), "--out", scores, "--device", "cpu"]) == 0
     assert len(list((tmp_path / "scores").iterdir())) == 9
     out = tmp_path / "both"

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
+from ..transforms import mirror_hemisphere
 from ..volume import BRATS_CLASSES, Case, bounding_box
 from . import lesions
 from .anatomy import EXTENT, SHRINK, Axes, Person, stream
@@ -104,7 +105,7 @@ def brain(
     extra = {name: np.where(mask, maps[name], 0).astype(np.float16) for name in ("csf", "gm", "wm")}
     arrays = [*image, label, mask, *extra.values()]
     if mirrored:
-        arrays = [_mirror(a, midline, disease.side) for a in arrays]
+        arrays = [mirror_hemisphere(a, midline, disease.side) for a in arrays]
         arrays[len(channels)] = np.zeros_like(label)
     *image, label, mask, csf, gm, wm = arrays
     if cut:
@@ -264,19 +265,6 @@ def _add_texture(image, channels, person, maps, fractions, axes) -> None:
         rough = 0.6 if channel in ("t1", "t1c") else 1.0
         uneven = 0.07 if channel == "t1c" else 0.04
         image[i] *= 1 + detail * maps["detail"] * (1 - ill) + rough * grain + uneven * lumps * ill
-
-
-def _mirror(array: np.ndarray, midline: np.ndarray, side: int) -> np.ndarray:
-    """Replace the hemisphere on `side` of the falx by the mirror image of the other one.
-
-    The falx is not quite plane, and a tumour bends it: every line of voxels from left to right is mirrored about the
-    place where it meets the falx.
-    """
-    left = np.count_nonzero(midline < 0, axis=0)  # (H, W): the falx lies between voxels left - 1 and left
-    twin = 2 * left - 1 - np.arange(array.shape[0])[:, None, None]
-    known = (twin >= 0) & (twin < array.shape[0])
-    mirrored = np.take_along_axis(array, np.where(known, twin, 0), 0) * known
-    return np.where(midline * side > 0, mirrored, array).astype(array.dtype)
 
 
 def _beyond_cut(mask: np.ndarray, axes: Axes, share: float, rng: np.random.Generator) -> np.ndarray:
