@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from medseg_lite import context, inference, models, recipes
+from medseg_lite.sampling import SegmentSampler
 from medseg_lite.volume import Case
 
 
@@ -86,12 +87,12 @@ def test_phase_two_changes_the_output_layer_alone(cases, tmp_path):
 def test_phases_draw_differently(cases, monkeypatch):
     made = []
 
-    class Recorded(recipes.SegmentSampler):
+    class Recorded(SegmentSampler):
         def __init__(self, *arguments, **options):
             made.append(options)
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr(recipes, "SegmentSampler", Recorded)
+    monkeypatch.setitem(recipes.havaei.__globals__, "SegmentSampler", Recorded)
     recipes.havaei(cases, **SHORT)
     assert [m["scheme"] for m in made] == ["equal", "uniform"] and made[0]["seed"] != made[1]["seed"]
     assert all(m["spatial_dims"] == 2 and m["margin"] == 16 and m["output"] == 3 for m in made)
@@ -99,7 +100,7 @@ def test_phases_draw_differently(cases, monkeypatch):
 
 def test_two_phases_resume_exactly(cases, tmp_path, monkeypatch):
     whole = recipes.havaei(cases, **SHORT)
-    batch = recipes.SegmentSampler.batch
+    batch = SegmentSampler.batch
     for phase, name in ((1, "equal"), (2, "uniform")):
 
         def broken(self, step, name=name):
@@ -107,10 +108,10 @@ def test_two_phases_resume_exactly(cases, tmp_path, monkeypatch):
                 raise RuntimeError("power cut")
             return batch(self, step)
 
-        monkeypatch.setattr(recipes.SegmentSampler, "batch", broken)
+        monkeypatch.setattr(SegmentSampler, "batch", broken)
         with pytest.raises(RuntimeError, match="power cut"):
             recipes.havaei(cases, folder=tmp_path, validate_every=1, **SHORT)
-        monkeypatch.setattr(recipes.SegmentSampler, "batch", batch)
+        monkeypatch.setattr(SegmentSampler, "batch", batch)
         assert (tmp_path / f"phase{phase}" / "last.pt").exists()
     again = recipes.havaei(cases, folder=tmp_path, validate_every=1, **SHORT)
     assert all(same(whole, again).values())
