@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 
-.PHONY: lab test test-fast notebooks lint clean
+.PHONY: lab test test-fast notebooks badges lint clean
 
 lab: $(VENV)/ready
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(LAB_OPTIONS)
@@ -19,6 +19,10 @@ test-fast: $(VENV)/ready
 
 notebooks: $(VENV)/ready
 	$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
+
+# make badges REPO=owner/name: notebooks and README point at that repository.
+badges: $(VENV)/ready
+	$(BIN)/python notebooks/badges.py $(REPO)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check medseg_lite tests benchmarks notebooks

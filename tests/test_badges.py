@@ -1,0 +1,50 @@
+"""One repository slug, repeated in badges and addresses, rewritten by `make badges`."""
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("badges", ROOT / "notebooks" / "badges.py")
+badges = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(badges)
+
+
+def test_every_address_names_the_one_slug():
+    slug = badges.slug(ROOT)
+    for path in badges.places(ROOT):
+        text = path.read_text(encoding="utf-8")
+        badge = re.findall(r"(?:colab\.research\.google\.com/github|mybinder\.org/v2/gh)/([\w.-]+/[\w.-]+)/", text)
+        installed = re.findall(r"git\+https://github\.com/([\w.-]+/[\w.-]+)", text)
+        assert {*badge, *installed} <= {slug}, path.name
+        assert slug in text, f"{path.name} does not name the repository"
+
+
+@pytest.fixture
+def copy(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    for path in badges.places(ROOT):
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    return tmp_path
+
+
+def test_rewrites_everything_and_back(copy):
+    before = {path: path.read_bytes() for path in badges.places(copy)}
+    old = badges.slug(copy)
+    assert badges.rewrite(copy, "a-school/seg_course") == badges.places(copy)
+    assert badges.slug(copy) == "a-school/seg_course"
+    assert not any(old in path.read_text(encoding="utf-8") for path in badges.places(copy))
+    assert "git clone https://github.com/a-school/seg_course && cd seg_course" in (copy / "README.md").read_text()
+    badges.rewrite(copy, old)
+    assert {path: path.read_bytes() for path in badges.places(copy)} == before
+
+
+@pytest.mark.parametrize("bad", ["", "name", "a/b/c", "https://github.com/a/b", "a b/c", "-a/b", "a/b.git"])
+def test_bad_slug_changes_nothing(copy, bad):
+    before = {path: path.read_bytes() for path in badges.places(copy)}
+    with pytest.raises(ValueError, match="expected owner/name"):
+        badges.rewrite(copy, bad)
+    assert {path: path.read_bytes() for path in badges.places(copy)} == before
