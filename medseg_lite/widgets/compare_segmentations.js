@@ -35,22 +35,7 @@ function render({ model, el }) {
     };
     stage.addEventListener("pointerdown", (event) => { if (event.button === 0) { stage.setPointerCapture(event.pointerId); moveTo(pointAt(event)); } });
     stage.addEventListener("pointermove", (event) => { if (event.buttons & 1) moveTo(pointAt(event)); });
-    let turned = 0;
-    stage.addEventListener("wheel", (event) => {
-      event.preventDefault();
-      turned += clamp(event.deltaY * (event.deltaMode ? 20 : 1), -50, 50);
-      if (Math.abs(turned) >= 50) { move(planeNow().cut, -Math.sign(turned)); turned = 0; }
-    }, { passive: false });
-    stage.addEventListener("keydown", (event) => {
-      const far = event.shiftKey ? 10 : 1, { x, y, cut } = planeNow();
-      const step = {
-        ArrowLeft: [x, far], ArrowRight: [x, -far], ArrowUp: [y, far], ArrowDown: [y, -far],
-        PageUp: [cut, far], PageDown: [cut, -far], Home: [cut, -shape[cut]], End: [cut, shape[cut]],
-      }[event.key];
-      if (!step || event.ctrlKey || event.altKey || event.metaKey) return;
-      event.preventDefault();
-      move(...step);
-    });
+    steer(stage, planeNow, shape, move);
     const jump = (event) => {
       const r = strip.getBoundingClientRect(), { cut } = planeNow(), next = [...model.get("position")];
       next[cut] = start[cut] + Math.floor(((event.clientX - r.left) / r.width) * shape[cut]);

@@ -97,22 +97,7 @@ function render({ model, el }) {
     tiles.addEventListener("pointerdown", (event) => { const hit = tileAt(event); if (hit && event.button === 0) set(channelKey, hit.channel); });
     tiles.addEventListener("pointermove", (event) => { const hit = tileAt(event); if (hit) say(view, hit.position ?? model.get("position"), hit.channel); });
     for (const box of [stage, tiles]) box.addEventListener("pointerleave", () => say(view));
-    let turned = 0;
-    stage.addEventListener("wheel", (event) => {
-      event.preventDefault();
-      turned += clamp(event.deltaY * (event.deltaMode ? 20 : 1), -50, 50);
-      if (Math.abs(turned) >= 50) { move(planeNow().cut, -Math.sign(turned)); turned = 0; }
-    }, { passive: false });
-    stage.addEventListener("keydown", (event) => {
-      const far = event.shiftKey ? 10 : 1, { x, y, cut } = planeNow();
-      const step = {
-        ArrowLeft: [x, far], ArrowRight: [x, -far], ArrowUp: [y, far], ArrowDown: [y, -far],
-        PageUp: [cut, far], PageDown: [cut, -far], Home: [cut, -shape[cut]], End: [cut, shape[cut]],
-      }[event.key];
-      if (!step || event.ctrlKey || event.altKey || event.metaKey) return;
-      event.preventDefault();
-      move(...step);
-    });
+    steer(stage, planeNow, shape, move);
     tiles.addEventListener("keydown", (event) => {
       const columns = view.layout?.columns ?? 1;
       const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];

@@ -23,6 +23,27 @@ function make(tag, attributes = {}, ...children) {
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 const short = (x) => String(Number(x.toPrecision(3))).replace("-", "−");
 
+/** Wheel and keys of a slice picture: `move(axis, voxels)` along the axes of `planeNow()`, in arrays of `shape`. A mouse notch is one
+    slice; a touchpad's small steps add up. */
+function steer(stage, planeNow, shape, move) {
+  let turned = 0;
+  stage.addEventListener("wheel", (event) => {
+    event.preventDefault();
+    turned += clamp(event.deltaY * (event.deltaMode ? 20 : 1), -50, 50);
+    if (Math.abs(turned) >= 50) { move(planeNow().cut, -Math.sign(turned)); turned = 0; }
+  }, { passive: false });
+  stage.addEventListener("keydown", (event) => {
+    const far = event.shiftKey ? 10 : 1, { x, y, cut } = planeNow();
+    const step = {
+      ArrowLeft: [x, far], ArrowRight: [x, -far], ArrowUp: [y, far], ArrowDown: [y, -far],
+      PageUp: [cut, far], PageDown: [cut, -far], Home: [cut, -shape[cut]], End: [cut, shape[cut]],
+    }[event.key];
+    if (!step || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    move(...step);
+  });
+}
+
 /** "#rrggbb" and alpha 0..255 as one pixel, in the byte order that ImageData has on every current machine. */
 function pixel(colour, alpha = 255) {
   const rgb = parseInt(colour.slice(1), 16);

@@ -75,22 +75,7 @@ function render({ model, el }) {
         setWindow(level - half, level + half);
       }
     });
-    let turned = 0; // a mouse notch is one slice; a touchpad's small steps add up
-    stage.addEventListener("wheel", (event) => {
-      event.preventDefault();
-      turned += clamp(event.deltaY * (event.deltaMode ? 20 : 1), -50, 50);
-      if (Math.abs(turned) >= 50) { move(cut, -Math.sign(turned)); turned = 0; }
-    }, { passive: false });
-    stage.addEventListener("keydown", (event) => {
-      const far = event.shiftKey ? 10 : 1;
-      const step = {
-        ArrowLeft: [x, far], ArrowRight: [x, -far], ArrowUp: [y, far], ArrowDown: [y, -far],
-        PageUp: [cut, far], PageDown: [cut, -far], Home: [cut, -shape[cut]], End: [cut, shape[cut]],
-      }[event.key];
-      if (!step || event.ctrlKey || event.altKey || event.metaKey) return;
-      event.preventDefault();
-      move(...step);
-    });
+    steer(stage, () => plane, shape, move);
     const context = canvas.getContext("2d");
     return {
       ...plane, width, height, box, stage, slider, count, across, down, context, image: new ImageData(width, height), drawn: -1,
