@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from skimage import exposure
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,18 +22,40 @@ def standardise(case: Case) -> Case:
 
     Source: Kamnitsas et al. 2017, section 4.2.1.
     """
-    inside = case.image[:, case.mask] if case.mask is not None else case.image.reshape(len(case.channels), -1)
-    if not inside.size:
-        raise ValueError(f"{case.name}: the mask is empty, so there is nothing to measure; correct it or leave it out")
+    inside = _inside(case)
     mean = inside.mean(axis=1, dtype=np.float64)
     std = inside.std(axis=1, dtype=np.float64)
-    if (std == 0).any():
-        flat = [c for c, s in zip(case.channels, std) if s == 0]
-        raise ValueError(
-            f"{case.name}: {', '.join(flat)} is constant inside the mask, so it has no variance to divide by"
-        )
+    _check_varies(case, std > 0)
     image = (case.image - mean[:, None, None, None]) / std[:, None, None, None]
     return case.replace(image=image.astype(np.float32))
+
+
+def rescale(case: Case) -> Case:
+    """Shift and scale each channel so that it reaches from 0 to 1 inside the mask (in the whole image without one).
+
+    Source: Drozdzal et al. 2018, section 1 ("range normalization"), one of the pre-processings that theirs replaces.
+    """
+    inside = _inside(case)
+    low, high = inside.min(axis=1), inside.max(axis=1)
+    _check_varies(case, high > low)
+    image = (case.image - low[:, None, None, None]) / (high - low)[:, None, None, None]
+    return case.replace(image=image.astype(np.float32))
+
+
+def equalise(case: Case, *, bins: int = 256) -> Case:
+    """Replace each intensity by the share of the mask (of the whole image without one) that is darker: a flat histogram, 0 to 1.
+
+    Any rising function of the intensities, such as another gain and offset, gives the same result.
+
+    Args:
+        bins: of the histogram, between which the share is interpolated.
+
+    Source: Drozdzal et al. 2018, section 1 ("histogram equalization").
+    """
+    inside = _inside(case)
+    _check_varies(case, inside.max(axis=1) > inside.min(axis=1))
+    image = [exposure.equalize_hist(channel, nbins=bins, mask=case.mask) for channel in case.image]
+    return case.replace(image=np.stack(image).astype(np.float32))
 
 
 def median_normalise(case: Case, *, constant: float = 1.0) -> Case:
@@ -56,6 +80,28 @@ def median_normalise(case: Case, *, constant: float = 1.0) -> Case:
             )
         np.multiply(channel, constant / median, out=out)
     return case.replace(image=result)
+
+
+def complete(case: Case, channels: Sequence[str], *, value: float = 0.0) -> Case:
+    """The case with these channels in this order; a channel that it lacks is `value` everywhere.
+
+    For a network that expects every sequence. Normalise first: 0 is then the mean of `standardise`d channels, the least
+    surprising thing to say about a sequence that was not acquired.
+
+    Raises:
+        ValueError: the case has a channel that is not asked for (drop it with `case.select`), or none of them.
+    """
+    channels = tuple(channels)
+    unknown = [c for c in case.channels if c not in channels]
+    if unknown or not case.channels:
+        raise ValueError(
+            f"{case.name} has {', '.join(unknown) or 'no channel'}; expected some of {', '.join(channels)}: use case.select([...])"
+        )
+    if case.channels == channels:
+        return case
+    image = np.full((len(channels), *case.shape), value, np.float32)
+    image[[channels.index(c) for c in case.channels]] = case.image
+    return case.replace(image=image, channels=channels)
 
 
 def mirror_healthy(case: Case, *, midline: np.ndarray | None = None) -> Case:
@@ -131,6 +177,32 @@ def _offset_from_symmetry_plane(mask: np.ndarray) -> np.ndarray:
         if fit > best:
             best, plane = fit, left
     return np.arange(count) - (plane - 0.5)
+
+
+def drop_channels(
+    image: Tensor, label: Tensor, *, rng: np.random.Generator, probability: float
+) -> tuple[Tensor, Tensor]:
+    """With this probability, an image of the batch has one of its channels, each equally likely, replaced by 0.
+
+    What `complete` makes of a case that lacks a sequence; a network trained so has met it.
+
+    Args:
+        image: `(B, C, *space)`.
+        label: passed through.
+        rng: decides.
+
+    Returns:
+        A new tensor of images, and the label.
+    """
+    if not 0 <= probability <= 1 or image.shape[1] < 2:
+        raise ValueError(
+            f"probability={probability} with {image.shape[1]} channels; expected 0 to 1, and a channel that remains"
+        )
+    dropped = rng.random(len(image)) < probability
+    which = rng.integers(image.shape[1], size=len(image))
+    image = image.clone()
+    image[np.flatnonzero(dropped), which[dropped]] = 0
+    return image, label
 
 
 def augment(image: Tensor, label: Tensor, *, rng: np.random.Generator, angle: float = 180.0) -> tuple[Tensor, Tensor]:
@@ -244,3 +316,19 @@ def _rotate(image: Tensor, label: Tensor, planes: np.ndarray, angles: np.ndarray
     turned = F.grid_sample((image - low).float(), grid, mode="bilinear", align_corners=True).to(image.dtype) + low
     nearest = F.grid_sample(label[:, None].float(), grid, mode="nearest", align_corners=True)
     return turned, nearest[:, 0].to(label.dtype)
+
+
+def _inside(case: Case) -> np.ndarray:
+    """Intensities inside the mask, or all of them, `(C, n)`."""
+    inside = case.image[:, case.mask] if case.mask is not None else case.image.reshape(len(case.channels), -1)
+    if not inside.size:
+        raise ValueError(f"{case.name}: the mask is empty, so there is nothing to measure; correct it or leave it out")
+    return inside
+
+
+def _check_varies(case: Case, varies: np.ndarray) -> None:
+    if not varies.all():
+        flat = [c for c, v in zip(case.channels, varies) if not v]
+        raise ValueError(
+            f"{case.name}: {', '.join(flat)} is constant inside the mask, so it has no variance to divide by"
+        )

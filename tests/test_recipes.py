@@ -247,3 +247,78 @@ def test_mlynarski_in_two_steps(tmp_path):
     assert alone.config["variant"] == "standard" and alone.in_channels == 2
     with pytest.raises(ValueError, match="expected 3 numbers from 0 on of sum 1"):
         recipes.mlynarski(cases, network="mlynarski_3d", output=4, target_weights=(0.5, 0.5), **short)
+
+
+# ------------------------------------------------------------------------------------------------------ missing sequences
+
+
+@pytest.fixture
+def gappy():
+    """One complete case, and two that lack a sequence each, in another order."""
+    rng = np.random.default_rng(0)
+    label = np.zeros((20, 20, 8), np.uint8)
+    label[5:15, 5:15, 2:6] = 1
+    cases = [
+        Case(rng.standard_normal((3, *label.shape)).astype(np.float32) + label, ("flair", "t1", "t1c"), name, label)
+        for name in ("whole", "no t1", "no flair")
+    ]
+    return [cases[0], cases[1].select(["t1c", "flair"]), cases[2].select(["t1", "t1c"])]
+
+
+QUICK = {"output": 16, "batch_size": 2, "accumulate": 2, "progress": False}
+
+
+def test_pretraining_changes_one_subnetwork_and_sees_the_cases_that_have_its_sequence(gappy, monkeypatch):
+    model = models.mlynarski_2d(in_channels=3, classes=2, width=0.1)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    seen = []
+    sampler = recipes.mlynarski.__globals__["SegmentSampler"]
+    monkeypatch.setitem(
+        recipes.mlynarski.__globals__, "SegmentSampler", lambda cases, **o: seen.extend(cases) or sampler(cases, **o)
+    )
+    history = recipes.pretrain_subnetwork(
+        model, "t1", gappy, channels=("flair", "t1", "t1c"), steps=3, scheme="foreground", **QUICK
+    )
+    assert [c.name for c in seen] == ["whole", "no flair"] and {c.channels for c in seen} == {("t1",)}
+    np.testing.assert_array_equal(seen[1].image[0], gappy[2].image[0])
+    changed = {k.split(".")[1] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    parts = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"1"} and parts == {"subnetworks", "auxiliary"} and len(history) == 3
+
+
+def test_incomplete_cases_reach_the_network_through_its_subnetworks(gappy, tmp_path):
+    options = {"steps": 2, "width": 0.1, **QUICK}
+    plain = recipes.mlynarski(gappy[:1], **options)
+    helped = recipes.mlynarski(gappy[:1], incomplete=gappy[1:], pretrain_steps=2, folder=tmp_path, **options)
+    assert helped.card["pretrained_on"] == ["no t1", "no flair"] and helped.card["trained_on"] == ["whole"]
+    assert not plain.history["loss"].equals(helped.history["loss"]) and len(helped.history) == 2
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "last.pt", "history.csv", "subnetwork_flair", "subnetwork_t1", "subnetwork_t1c"
+    }  # fmt: skip
+    again = recipes.mlynarski(gappy[:1], incomplete=gappy[1:], pretrain_steps=2, folder=tmp_path, **options)
+    assert all(same(helped, again).values())
+
+
+def test_training_with_dropped_sequences(gappy):
+    options = {"steps": 2, "width": 0.1, **QUICK}
+    dropped = recipes.mlynarski(gappy[:1], drop=1.0, **options).history["loss"]
+    assert not dropped.equals(recipes.mlynarski(gappy[:1], **options).history["loss"])
+
+
+def test_missing_sequences_are_named(gappy):
+    model = models.mlynarski_2d(in_channels=3, classes=2, width=0.1)
+    channels = ("flair", "t1", "t1c")
+    with pytest.raises(ValueError, match="channel='t2'; the network's sequences are flair, t1, t1c"):
+        recipes.pretrain_subnetwork(model, "t2", gappy, channels=channels, steps=1)
+    with pytest.raises(ValueError, match="the network takes 3 sequences"):
+        recipes.pretrain_subnetwork(model, "t1", gappy, channels=("flair", "t1"), steps=1)
+    with pytest.raises(ValueError, match="none of the 1 cases has t1"):
+        recipes.pretrain_subnetwork(model, "t1", gappy[1:2], channels=channels, steps=1)
+    with pytest.raises(ValueError, match="no flair has t1c, which the network does not take"):
+        recipes.pretrain_subnetwork(model, "t1", gappy[2:], channels=("flair", "t1", "t2"), steps=1)
+    with pytest.raises(ValueError, match=r"whole has channels .* but no t1 has|no t1 has channels"):
+        recipes.mlynarski(gappy, steps=1, width=0.1, **QUICK)
+    with pytest.raises(ValueError, match="give pretrain_steps="):
+        recipes.mlynarski(gappy[:1], incomplete=gappy[1:], steps=1)
+    with pytest.raises(ValueError, match="are for mlynarski_2d"):
+        recipes.mlynarski(gappy[:1], network="mlynarski_3d", drop=0.5, steps=1)

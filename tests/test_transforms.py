@@ -308,3 +308,43 @@ def test_warp_is_smooth_and_as_large_as_asked():
 def test_distort_checks_shapes():
     with pytest.raises(ValueError, match=r"expected \(B, C, H, W\) and \(B, H, W\)"):
         transforms.distort(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 4, 4, 4), rng=np.random.default_rng(0))
+
+
+# ------------------------------------------------------------------------------------------------------ missing sequences
+
+
+def test_complete_puts_zeros_where_a_sequence_is_missing():
+    case = small([[1, 2, 3], [4, 5, 6]], channels=("t2", "flair"))
+    whole = transforms.complete(case, ["flair", "t1", "t2"])
+    assert whole.channels == ("flair", "t1", "t2") and whole.image.dtype == np.float32
+    assert whole.image[:, 0, 0].tolist() == [[4, 5, 6], [0, 0, 0], [1, 2, 3]]
+    assert transforms.complete(case, ["t2", "flair", "t1"], value=-1).image[2].max() == -1
+    assert transforms.complete(whole, whole.channels) is whole
+    assert case.channels == ("t2", "flair")
+
+
+def test_complete_refuses_what_the_network_does_not_know():
+    with pytest.raises(ValueError, match=r"small has t2; expected some of flair, t1: use case.select"):
+        transforms.complete(small([[1, 2], [3, 4]], channels=("flair", "t2")), ("flair", "t1"))
+
+
+def test_drop_channels_takes_one_channel_of_the_drawn_share():
+    image, label = torch.rand(400, 4, 2, 2) + 1, torch.zeros(400, 2, 2, dtype=torch.long)
+    before = image.clone()
+    dropped, same = transforms.drop_channels(image, label, rng=np.random.default_rng(0), probability=0.25)
+    gone = (dropped == 0).flatten(2).all(2)
+    assert same is label and torch.equal(image, before)
+    assert int(gone.sum(1).max()) == 1 and 70 < int(gone.sum()) < 130
+    assert gone.sum(0).min() > 10  # every channel has its turn
+    assert torch.equal(dropped[~gone], image[~gone])
+
+
+def test_drop_channels_never_and_always():
+    image, label = torch.ones(8, 2, 3, 3), torch.zeros(8, 3, 3, dtype=torch.long)
+    for probability, left in ((0.0, 2), (1.0, 1)):
+        dropped, _ = transforms.drop_channels(image, label, rng=np.random.default_rng(1), probability=probability)
+        assert (dropped.flatten(2).sum(2) > 0).sum(1).tolist() == [left] * 8
+    with pytest.raises(ValueError, match="with 1 channels; expected 0 to 1, and a channel that remains"):
+        transforms.drop_channels(image[:, :1], label, rng=np.random.default_rng(0), probability=0.5)
+    with pytest.raises(ValueError, match="probability=1.5"):
+        transforms.drop_channels(image, label, rng=np.random.default_rng(0), probability=1.5)

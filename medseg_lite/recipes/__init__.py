@@ -12,9 +12,18 @@ from .deepmedic import deepmedic
 from .drozdzal import drozdzal
 from .havaei import havaei
 from .kayalibay import kayalibay
-from .mlynarski import mlynarski
+from .mlynarski import mlynarski, pretrain_subnetwork
 
-__all__ = ["deepmedic", "drozdzal", "havaei", "kayalibay", "mlynarski", "of_network", "regions_of"]
+__all__ = [
+    "deepmedic",
+    "drozdzal",
+    "havaei",
+    "kayalibay",
+    "mlynarski",
+    "of_network",
+    "pretrain_subnetwork",
+    "regions_of",
+]
 
 
 def of_network(network: str) -> Callable[..., nn.Module]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import nn
 
-from .. import context, losses, models, optimizers, training
+from .. import context, losses, models, optimizers, training, transforms
+from ..models.mlynarski import Mlynarski2d
 from ..sampling import SegmentSampler
 from ..volume import Case
 from ._shared import build, card, check, validation_of
@@ -31,6 +34,9 @@ def mlynarski(
     accumulate: int | None = None,
     scheme: str | None = None,
     flip: bool = True,
+    incomplete: Sequence[Case] = (),
+    pretrain_steps: int = 0,
+    drop: float = 0.0,
     validation: Sequence[Case] = (),
     validate_every: int = 500,
     folder: str | Path | None = None,
@@ -59,6 +65,11 @@ def mlynarski(
         accumulate: batches per update, 10 (2D) or 5 (3D) in the paper.
         scheme: see `SegmentSampler`; by default "uniform" in 2D and "foreground" in 3D.
         flip: mirror left to right with probability one half.
+        incomplete: further labelled cases, each lacking sequences, for `pretrain_steps`. The network as a whole never sees them.
+        pretrain_steps: updates of every 2D subnetwork of one sequence by itself, on the cases and incomplete cases that have the
+            sequence (`pretrain_subnetwork`), before the network is trained.
+        drop: probability with which a square of the 2D network lacks a sequence, so that it learns to do without one
+            (`transforms.drop_channels`; not in the paper).
         validation: cases segmented every `validate_every` updates; their mean Dice goes into the history.
         folder: where the run is kept; the same call goes on from an interrupted run.
         width: scales every feature-map count.
@@ -76,10 +87,39 @@ def mlynarski(
     features = sum(channel.split()[0] in context.PLANES for channel in cases[0].channels)  # of context.with_scores
     if not flat:
         options = {"features": features, "variant": "a" if features else "standard"} | options
+    elif features:
+        raise ValueError(f"{cases[0].name} has scores of 2D networks among its channels; those are for mlynarski_3d")
+    if not flat and (incomplete or pretrain_steps or drop):
+        raise ValueError(
+            "incomplete, pretrain_steps and drop are for mlynarski_2d: only it has a subnetwork for each sequence"
+        )
+    if incomplete and not pretrain_steps:
+        raise ValueError(
+            "incomplete cases serve to pre-train subnetworks only; give pretrain_steps=, or leave them out"
+        )
     model = build(network, cases, classes, width, seed, device, channels=len(cases[0].channels) - features, **options)
-    if target_weights is None:
-        background = 0.7 if flat else 0.4
-        target_weights = [background, *[(1 - background) / (classes - 1)] * (classes - 1)]
+    target_weights = target_weights or _weights(classes, 0.7 if flat else 0.4)
+    channels = cases[0].channels
+    if pretrain_steps:
+        for channel in channels:
+            pretrain_subnetwork(
+                model,
+                channel,
+                [*cases, *incomplete],
+                channels=channels,
+                steps=pretrain_steps,
+                target_weights=target_weights,
+                learning_rate=learning_rate,
+                window=window,
+                output=output or 192,
+                batch_size=batch_size or 4,
+                accumulate=accumulate or 10,
+                scheme=scheme or "uniform",
+                flip=flip,
+                folder=Path(folder) / f"subnetwork_{channel}" if folder else None,
+                seed=seed,
+                progress=progress,
+            )
     sampler = SegmentSampler(
         cases,
         output=output or (192 if flat else 28),
@@ -88,6 +128,7 @@ def mlynarski(
         scheme=scheme or ("uniform" if flat else "foreground"),
         flip=flip,
         spatial_dims=model.spatial_dims,
+        augment=partial(transforms.drop_channels, probability=drop) if drop else None,
         seed=seed,
     )
 
@@ -114,4 +155,84 @@ def mlynarski(
         progress=progress,
     )
     model.card = card(network, cases, classes, steps, seed, device)
+    if pretrain_steps:
+        model.card |= {"pretrained_on": [c.name for c in incomplete], "pretrain_steps": pretrain_steps}
     return model
+
+
+def pretrain_subnetwork(
+    model: Mlynarski2d,
+    channel: str,
+    cases: Sequence[Case],
+    *,
+    channels: Sequence[str],
+    steps: int,
+    target_weights: Sequence[float] | None = None,
+    learning_rate: float = 0.25,
+    window: int = 200,
+    output: int = 192,
+    batch_size: int = 4,
+    accumulate: int = 10,
+    scheme: str = "uniform",
+    flip: bool = True,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train the subnetwork of one sequence by itself, on all cases that have the sequence.
+
+    Where every case lacks some sequence, no more than a few can show the whole network all of them; but each subnetwork
+    can learn from most. The network is changed in place: the subnetwork and its auxiliary classifier.
+
+    Args:
+        model: a 2D network.
+        channel: whose subnetwork.
+        cases: labelled, normalised; those whose `channels` lack this one are left aside.
+        channels: the network's sequences in the order of its inputs.
+        steps: updates.
+        target_weights, learning_rate, window, output, batch_size, accumulate, scheme, flip, folder, seed, progress: as for
+            `mlynarski`.
+
+    Returns:
+        One row per update, as `training.fit`.
+
+    Source: Mlynarski et al. 2019, sections 2.2 and 3.2.
+    """
+    channels = tuple(channels)
+    if len(channels) != model.in_channels:
+        raise ValueError(f"channels names {', '.join(channels)}; the network takes {model.in_channels} sequences")
+    if channel not in channels:
+        raise ValueError(f"channel={channel!r}; the network's sequences are {', '.join(channels)}")
+    for case in cases:
+        unknown = [c for c in case.channels if c not in channels]
+        if unknown:
+            raise ValueError(
+                f"{case.name} has {', '.join(unknown)}, which the network does not take; its sequences are "
+                f"{', '.join(channels)}: use case.select([...])"
+            )
+    having = [case.select([channel]) for case in cases if channel in case.channels]
+    if not having:
+        raise ValueError(f"none of the {len(cases)} cases has {channel}, so its subnetwork has nothing to learn from")
+    subnetwork = model.subnetwork(channels.index(channel))
+    weights = target_weights or _weights(model.classes, 0.7)
+    sampler = SegmentSampler(
+        having, output=output, batch_size=batch_size, scheme=scheme, flip=flip, spatial_dims=2, seed=seed
+    )
+    optimizer = optimizers.NormalizedSGD(subnetwork.parameters(), lr=learning_rate)
+    return training.fit(
+        subnetwork,
+        sampler,
+        steps=steps,
+        optimizer=optimizer,
+        loss=partial(losses.balanced_cross_entropy, target_weights=weights),
+        accumulate=accumulate,
+        schedule=optimizers.HalveOnSlowLoss(optimizer, window=window),
+        validate_every=steps,
+        folder=folder,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _weights(classes: int, background: float) -> list[float]:
+    return [background, *[(1 - background) / (classes - 1)] * (classes - 1)]
