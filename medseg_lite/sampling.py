@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .stored import StoredCase
 from .volume import Case, bounding_box, padded_region
 
 SCHEMES = ("foreground", "uniform", "equal")
@@ -24,11 +25,49 @@ class Batch(NamedTuple):
 
 
 @dataclass
-class _Prepared:
+class _InMemory:
+    """A case that segments are cut from: the part of it that they can reach."""
+
     image: np.ndarray  # (C, *(region + 2 margin)), mirrored beyond the border of the volume
     label: np.ndarray  # (*region)
     groups: list[np.ndarray]  # flat voxel numbers within the region, from which centres are drawn
     std: np.ndarray  # (C,) inside the mask
+
+    def count(self, group: int) -> int:
+        return len(self.groups[group])
+
+    def segment(self, group: int, number: int, block, margin) -> tuple[np.ndarray, np.ndarray]:
+        """Patch and label of the block centred on voxel `number` of the group, as far as the border allows."""
+        centre = np.unravel_index(self.groups[group][number], self.label.shape)
+        start, stop = _around(centre, block, self.label.shape)
+        patch = tuple(slice(a, b + 2 * m) for a, b, m in zip(start, stop, margin))
+        return self.image[(slice(None), *patch)], self.label[tuple(map(slice, start, stop))]
+
+
+@dataclass
+class _OnDisk:
+    """The same of a stored case, of which nothing is kept in memory."""
+
+    case: StoredCase
+    groups: list[str]
+
+    @property
+    def std(self) -> np.ndarray:
+        return self.case.std
+
+    def count(self, group: int) -> int:
+        return self.case.counts.get(self.groups[group], 0)
+
+    def segment(self, group: int, number: int, block, margin) -> tuple[np.ndarray, np.ndarray]:
+        file = self.case.open()
+        start, stop = _around(file.voxel(self.groups[group], number), block, self.case.shape)
+        patch = file.block([a - m for a, m in zip(start, margin)], [b + m for b, m in zip(stop, margin)])
+        return patch, file.label_block(start, stop)
+
+
+def _around(centre, block, shape) -> tuple[list[int], list[int]]:
+    start = [min(max(int(c) - b // 2, 0), n - b) for c, b, n in zip(centre, block, shape)]
+    return start, [a + b for a, b in zip(start, block)]
 
 
 class SegmentSampler:
@@ -45,7 +84,8 @@ class SegmentSampler:
     inwards until all its predicted voxels exist.
 
     Args:
-        cases: labelled cases, normalised as the network is to see them, all with the same channels.
+        cases: labelled cases, normalised as the network is to see them, all with the same channels. Segments of stored cases
+            (`datasets.store`) are read from disk when they are drawn, those of others from memory; both are the same segments.
         output: side of the predicted block in voxels (9 for the paper's 25³ segments).
         margin: voxels of context on each side, `model.margin`.
         cut: `model.cut` of networks that take several inputs; it is applied to each patch before anything is copied.
@@ -89,11 +129,11 @@ class SegmentSampler:
         self.cut = cut or (lambda patch: (patch,))
         self.batch_size, self.scheme, self.flip, self.shift = batch_size, scheme, flip, shift
         self.spatial_dims, self.augment, self.seed = spatial_dims, augment, seed
-        self._classes = 1 + max(int(c.label.max()) for c in cases)
+        self._classes = 1 + max(c.highest_label for c in cases)
         self._cases = [self._prepare(c) for c in cases]
         # For every group of voxels, the cases that have any.
         self._holders = [
-            [n for n, case in enumerate(self._cases) if len(case.groups[g])] for g in range(len(self._cases[0].groups))
+            [n for n, case in enumerate(self._cases) if case.count(g)] for g in range(len(self._cases[0].groups))
         ]
         if scheme == "equal":  # a class that no case has cannot be drawn
             self._present = [g for g, holders in enumerate(self._holders) if holders]
@@ -103,16 +143,21 @@ class SegmentSampler:
                 f"none of the {len(cases)} cases has a {empty} voxel inside its mask; scheme={scheme!r} needs some"
             )
 
-    def _prepare(self, case: Case) -> _Prepared:
+    def _prepare(self, case: Case) -> _InMemory | _OnDisk:
         half = [b // 2 for b in self.block]
         for what, need, have in zip("DHW", self.block, case.shape):
             if have < need:
                 raise ValueError(
                     f"{case.name} is only {have} voxels along {what}; the predicted block needs {need}: choose a smaller output"
                 )
-        mask = np.ones(case.shape, bool) if case.mask is None else case.mask
-        if not mask.any():
+        stored = isinstance(case, StoredCase)
+        mask = None if stored else np.ones(case.shape, bool) if case.mask is None else case.mask
+        if not (case.counts["mask"] if stored else mask.any()):
             raise ValueError(f"{case.name}: the mask is empty; correct it, or leave it out to sample the whole volume")
+        if stored:
+            classes = [f"class {c}" for c in range(1, self._classes)]
+            groups = {"uniform": ["mask"], "foreground": ["labelled", "background"], "equal": ["background", *classes]}
+            return _OnDisk(case, groups[self.scheme])
         box = bounding_box(mask | (case.label > 0))
         start = [max(0, min(s.start - h, n - b)) for s, h, n, b in zip(box, half, case.shape, self.block)]
         stop = [min(n, max(s.stop + h, a + b)) for s, h, n, a, b in zip(box, half, case.shape, start, self.block)]
@@ -127,7 +172,7 @@ class SegmentSampler:
             groups = [label > 0, mask & (label == 0)]
         else:
             groups = [(label == c) & (mask | (c > 0)) for c in range(self._classes)]
-        return _Prepared(
+        return _InMemory(
             image=np.ascontiguousarray(image, np.float32),
             label=label,
             groups=[np.flatnonzero(g).astype(np.int32) for g in groups],
@@ -140,7 +185,7 @@ class SegmentSampler:
         inputs, label = None, None
         for n, group in enumerate(self._draw_groups(rng)):
             case = self._cases[rng.choice(self._holders[group])]
-            patch, target = self._segment(case, group, rng)
+            patch, target = case.segment(group, rng.integers(case.count(group)), self.block, self.margin)
             if self.spatial_dims == 2:
                 patch, target = patch[..., 0], target[..., 0]
             if self.flip and rng.random() < 0.5:
@@ -168,14 +213,6 @@ class SegmentSampler:
             return rng.choice(self._present, self.batch_size)
         return (np.arange(self.batch_size) + rng.integers(2)) % 2
 
-    def _segment(self, case: _Prepared, group: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        voxels = case.groups[group]
-        centre = np.unravel_index(voxels[rng.integers(len(voxels))], case.label.shape)
-        start = [min(max(int(c) - b // 2, 0), n - b) for c, b, n in zip(centre, self.block, case.label.shape)]
-        block = tuple(slice(a, a + b) for a, b in zip(start, self.block))
-        patch = tuple(slice(a, a + b + 2 * m) for a, b, m in zip(start, self.block, self.margin))
-        return case.image[(slice(None), *patch)], case.label[block]
-
 
 class VolumeSampler:
     """Draws whole volumes, or crops of them, for networks that put out as many voxels as they take in.
@@ -184,7 +221,8 @@ class VolumeSampler:
     the step alone, as `SegmentSampler`'s does.
 
     Args:
-        cases: labelled cases, normalised as the network is to see them, all with the same channels.
+        cases: labelled cases, normalised as the network is to see them, all with the same channels. Stored cases
+            (`datasets.store`) are read when they are drawn, others are kept in memory, on `device`.
         crop: voxels along each axis (one number, or three) of a crop from anywhere in the volume; None for whole volumes.
         multiple: whole volumes are filled up to a multiple of this by mirroring, `model.multiple`.
         batch_size: volumes per batch; they must be of one size.
@@ -221,22 +259,15 @@ class VolumeSampler:
                 "the cases are of different sizes, so whole volumes make no batch; use batch_size=1 or a crop"
             )
         self.batch_size, self.augment, self.seed, self.device = batch_size, augment, seed, torch.device(device)
-        self._volumes = []
-        for case in cases:
-            size = case.shape if self.crop else [-(-n // multiple) * multiple for n in case.shape]
-            image = padded_region(case.image, [0, 0, 0], size)
-            label = padded_region(case.label[None], [0, 0, 0], size)[0]
-            self._volumes.append(
-                (
-                    torch.from_numpy(np.ascontiguousarray(image, np.float32)).to(self.device),
-                    torch.from_numpy(np.ascontiguousarray(label, np.int64)).to(self.device),
-                )
-            )
+        self._sizes = [c.shape if self.crop else tuple(-(-n // multiple) * multiple for n in c.shape) for c in cases]
+        self._volumes = [
+            c if isinstance(c, StoredCase) else self._load(c, (0, 0, 0), s) for c, s in zip(cases, self._sizes)
+        ]
 
     def batch(self, step: int) -> Batch:
         """Batch number `step`."""
         rng = np.random.default_rng([self.seed, step])
-        images, labels = zip(*(self._cut(*self._volumes[n], rng) for n in self._turns(step)))
+        images, labels = zip(*(self._cut(n, rng) for n in self._turns(step)))
         image, label = torch.stack(images), torch.stack(labels)
         if self.augment is not None:
             image, label = self.augment(image, label, rng=rng)
@@ -249,12 +280,24 @@ class VolumeSampler:
         order = {r: np.random.default_rng([self.seed, r, 1]).permutation(count) for r in {n // count for n in numbers}}
         return [int(order[n // count][n % count]) for n in numbers]
 
-    def _cut(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        if self.crop is None:
-            return image, label
-        start = [int(rng.integers(n - c + 1)) for n, c in zip(label.shape, self.crop)]
-        block = tuple(slice(a, a + c) for a, c in zip(start, self.crop))
-        return image[(slice(None), *block)], label[block]
+    def _cut(self, number: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        volume, size = self._volumes[number], self._sizes[number]
+        crop = self.crop or size
+        start = [int(rng.integers(n - c + 1)) if self.crop else 0 for n, c in zip(size, crop)]
+        stop = [a + c for a, c in zip(start, crop)]
+        if isinstance(volume, StoredCase):
+            return self._load(volume, start, stop)
+        block = tuple(map(slice, start, stop))
+        return volume[0][(slice(None), *block)], volume[1][block]
+
+    def _load(self, case: Case, start, stop) -> tuple[Tensor, Tensor]:
+        """A part of the image and label, mirrored beyond the border, where batches are made."""
+        if isinstance(case, StoredCase):
+            image, label = case.block(start, stop), case.label_block(start, stop)
+        else:
+            image, label = padded_region(case.image, start, stop), padded_region(case.label[None], start, stop)[0]
+        image, label = np.ascontiguousarray(image, np.float32), np.ascontiguousarray(label, np.int64)
+        return torch.from_numpy(image).to(self.device), torch.from_numpy(label).to(self.device)
 
 
 def _check_cases(cases: Sequence[Case]) -> None:
@@ -262,7 +305,7 @@ def _check_cases(cases: Sequence[Case]) -> None:
     if not cases:
         raise ValueError("no cases to sample from; give at least one labelled case")
     for case in cases:
-        if case.label is None:
+        if not case.labelled:
             raise ValueError(f"{case.name} has no label; training needs one")
         if case.channels != cases[0].channels:
             raise ValueError(f"{case.name} has channels {case.channels} but {cases[0].name} has {cases[0].channels}")

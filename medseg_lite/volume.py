@@ -81,7 +81,7 @@ class Case:
             f"{_size(self.shape)} voxels",
             f"{_size(self.spacing)} mm",
         ]
-        parts += ["label"] * (self.label is not None) + ["mask"] * (self.mask is not None)
+        parts += ["label"] * self.labelled + ["mask"] * (self.mask is not None)
         return f"Case({', '.join(parts)})"
 
     @property
@@ -93,6 +93,16 @@ class Case:
     def spacing(self) -> tuple[float, float, float]:
         """Voxel size in mm along (D, H, W)."""
         return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the classes of its voxels are known."""
+        return self.label is not None
+
+    @property
+    def highest_label(self) -> int:
+        """The highest class in the label."""
+        return int(self.label.max())
 
     @property
     def axes(self) -> str:
@@ -151,14 +161,16 @@ def padded_region(array: np.ndarray, start: Iterable[int], stop: Iterable[int]) 
         if a >= 0 and b <= size:
             array = array[(slice(None),) * axis + (slice(a, b),)]
             continue
-        index = np.arange(a, b)
-        if size > 1:
-            index = index % (2 * size - 2)
-            index = np.where(index < size, index, 2 * size - 2 - index)
-        else:
-            index = np.zeros_like(index)
-        array = np.take(array, index, axis=axis)
+        array = np.take(array, mirrored(a, b, size), axis=axis)
     return array
+
+
+def mirrored(start: int, stop: int, size: int) -> np.ndarray:
+    """Indices start … stop - 1 along an axis of `size` voxels, those beyond its border mirrored back inside."""
+    if size == 1:
+        return np.zeros(stop - start, int)
+    index = np.arange(start, stop) % (2 * size - 2)
+    return np.where(index < size, index, 2 * size - 2 - index)
 
 
 # ---------------------------------------------------------------------------------------------------------- reading

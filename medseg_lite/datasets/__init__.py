@@ -5,6 +5,7 @@ Nothing here is needed to run the course, whose default data are generated. Data
 """
 
 from ._cohort import Cohort
+from ._store import store, stored
 from .brats2013_deepmedic import brats2013_deepmedic, download_brats2013_deepmedic
 from .isbi2012 import download_isbi2012, isbi2012
 from .lits import lits
@@ -16,5 +17,5 @@ downloads = {"brats2013_deepmedic": download_brats2013_deepmedic}
 
 __all__ = [
     "Cohort", "NiftiFolder", "brats2013_deepmedic", "download_brats2013_deepmedic", "download_isbi2012", "downloads",
-    "isbi2012", "lits", "msd", "nifti_folder", "promise12",
+    "isbi2012", "lits", "msd", "nifti_folder", "promise12", "store", "stored",
 ]  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from ..volume import Case
@@ -11,7 +13,8 @@ from ..volume import Case
 class Cohort(Sequence):
     """Cases by number or by name, each read from its files every time, so that a cohort may be larger than memory.
 
-    `list(...)` keeps them all in memory, which is much faster where cases are used again and again, as in training.
+    `list(...)` keeps them all in memory, which is much faster where cases are used again and again, as in training; `store`
+    does as well for cohorts larger than memory.
     """
 
     def __init__(self, readers: Mapping[str, Callable[[], Case]]):
@@ -31,6 +34,10 @@ class Cohort(Sequence):
         if name not in self._readers:
             raise KeyError(f"no case is called {name!r}; there are {some(self.names)}")
         return self._readers[name]()
+
+    def origin(self, name: str) -> object:
+        """What a case is read from and how, without reading it: changes when one of its files does."""
+        return describe(self._readers[name])
 
     def __repr__(self) -> str:
         return f"Cohort({len(self)} cases: {some(self.names)})"
@@ -56,3 +63,46 @@ def visible(folder: Path, pattern: str) -> list[Path]:
 
 def some(names: Sequence[str], most: int = 8) -> str:
     return (", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")) or "nothing"
+
+
+def describe(value: object) -> object:
+    """What a case is made from, or how, in terms of JSON: equal as long as nothing changed.
+
+    Files are known by name, size and time of change, functions by name and source text with the arguments that a `partial`
+    gives them.
+
+    Raises ValueError for a function that uses variables of the function around it, which may change unseen.
+    """
+    if isinstance(value, Path):
+        values = sorted(value.parent.glob(f"{value.stem}.*raw")) if value.suffix == ".mhd" else []
+        return [_file(path) for path in (value, *values)]
+    if isinstance(value, partial):
+        return [describe(value.func), describe(value.args), describe(value.keywords)]
+    if isinstance(value, Mapping):
+        return {str(key): describe(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        return [describe(v) for v in value]
+    if inspect.isfunction(value):
+        if value.__closure__:
+            raise ValueError(
+                f"{value.__qualname__} uses variables of the function around it, so a change of them would go unseen; "
+                "pass functools.partial(function, ...) with their values instead"
+            )
+        return [value.__module__, value.__qualname__, _source(value)]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
+
+
+def _file(path: Path) -> list:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return [path.name, None]
+    return [path.name, found.st_size, found.st_mtime_ns]
+
+
+@cache
+def _source(function: Callable) -> str:
+    try:
+        return inspect.getsource(function)
+    except OSError:  # typed at a prompt
+        return function.__code__.co_code.hex() + repr(function.__code__.co_consts)

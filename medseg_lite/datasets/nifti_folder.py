@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ..volume import Case, read_case
+from ._cohort import describe
 
 # Keys of the label and mask beside the channels' names, and what messages call them.
 _LABEL, _MASK = "the label", "the mask"
@@ -27,7 +28,8 @@ class NiftiFolder(Sequence):
     """The cases that `nifti_folder` found, by number or by name.
 
     A case is read from its files every time it is asked for, so a cohort may be larger than memory; `list(...)` keeps
-    them all in memory, which is much faster where cases are used again and again, as in training.
+    them all in memory, which is much faster where cases are used again and again, as in training; `store` does as well for
+    cohorts larger than memory.
     """
 
     def __init__(self, files: dict[str, dict[str, Path]], *, mask: str | None, labels, label_map):
@@ -48,6 +50,10 @@ class NiftiFolder(Sequence):
         if name not in self._files:
             raise KeyError(f"no case is called {name!r}; there are {_some(self.names)}")
         return self._read(name)
+
+    def origin(self, name: str) -> object:
+        """What a case is read from and how, without reading it: changes when one of its files does."""
+        return describe([self._files[name], self._mask, self._labels, self._label_map])
 
     def __repr__(self) -> str:
         return f"NiftiFolder({len(self)} cases: {_some(self.names)})"

@@ -1,0 +1,416 @@
+"""Cohorts on disk: the same cases and the same samples as in memory, read block by block, never stale, never half there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from functools import partial
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from medseg_lite import datasets, inference, models, stored, transforms
+from medseg_lite.datasets import nifti_folder
+from medseg_lite.sampling import SegmentSampler, VolumeSampler
+from medseg_lite.stored import StoredCase, write
+from medseg_lite.volume import Case, padded_region, read_case, write_case, write_nifti
+
+
+def brain(seed: int = 0, shape=(19, 23, 17), *, mask: bool = True) -> Case:
+    """Two channels of noise in an ellipsoid, constants around it, labels 0, 1, 2 and 4 inside, one of them outside."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
+    inside = (grid**2).sum(0) < 0.6 + 0.1 * rng.random()
+    image = np.where(inside, rng.normal(size=(2, *shape)), np.array([-1.5, 0.25])[:, None, None, None])
+    label = np.where(inside, rng.choice([0, 1, 2, 4], shape, p=[0.8, 0.1, 0.06, 0.04]), 0)
+    label[1, 2, 3] = 2
+    return Case(
+        image.astype(np.float32), ("flair", "t1c"), f"brain{seed}", label.astype(np.uint8), inside if mask else None,
+        np.diag([-2.0, 1, 3, 1]), "LPS", info={"classes": ("a", "b"), "site": np.int64(3)},
+    )  # fmt: skip
+
+
+def kept(tmp_path, case: Case, **options) -> StoredCase:
+    return StoredCase(write(tmp_path / f"{case.name}.safetensors", case, **options))
+
+
+# ------------------------------------------------------------------------------------------------------------ one case
+
+
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_case_comes_back(tmp_path, mask, dtype):
+    case = brain(mask=mask)
+    found = kept(tmp_path, case, dtype=dtype)
+    assert isinstance(found, Case) and repr(found) == repr(case)
+    expected = case.image.astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(found.image, expected)
+    assert found.image.dtype == np.float32 and found.image.flags.writeable
+    np.testing.assert_array_equal(found.label, case.label)
+    assert found.mask is None if not mask else np.array_equal(found.mask, case.mask)
+    assert (found.channels, found.shape, found.native_axes, found.name) == (
+        case.channels,
+        case.shape,
+        "LPS",
+        case.name,
+    )
+    np.testing.assert_array_equal(found.affine, case.affine)
+    assert found.info == {"classes": ("a", "b"), "site": 3}
+    assert found.highest_label == 4 and found.labelled
+    inside = case.image[:, case.mask] if mask else case.image.reshape(2, -1)
+    np.testing.assert_allclose(found.std, inside.std(1), rtol=1e-6)
+
+
+def test_only_what_is_not_constant_is_stored(tmp_path):
+    case = brain()
+    path = kept(tmp_path, case).path
+    with safe_open(path, "np") as file:  # an independent reader of the format
+        image, label = file.get_tensor("image"), file.get_tensor("label")
+    content = case.mask | (case.label > 0)
+    box = tuple(slice(i.min(), i.max() + 1) for i in np.nonzero(content))
+    np.testing.assert_array_equal(image, case.image[(slice(None), *box)].astype(np.float16))
+    np.testing.assert_array_equal(label, case.label[box])
+    assert image[0].size < 0.8 * case.image[0].size
+
+
+def test_without_a_label_and_an_image_that_is_constant(tmp_path):
+    case = brain().replace(label=None)
+    found = kept(tmp_path, case)
+    assert found.label is None and not found.labelled and set(found.counts) == {"mask"}
+    with pytest.raises(ValueError, match="brain0 has no label"):
+        found.label_block((0, 0, 0), (1, 1, 1))
+    with pytest.raises(ValueError, match="brain0 has no label; training needs one"):
+        SegmentSampler([found])
+    flat = Case(np.full((1, 3, 4, 5), 7, np.float32), ("ct",), "flat")
+    np.testing.assert_array_equal(kept(tmp_path, flat).image, flat.image)
+
+
+def test_changes_make_cases_in_memory(tmp_path):
+    case = brain()
+    found = kept(tmp_path, case, dtype="float32")
+    for ours, theirs in [
+        (found.select(["t1c"]), case.select(["t1c"])),
+        (found.crop((slice(2, 9), slice(None), slice(1, 5))), case.crop((slice(2, 9), slice(None), slice(1, 5)))),
+        (found.replace(label=None), case.replace(label=None)),
+        (transforms.standardise(found), transforms.standardise(case)),
+    ]:
+        assert type(ours) is Case and repr(ours) == repr(theirs)
+        np.testing.assert_array_equal(ours.image, theirs.image)
+        np.testing.assert_array_equal(ours.mask, theirs.mask)
+
+
+def test_results_are_written_on_the_grid_of_the_original(tmp_path):
+    write_case(tmp_path / "raw", brain())
+    case = read_case({"flair": tmp_path / "raw" / "flair.nii.gz"}, label=tmp_path / "raw" / "label.nii.gz")
+    ours, theirs = (
+        nibabel.load(write_nifti(tmp_path / name, case.label, c))
+        for name, c in [("a.nii", case), ("b.nii", kept(tmp_path, case))]
+    )
+    assert ours.header == theirs.header and nibabel.aff2axcodes(theirs.affine) == ("L", "P", "S")
+    np.testing.assert_array_equal(np.asarray(ours.dataobj), np.asarray(theirs.dataobj))
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_block_is_that_of_the_volume(tmp_path, data):
+    """Within the stored box, across its border, outside it, and mirrored far beyond the volume."""
+    case = brain()
+    path = tmp_path / "brain0.safetensors"
+    found = StoredCase(path) if path.exists() else kept(tmp_path, case, dtype="float32")
+    start = [data.draw(st.integers(-40, n + 20)) for n in case.shape]
+    stop = [a + data.draw(st.integers(1, 45)) for a in start]
+    np.testing.assert_array_equal(found.block(start, stop), padded_region(case.image, start, stop))
+    np.testing.assert_array_equal(found.label_block(start, stop), padded_region(case.label[None], start, stop)[0])
+
+
+def test_every_voxel_of_every_group_is_found_in_order(tmp_path):
+    case = brain()
+    found, file = kept(tmp_path, case), kept(tmp_path, case).open()
+    groups = {
+        "mask": case.mask,
+        "labelled": case.label > 0,
+        "background": case.mask & (case.label == 0),
+        **{f"class {c}": case.label == c for c in (1, 2, 4)},
+    }
+    assert set(found.counts) == set(groups)
+    for group, voxels in groups.items():
+        places = [file.voxel(group, number) for number in range(found.counts[group])]
+        assert places == [tuple(p) for p in np.argwhere(voxels).tolist()]
+        for number in (-1, len(places)):
+            with pytest.raises(IndexError, match=f"there is no number {number}"):
+                file.voxel(group, number)
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
+
+
+def same(a, b, tolerance: float) -> None:
+    torch.testing.assert_close(a.label, b.label, rtol=0, atol=0)
+    for x, y in zip(*([i] if isinstance(i, torch.Tensor) else i for i in (a.inputs, b.inputs))):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def cohort(tmp_path):
+    """Cases in memory, and the same on disk in each type."""
+    cases = [brain(n, shape) for n, shape in enumerate([(19, 23, 17), (16, 14, 21), (12, 25, 13)])]
+    cases[1] = cases[1].replace(mask=None)
+    return cases, {
+        dtype: list(datasets.store(cases, tmp_path / dtype, normalise=None, dtype=dtype, progress=False))
+        for dtype in ("float32", "float16")
+    }
+
+
+@pytest.mark.parametrize("scheme", ["foreground", "uniform", "equal"])
+@pytest.mark.parametrize("dims, margin", [(3, 4), (3, 30), (2, 6)])
+def test_segments_are_those_of_cases_in_memory(cohort, scheme, dims, margin):
+    cases, on_disk = cohort
+    options = {"output": 5, "margin": margin, "spatial_dims": dims, "scheme": scheme, "shift": 0.1, "seed": 3}
+    memory = SegmentSampler(cases, **options)
+    for dtype, tolerance in [("float32", 1e-6), ("float16", 2e-3)]:
+        disk = SegmentSampler(on_disk[dtype], **options)
+        for step in (4, 0, 7):
+            same(memory.batch(step), disk.batch(step), tolerance)
+
+
+def test_segments_of_a_network_with_two_inputs_and_of_a_mixed_cohort(cohort):
+    cases, on_disk = cohort
+    model = models.deepmedic(in_channels=2, width=0.1)
+    options = {"output": 3, "margin": model.margin, "cut": model.cut, "batch_size": 4}
+    mixed = [on_disk["float32"][0], cases[1], on_disk["float32"][2]]
+    for step in range(2):
+        same(SegmentSampler(cases, **options).batch(step), SegmentSampler(mixed, **options).batch(step), 1e-6)
+
+
+@pytest.mark.parametrize("options", [{"crop": 12, "batch_size": 2}, {"crop": (8, 12, 4)}, {"multiple": 16}])
+def test_volumes_are_those_of_cases_in_memory(cohort, options):
+    cases, on_disk = cohort
+    memory = VolumeSampler(cases, **options, augment=transforms.augment)
+    for dtype, tolerance in [("float32", 1e-6), ("float16", 5e-3)]:
+        disk = VolumeSampler(on_disk[dtype], **options, augment=transforms.augment)
+        for step in (5, 0, 1):
+            same(memory.batch(step), disk.batch(step), tolerance)
+
+
+def test_sampling_never_reads_a_whole_volume(cohort, monkeypatch):
+    _, on_disk = cohort
+
+    def never(self):
+        raise AssertionError("the whole volume was read")
+
+    for what in ("image", "label", "mask"):
+        monkeypatch.setattr(StoredCase, what, property(never))
+    SegmentSampler(on_disk["float16"], output=3, margin=2, shift=0.1).batch(0)
+    VolumeSampler(on_disk["float16"], crop=4).batch(0)
+
+
+def test_any_number_of_workers_makes_the_same_batches(cohort):
+    _, on_disk = cohort
+    sampler = SegmentSampler(on_disk["float16"], output=3, margin=4)
+    expected, found = [sampler.batch(step) for step in range(12)], {}
+
+    def work(steps):
+        for step in steps:
+            found[step] = sampler.batch(step)
+
+    threads = [threading.Thread(target=work, args=(range(n, 12, 3),)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for step, batch in enumerate(expected):
+        same(batch, found[step], 0)
+
+
+def test_no_file_stays_open(cohort):
+    _, on_disk = cohort
+    sampler = SegmentSampler(on_disk["float16"], output=3)
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    if before is None:
+        pytest.skip("no list of open files on this system")
+    for step in range(3):
+        sampler.batch(step)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_network_segments_a_stored_case(tmp_path):
+    case = brain()
+    model = models.deep_plus(in_channels=2, width=0.1).eval()
+    ours, theirs = (
+        inference.predict(model, c, output="logits", progress=False)
+        for c in (kept(tmp_path, case, dtype="float32"), case)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+
+
+# -------------------------------------------------------------------------------------------------------------- cohorts
+
+
+class Counting:
+    """A normalisation that remembers for which cases it was called."""
+
+    seen: list[str] = []  # noqa: RUF012
+
+
+def counted(case: Case, *, gain: float = 1.0) -> Case:
+    Counting.seen.append(case.name)
+    return case.replace(image=gain * case.image)
+
+
+@pytest.fixture
+def seen():
+    Counting.seen = []
+    return Counting.seen
+
+
+@pytest.fixture
+def raw(tmp_path):
+    for n in range(3):
+        write_case(tmp_path / "raw" / f"p{n}", brain(n))
+    channels = {c: f"{c}.nii.gz" for c in ("flair", "t1c")}
+    return lambda **options: nifti_folder(
+        tmp_path / "raw", channels=channels, label="label.nii.gz", mask="mask.nii.gz", **options
+    )
+
+
+def test_a_cohort_is_standardised_and_stored_once(tmp_path, raw):
+    cohort = datasets.store(raw(), tmp_path / "s", progress=False)
+    assert cohort.names == ["p0", "p1", "p2"] and sorted(p.name for p in (tmp_path / "s").iterdir()) == [
+        f"p{n}.safetensors" for n in range(3)
+    ]
+    for case, expected in zip(cohort, raw()):
+        expected = transforms.standardise(expected)
+        np.testing.assert_array_equal(case.image, expected.image.astype(np.float16).astype(np.float32))
+    assert cohort["p1"].name == "p1" and cohort[1:].names == ["p1", "p2"]
+    assert datasets.stored(tmp_path / "s", cases=["p2", "p0"]).names == ["p2", "p0"]
+
+
+def test_nothing_is_done_twice_and_nothing_stale_is_used(tmp_path, raw, seen):
+    folder = tmp_path / "s"
+
+    def again(cases, normalise=counted, **options):
+        seen.clear()
+        datasets.store(cases, folder, normalise=normalise, progress=False, **options)
+        return list(seen)
+
+    assert again(raw()) == ["p0", "p1", "p2"]
+    assert again(raw()) == []
+    assert again(raw(cases=["p2"])) == []
+    write_nifti(tmp_path / "raw" / "p1" / "t1c.nii.gz", 2 * brain(1).image[1], brain(1))  # a changed source
+    assert again(raw()) == ["p1"]
+    assert again(raw(label_map={4: 3})) == ["p0", "p1", "p2"]  # changed reading
+    assert datasets.stored(folder)[0].highest_label == 3
+    assert again(raw()) == ["p0", "p1", "p2"]
+    assert again(raw(), dtype="float32") == ["p0", "p1", "p2"]  # changed settings
+    assert again(raw(), partial(counted, gain=2.0), dtype="float32") == ["p0", "p1", "p2"]
+    assert again(raw(), partial(counted, gain=2.0), dtype="float32") == []
+    np.testing.assert_array_equal(datasets.stored(folder)[0].image, 2 * raw()[0].image)
+
+
+def test_cases_from_memory_are_known_by_their_content(tmp_path, seen):
+    cases = [brain(0), brain(1)]
+    for changed, expected in [
+        (cases, ["brain0", "brain1"]),
+        (cases, []),
+        ([cases[0], cases[1].replace(label=None)], ["brain1"]),
+        ([cases[0].replace(affine=np.eye(4)), cases[1].replace(label=None)], ["brain0"]),
+    ]:
+        seen.clear()
+        datasets.store(changed, tmp_path, normalise=counted, progress=False)
+        assert seen == expected
+
+
+def test_an_interrupted_store_goes_on_where_it_stopped(tmp_path, raw, seen, monkeypatch):
+    def stop(path, case, **options):
+        if case.name == "p1":
+            raise KeyboardInterrupt
+        return write(path, case, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("medseg_lite.datasets._store.write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            datasets.store(raw(), tmp_path / "s", normalise=counted, progress=False)
+    assert [p.name for p in (tmp_path / "s").iterdir()] == ["p0.safetensors"]
+    seen.clear()
+    assert len(datasets.store(raw(), tmp_path / "s", normalise=counted, progress=False)) == 3
+    assert seen == ["p1", "p2"]
+
+
+def test_a_damaged_file_is_written_anew(tmp_path, raw, seen):
+    datasets.store(raw(), tmp_path / "s", normalise=counted, progress=False)
+    path = tmp_path / "s" / "p1.safetensors"
+    content = path.read_bytes()
+    for damage in (content[:-1], content + b"x", content[:100], b"", b"<html>", b"\xff" * 64):
+        seen.clear()
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"p1\.safetensors is not a stored case .*store the cohort again"):
+            datasets.stored(tmp_path / "s")
+        datasets.store(raw(), tmp_path / "s", normalise=counted, progress=False)
+        assert seen == ["p1"] and StoredCase(path).name == "p1"
+
+
+def test_a_file_replaced_under_an_open_cohort_is_noticed(tmp_path):
+    found = kept(tmp_path, brain())
+    kept(tmp_path, brain().replace(image=brain().image + 1))
+    with pytest.raises(ValueError, match=r"brain0\.safetensors was written anew since it was opened; open the cohort"):
+        found.block((0, 0, 0), (1, 1, 1))
+    found.path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"brain0\.safetensors does not exist; store the cohort again"):
+        _ = found.image
+
+
+def test_a_full_disk_leaves_nothing_half_there(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stored, "save_file", full)
+    with pytest.raises(OSError, match=r"the disk is full: brain0 needs .* MB in .*cases that are complete are kept"):
+        datasets.store([brain()], tmp_path / "s", progress=False)
+    assert list((tmp_path / "s").iterdir()) == []
+
+
+def test_errors(tmp_path, raw):
+    case, big = brain(), brain().replace(image=1e5 * brain().image)
+    nan = brain().replace(image=np.full_like(brain().image, np.nan))
+    offset = 2.0
+
+    def shifted(case):
+        return case.replace(image=case.image + offset)
+
+    for call, error, match in [
+        (lambda: datasets.store([case, case], tmp_path, progress=False), ValueError, "two cases are called brain0"),
+        (lambda: datasets.store([case.replace(name="a/b")], tmp_path, progress=False), ValueError, "no slashes"),
+        (lambda: datasets.store([case], tmp_path, normalise=shifted), ValueError, "uses variables of the function around it.*partial"),
+        (lambda: datasets.store([big], tmp_path, normalise=None, progress=False), ValueError, "too large for float16; choose dtype='float32'"),
+        (lambda: datasets.store([nan], tmp_path, normalise=None, progress=False), ValueError, "has NaN or infinite voxels"),
+        (lambda: datasets.store([case], tmp_path, dtype="int8", progress=False), ValueError, "dtype is 'int8'; expected 'float16' or 'float32'"),
+        (lambda: datasets.stored(tmp_path / "none"), FileNotFoundError, "holds no stored case; make them with datasets.store"),
+        (lambda: write(tmp_path / "a.npy", case), ValueError, r"must end in \.safetensors"),
+    ]:  # fmt: skip
+        with pytest.raises(error, match=match):
+            call()
+    datasets.store(raw(cases=["p0"]), tmp_path / "s", progress=False)
+    datasets.store(raw(cases=["p1"]), tmp_path / "s", normalise=None, progress=False)
+    with pytest.raises(ValueError, match=r"p1\.safetensors and .*p0\.safetensors were normalised differently"):
+        datasets.stored(tmp_path / "s")
+    with pytest.raises(ValueError, match=r"cases is \['p9'\], but .* has p0, p1"):
+        datasets.stored(tmp_path / "s", cases=["p9"])
+    newer = json.dumps({"format": 99})
+    content = json.dumps({"__metadata__": {"case": newer}}).encode()
+    (tmp_path / "new.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)
+    with pytest.raises(ValueError, match="it has format 99, this version reads 1"):
+        StoredCase(tmp_path / "new.safetensors")
+
+
+def test_an_empty_mask_is_an_error_when_sampling(tmp_path):
+    case = brain()
+    found = kept(tmp_path, case.replace(mask=np.zeros_like(case.mask)))
+    with pytest.raises(ValueError, match="brain0: the mask is empty"):
+        SegmentSampler([found], output=3)
