@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from . import inference
 from .paths import atomic_write
-from .volume import Case
+from .volume import Case, mirrored
 
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # the axis across the slices, in RAS+ order
 
@@ -104,6 +104,71 @@ def with_scores(case: Case, folder: str | Path, *, planes: Sequence[str] = tuple
         parts.append(scores.astype(np.float32))
         names += [f"{plane} {k}" for k in range(len(scores))]
     return case.replace(image=np.concatenate(parts), channels=tuple(names))
+
+
+def influence(
+    networks: Mapping[str, nn.Module], model: nn.Module, case: Case, voxel: Sequence[int], *, class_number: int
+) -> np.ndarray:
+    """How strongly every voxel of the image acts on one prediction of a 3D network, directly and through the 2D networks.
+
+    That is the gradient of one class score with respect to the image, in absolute value and added up over channels. Without
+    features it fills the 3D network's cube; with them also the slices, in all three planes, that pass through the cube.
+
+    Args:
+        networks: those that made the features, in the order of the features' channels; `{}` for a 3D network without. In
+            evaluation mode, as `model`.
+        model: the 3D network.
+        case: the image alone, without scores, normalised.
+        voxel: (d, h, w), far enough from the border for the 3D network's patch to lie inside the volume.
+        class_number: whose score.
+
+    Returns:
+        `(D, H, W)` float32.
+
+    Source: Mlynarski et al. 2019, figure 5, measured.
+    """
+    if any(network.training for network in (model, *networks.values())):
+        raise ValueError("a network is in training mode, where slices act on each other; call its eval() first")
+    start = [v // model.multiple * model.multiple - model.margin for v in voxel]
+    patch = tuple(slice(a, a + 2 * model.margin + model.multiple) for a in start)
+    for s, n, what in zip(patch, case.shape, "DHW"):
+        if s.start < 0 or s.stop > n:
+            raise ValueError(
+                f"the patch around {tuple(voxel)} reaches from {s.start} to {s.stop} along {what}, out of {case.name} of {n} voxels; "
+                "choose a voxel nearer to the middle"
+            )
+    image = torch.from_numpy(case.image)
+    with torch.no_grad():
+        scores = [_slice_scores(net, plane, image, patch)[0] for plane, net in networks.items()]
+    x = torch.cat([image[(slice(None), *patch)], *scores])[None].requires_grad_()
+    place = tuple(v - s.start - model.margin for v, s in zip(voxel, patch))
+    (direct,) = torch.autograd.grad(model(x)[(0, class_number, *place)], x)
+    parts = list(direct[0].split([len(image), *map(len, scores)]))
+    total = torch.zeros_like(image)
+    total[(slice(None), *patch)] = parts.pop(0)
+    for (plane, net), part in zip(networks.items(), parts):  # the chain rule, plane by plane
+        axis = _axis(plane) + 1
+        for k in range(part.shape[axis]):
+            one = list(patch)
+            one[axis - 1] = slice(patch[axis - 1].start + k, patch[axis - 1].start + k + 1)
+            found, leaf = _slice_scores(net, plane, image, tuple(one))
+            (gradient,) = torch.autograd.grad(found, leaf, part.narrow(axis, k, 1))
+            total.narrow(axis, one[axis - 1].start, 1).add_(gradient)
+    return total.abs().sum(0).numpy()
+
+
+def _slice_scores(
+    network: nn.Module, plane: str, image: torch.Tensor, patch: tuple[slice, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores `(K, *patch)` of the whole slices that cross a patch, as `inference.predict` has them, and those slices."""
+    axis = _axis(plane)
+    leaf = image.narrow(axis + 1, patch[axis].start, patch[axis].stop - patch[axis].start).detach().requires_grad_()
+    slices = leaf.movedim(axis + 1, 0)
+    for dim in (2, 3):  # mirrored to fill up the last multiple
+        n = slices.shape[dim]
+        slices = slices.index_select(dim, torch.from_numpy(mirrored(0, n + -n % network.multiple, n)))
+    scores = network(slices)[(..., *(patch[other] for other in _others(plane)))]
+    return scores.movedim(0, 1).movedim(1, axis + 1), leaf
 
 
 def _axis(plane: str) -> int:

@@ -396,6 +396,44 @@ def _partition_score(segments: np.ndarray, cells: np.ndarray) -> tuple[float, fl
     return rand, 2 * (both - h_joint) / both if both > 0 else 1.0  # one segment in one cell
 
 
+# ----------------------------------------------------------------------------------------------------------- stripes
+
+
+def slice_inconsistency(label, *, axis: int, mask=None) -> float:
+    """How much more often the class changes from slice to slice than within slices: the stripes that 2D networks leave.
+
+    The faces between voxels of different classes are counted, those that part two neighbours along `axis` against the mean of
+    those along the other axes. A ball has as many of each, hence 1; an object that is flat across `axis` has more than 1 and a
+    long one less, so compare with the same number of the truth. Voxels are taken to be cubes.
+
+    Args:
+        label: class of each voxel, `(D, H, W)` or of any other number of dimensions from two on.
+        axis: across the slices: 2 for axial ones in a `Case`, as in `context.PLANES`.
+        mask: count only faces between two voxels of the mask.
+
+    Returns:
+        The ratio; infinite where classes change from slice to slice only, nan where they never change.
+
+    Source: ours, for what Mlynarski et al. 2019 show in figure 11.
+    """
+    label = _labels(label, "label")
+    if label.ndim < 2 or not -label.ndim <= axis < label.ndim:
+        raise ValueError(f"axis={axis} of a label of shape {label.shape}; expected one of at least two axes")
+    inside = np.ones(label.shape, bool) if mask is None else _binary(mask, "mask")
+    _check_same_shape(inside, label, "mask")
+
+    def faces(a: int) -> int:
+        before, after = (slice(None),) * a + (slice(-1),), (slice(None),) * a + (slice(1, None),)
+        return np.count_nonzero((label[before] != label[after]) & inside[before] & inside[after])
+
+    axis %= label.ndim
+    across = faces(axis)
+    within = sum(faces(a) for a in range(label.ndim) if a != axis) / (label.ndim - 1)
+    if within == 0:
+        return float("inf") if across else float("nan")
+    return across / within
+
+
 # ----------------------------------------------------------------------------------------------------------- inputs
 
 

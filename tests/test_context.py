@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medseg_lite import context, inference, models
-from medseg_lite.context import PLANES, extract_scores, facing, facing_back, with_scores
+from medseg_lite.context import PLANES, extract_scores, facing, facing_back, influence, with_scores
 
 
 @pytest.fixture
@@ -113,3 +113,52 @@ def test_scores_of_another_image_are_refused(networks, noise_case, tmp_path):
         extract_scores(networks, [case, case], tmp_path, progress=False)
     with pytest.raises(ValueError, match="no slashes"):
         extract_scores(networks, [case.replace(name="../out")], tmp_path, progress=False)
+
+
+def test_influence_is_the_gradient_through_both_steps(networks, noise_case, stir):
+    case = noise_case((50, 64, 52))
+    torch.manual_seed(0)
+    solid = stir(models.mlynarski_3d(in_channels=2, classes=3, variant="a", width=0.1))
+    voxel = (26, 33, 24)
+
+    image = torch.from_numpy(case.image).requires_grad_()  # the whole volume in one graph
+    parts = [image]
+    for plane, axis in PLANES.items():
+        others = [a for a in range(3) if a != axis]
+        slices = image.permute(axis + 1, 0, *(a + 1 for a in others))
+        fill = [-n % 16 for n in slices.shape[2:]]
+        filled = torch.nn.functional.pad(slices, (0, fill[1], 0, fill[0]), mode="reflect")
+        scores = networks[plane](filled)[:, :, : slices.shape[2], : slices.shape[3]].movedim(0, -1)
+        parts.append(scores.permute(0, *(1 + (*others, axis).index(a) for a in range(3))))
+        expected = inference.predict(networks[plane], facing(case, plane), output="logits", progress=False)
+        np.testing.assert_allclose(parts[-1].detach(), facing_back(expected, plane), atol=1e-4)
+    patch = tuple(slice(v // 4 * 4 - 21, v // 4 * 4 + 25) for v in voxel)
+    logits = solid(torch.cat(parts)[(slice(None), *patch)][None])
+    (gradient,) = torch.autograd.grad(logits[0, 1, 2, 1, 0], image)
+
+    found = influence(networks, solid, case, voxel, class_number=1)
+    expected = gradient.abs().sum(0).numpy()  # rounding may switch a rectifier here and there
+    assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
+    assert np.isclose(found, expected, rtol=1e-3, atol=1e-6).mean() > 0.99
+    far = found.copy()
+    far[patch] = 0
+    assert far.max() > 0  # beyond the cube
+    for axes in [(0,), (1,), (2,)]:  # but only in slices that pass through it
+        far[tuple(patch[a] if a in axes else slice(None) for a in range(3))] = 0
+    assert far.max() == 0
+
+
+def test_influence_without_features_is_the_cube(networks, noise_case, stir):
+    case = noise_case((70, 60, 56))
+    torch.manual_seed(0)
+    solid = stir(models.mlynarski_3d(in_channels=2, classes=3, width=0.1))
+    sides = set()
+    for voxel in ((32, 28, 24), (33, 29, 25), (34, 30, 26), (35, 31, 27)):
+        seen = np.argwhere(influence({}, solid, case, voxel, class_number=0))
+        assert (seen.min(0) <= voxel).all() and (seen.max(0) >= voxel).all()
+        sides |= set((seen.max(0) - seen.min(0) + 1).tolist())
+    assert sides <= {42, 46} and 46 in sides
+    with pytest.raises(ValueError, match=r"reaches from -1 to 45 along H, out of noise of 60 voxels"):
+        influence({}, solid, case, (32, 20, 24), class_number=0)
+    with pytest.raises(ValueError, match=r"call its eval\(\) first"):
+        influence({}, solid.train(), case, (32, 28, 24), class_number=0)

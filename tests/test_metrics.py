@@ -488,3 +488,51 @@ def test_partitions_refuse():
         metrics.v_info(np.full((9, 9), np.nan), truth)
     with pytest.raises(ValueError, match=r"one slice \(H, W\) or a stack"):
         metrics.v_rand(truth[0], truth[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ stripes
+
+
+def test_slice_inconsistency_by_hand():
+    cube = np.zeros((5, 6, 7), np.uint8)
+    cube[1:4, 2:5, 2:5] = 2
+    assert all(metrics.slice_inconsistency(cube, axis=axis) == 1 for axis in (0, 1, 2, -1))
+    plate = np.zeros((6, 6, 6), np.uint8)
+    plate[1:5, 1:5, 3] = 1  # 32 faces across axis 2, 8 across each of the others
+    assert metrics.slice_inconsistency(plate, axis=2) == 4
+    assert metrics.slice_inconsistency(plate, axis=0) == 8 / 20
+    assert metrics.slice_inconsistency(torch.from_numpy(plate), axis=2) == 4
+    # Two classes side by side are a border too; a face counts once.
+    halves = np.zeros((2, 2, 2), np.uint8)
+    halves[1] = 1
+    halves[1, 0, 0] = 3
+    assert metrics.slice_inconsistency(halves, axis=0) == 4 / 1
+    assert metrics.slice_inconsistency(np.array([[0, 1], [1, 1]]), axis=0) == 1
+
+
+def test_slice_inconsistency_of_stripes_and_masks():
+    ball = np.linalg.norm(np.indices((21, 21, 21)) - 10, axis=0) < 8
+    assert metrics.slice_inconsistency(ball.astype(np.uint8), axis=2) == 1
+    striped = ball.astype(np.uint8)
+    striped[:, :, ::2] = 0
+    assert metrics.slice_inconsistency(striped, axis=2) > 5
+    assert metrics.slice_inconsistency(striped, axis=0) < 0.3
+    mask = np.zeros(ball.shape, bool)
+    mask[:, :, 9] = True  # within one slice nothing can change across
+    assert metrics.slice_inconsistency(striped, axis=2, mask=mask) == 0
+    mask[:, :, 10] = True  # slice 10 is empty: one face for every voxel of the disc in slice 9
+    within = sum(np.abs(np.diff(striped[:, :, 9].astype(int), axis=a)).sum() for a in (0, 1)) / 2
+    assert metrics.slice_inconsistency(striped, axis=2, mask=mask) == striped[:, :, 9].sum() / within
+
+
+def test_slice_inconsistency_where_nothing_or_only_slices_change():
+    assert np.isnan(metrics.slice_inconsistency(np.zeros((3, 3, 3), int), axis=0))
+    layers = np.zeros((3, 3, 3), int)
+    layers[:, 1] = 1
+    assert metrics.slice_inconsistency(layers, axis=1) == np.inf
+    with pytest.raises(ValueError, match=r"axis=3 of a label of shape \(3, 3, 3\)"):
+        metrics.slice_inconsistency(layers, axis=3)
+    with pytest.raises(ValueError, match="must share one grid"):
+        metrics.slice_inconsistency(layers, axis=0, mask=np.ones((3, 3), bool))
+    with pytest.raises(ValueError, match="expected integer class numbers"):
+        metrics.slice_inconsistency(layers * 0.5, axis=0)
