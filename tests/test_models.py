@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import NamedTuple
 
@@ -539,6 +540,53 @@ def test_convolutions_of_the_pipeline():
     assert len(convolutions(model)) == 154  # and 14 that make numbers of feature maps equal where maps are added
 
 
+def test_without_a_block_its_shortcut_is_left(stir):
+    """As a copy of the network whose block's last convolution is zero."""
+    model = stir(models.fc_resnet(width=0.1)).double().eval()
+    x = torch.randn(1, 1, 64, 64, dtype=torch.float64)
+    blocks = models.removable(model)
+    assert len(blocks) == 3 + 2 * (3 + 8 + 10) + 2 + 1 and blocks[-1] == "last"  # and the convolution before the head
+    for name in (
+        "down.0",
+        "down.1.0",
+        "down.2.3",
+        "across.2",
+        "up.1.7",
+        "up.3",
+    ):  # all kinds: projected, halved, doubled, plain
+        with models.without(model, name) as shorter:
+            assert shorter is model
+            found = model(x)
+        assert not torch.allclose(found, model(x))  # put back
+        copy_ = copy.deepcopy(model)
+        block = copy_.get_submodule(name)
+        final = block.conv if hasattr(block, "conv") else block.expand
+        nn.init.zeros_(final.weight), nn.init.zeros_(final.bias)
+        torch.testing.assert_close(found, copy_(x))
+    assert isinstance(model.get_submodule("down.2.3").project, nn.Identity)
+
+
+def test_without_several_layers(stir):
+    model = stir(models.unet2d(width=0.05)).eval()
+    x = torch.randn(1, 1, 32, 32)
+    assert models.removable(model) == [
+        f"{part}.{n}.2" for part, count in (("down", 5), ("up", 4)) for n in range(count)
+    ]
+    copy_ = copy.deepcopy(model)
+    for name in ("down.1.2", "up.0.2"):
+        nn.init.dirac_(copy_.get_submodule(name).weight), nn.init.zeros_(copy_.get_submodule(name).bias)
+    with models.without(model, ["down.1.2", "up.0.2"]):
+        torch.testing.assert_close(model(x), copy_(x))
+    whole = model(x)
+    with pytest.raises(RuntimeError, match="channels"), models.without(model, "up.0.2"):
+        model(torch.cat([x, x], dim=1))
+    torch.testing.assert_close(model(x), whole)  # put back after an error too
+    with pytest.raises(
+        ValueError, match=r"down\.0\.0 cannot be taken out of this network; expected some of down\.0\.2, down\.1\.2"
+    ):
+        models.without(model, "down.0.0").__enter__()
+
+
 def test_resolutions_and_widths_of_fc_resnet(stir):
     """Table II: feature maps and size after every stage, for an image of 512 x 512."""
     model = stir(models.fc_resnet(in_channels=1, classes=1))
@@ -834,6 +882,19 @@ def test_load_rejects(tmp_path):
     whole.write_bytes(whole.read_bytes()[:-100])
     with pytest.raises(ValueError, match="is not a safetensors file"):
         models.load(whole)
+
+
+def test_half_the_bytes(tmp_path, stir):
+    model = stir(models.fcn_fc_resnet(width=0.1)).eval()
+    model.segmenter.head[0].running_var.fill_(1e6)  # more than float16 holds
+    full, half = (models.save(tmp_path / f"{half}.safetensors", model, {}, half=half) for half in (False, True))
+    assert half.stat().st_size < 0.75 * full.stat().st_size
+    again = models.load(half)
+    assert all(p.dtype == torch.float32 for p in again.parameters())
+    x = torch.randn(1, 1, 32, 32)
+    expected = model(x)
+    assert 0 < (again(x) - expected).norm() < 1e-2 * expected.norm()
+    assert again.segmenter.head[0].running_var.max() == 1e6
 
 
 # ---------------------------------------------------------------------------------------------------------- kayalibay

@@ -605,6 +605,20 @@ def test_em_cells_are_a_power_diagram(time):
     np.testing.assert_allclose(speed, (ahead - behind) / 2e-4, atol=1e-4)
 
 
+def test_em_as_a_detector_counts():
+    """The same tissue at a gain and on an offset that differ from stack to stack, but not within one."""
+    gains, offsets = [], []
+    for seed in range(6):
+        plain, counted = (phantoms.em(seed, slices=2, size=64, counts=c) for c in (False, True))
+        gain, offset = np.polyfit(plain.image.ravel(), counted.image.ravel(), 1)
+        np.testing.assert_allclose(counted.image, gain * plain.image + offset, atol=1)
+        assert np.array_equal(counted.image, np.rint(counted.image)) and np.array_equal(counted.label, plain.label)
+        assert 4 <= gain <= 24 and -1 <= offset <= 2001
+        gains.append(gain)
+        offsets.append(offset)
+    assert max(gains) > 2 * min(gains) and np.ptp(offsets) > 500
+
+
 @pytest.mark.parametrize(
     "options, match",
     [

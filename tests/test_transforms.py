@@ -66,6 +66,38 @@ def test_empty_mask():
         standardise(small([1, 2], mask=[False, False]))
 
 
+def test_rescale_by_hand():
+    case = small([0, 2, 4, 12, 100], mask=[False, True, True, True, False])
+    result = transforms.rescale(case)
+    np.testing.assert_allclose(result.image.ravel(), [-0.2, 0, 0.2, 1, 9.8], rtol=1e-6)
+    assert result.image.dtype == np.float32 and case.image.max() == 100
+    two = transforms.rescale(small([[1, 3], [-500, 1500]], channels=("a", "b")))
+    assert two.image.ravel().tolist() == [0, 1, 0, 1]
+
+
+def test_equalise_gives_the_share_that_is_darker():
+    values = np.random.default_rng(0).gamma(2, 300, 3000)
+    result = transforms.equalise(small(values), bins=2048).image.ravel()
+    share = (values[:, None] >= values[None]).mean(1)
+    np.testing.assert_allclose(result, share, atol=0.02)
+    again = transforms.equalise(small(7 * values + 900), bins=2048).image.ravel()
+    np.testing.assert_allclose(result, again, atol=2e-3)  # gain and offset leave no trace
+
+
+def test_equalise_counts_inside_the_mask():
+    case = small([0] * 1000 + list(range(1, 101)), mask=[False] * 1000 + [True] * 100)
+    inside = transforms.equalise(case).image[0][case.mask]
+    np.testing.assert_allclose(inside, np.arange(1, 101) / 100, atol=0.02)
+
+
+@pytest.mark.parametrize("normalise", [transforms.rescale, transforms.equalise])
+def test_nothing_to_normalise(normalise):
+    with pytest.raises(ValueError, match="small: t1c is constant inside the mask"):
+        normalise(small([[1, 2, 3], [5, 5, 5]], channels=("flair", "t1c")))
+    with pytest.raises(ValueError, match="small: the mask is empty"):
+        normalise(small([1, 2], mask=[False, False]))
+
+
 # --------------------------------------------------------------------------------------------------------- augmentation
 
 

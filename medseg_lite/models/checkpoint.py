@@ -15,13 +15,15 @@ from ..paths import atomic_write
 _TRAINING_ONLY = ("recent", "batches")
 
 
-def save(path: str | Path, model: nn.Module, card: dict) -> Path:
+def save(path: str | Path, model: nn.Module, card: dict, *, half: bool = False) -> Path:
     """Write the weights of a network that one of the builders made.
 
     Args:
         path: a `.safetensors` file; it appears only when complete.
         model: a network from `medseg_lite.models`.
         card: what a user must know: channels, classes, normalisation, data, steps, seed, command, scores. JSON values.
+        half: whether kernels are written as float16, for a file of half the size. All else (statistics of batch normalisation may
+            exceed what float16 holds) stays as it is, and `load` gives float32 all the same.
     """
     path = Path(path)
     if not hasattr(model, "config"):
@@ -29,6 +31,8 @@ def save(path: str | Path, model: nn.Module, card: dict) -> Path:
             f"{type(model).__name__} was not made by a builder of medseg_lite.models, so it cannot be rebuilt"
         )
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not _training_only(k)}
+    if half:
+        tensors = {k: v.half() if v.ndim > 1 and v.is_floating_point() else v for k, v in tensors.items()}
     metadata = {"config": json.dumps(model.config), "card": json.dumps(card)}
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)

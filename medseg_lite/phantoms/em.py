@@ -28,17 +28,19 @@ BIG, SMALL = 13, 235  # cells per field, before the small ones give way to the b
 GLIA = 28.0**2  # square pixels: what no cell reaches with less than this is glia
 
 
-def em(seed: int, *, slices: int = 3, size: int = 512) -> Case:
+def em(seed: int, *, slices: int = 3, size: int = 512, counts: bool = False) -> Case:
     """One stack of slices.
 
     Args:
         seed: which tissue, 0 or more. The same seed gives the same bytes, and its first slices do not depend on how many follow.
         slices: how many, 1 to 64. Neighbouring slices correlate, but weakly (0.25), as in the real stack.
         size: pixels along D and H, 64 to 1024, of 4 nm each.
+        counts: whether the numbers are as a detector counts them instead of 0 to 255: each stack is multiplied by a gain of its
+            own (4 to 24) and stands on an offset of its own (0 to 2000).
 
     Returns:
-        A case of one channel, "em", `(1, size, size, slices)`: whole numbers from 0 to 255, slices along W. `label` is 0 in
-        cells and 1 on membranes (the challenge's own files hold 255 and 0). `info` has the seed and the names of the "classes".
+        A case of one channel, "em", `(1, size, size, slices)`: whole numbers, slices along W. `label` is 0 in cells and 1 on
+        membranes (the challenge's own files hold 255 and 0). `info` has the seed and the names of the "classes".
     """
     _check_whole("seed", seed, 0, None)
     _check_whole("slices", slices, 1, 64)
@@ -48,6 +50,10 @@ def em(seed: int, *, slices: int = 3, size: int = 512) -> Case:
     label = np.empty((size, size, slices), np.uint8)
     for number in range(slices):
         image[0, ..., number], label[..., number] = _slice(tissue, seed, number)
+    if counts:
+        rng = stream(seed, "em detector")
+        gain, offset = np.exp(rng.uniform(np.log(4), np.log(24))), rng.uniform(0, 2000)
+        image = np.rint(gain * image + offset).astype(np.float32)
     return Case(
         image=image, channels=("em",), label=label, affine=np.diag([PIXEL, PIXEL, THICKNESS, 1]), name=f"em-{seed:04d}",
         info={"seed": seed, "classes": CLASSES},
