@@ -392,6 +392,63 @@ def history(frame: pd.DataFrame, *, size: float = 3.4) -> Figure:
     return figure
 
 
+def intensities(
+    stages: Mapping[str, np.ndarray],
+    label: np.ndarray,
+    *,
+    classes: Sequence[str] | Mapping[int, str] | None = None,
+    bins: int = 80,
+    size: float = 3.2,
+) -> Figure:
+    """Histograms of the same pixels at several stages, a row for each class, with normal distributions fitted to them.
+
+    Args:
+        stages: intensities by stage, `{"input": (*shape), "after the pre-processor": (*shape)}`.
+        label: class numbers `(*shape)` of these pixels; a negative one leaves a pixel out.
+        classes: their names, by number.
+        bins: bars of each histogram; all of a stage share them. The outermost .05 % of a stage are not drawn.
+        size: width of one panel in inches.
+
+    Source: figure 6 of Drozdzal et al. 2018.
+    """
+    label = np.asarray(label)
+    present = [int(k) for k in np.unique(label) if k >= 0]
+    if not stages or not present:
+        raise ValueError(f"{len(stages)} stages and classes {present}; intensities needs at least one of each")
+    for name, values in stages.items():
+        if np.shape(values) != label.shape:
+            raise ValueError(f"stage {name!r} has shape {np.shape(values)}; expected that of the label, {label.shape}")
+    with style():
+        figure = Figure(figsize=(size * len(stages), 0.62 * size * len(present) + 0.3), layout="constrained")
+        grid = figure.subplots(len(present), len(stages), squeeze=False, sharex="col")
+        for column, (name, values) in enumerate(stages.items()):
+            low, high = np.percentile(np.asarray(values)[label >= 0], (0.05, 99.95))
+            edges = np.linspace(low, high, bins + 1) if low < high else np.array([low - 0.5, low + 0.5])
+            for row, k in enumerate(present):
+                axes, chosen = grid[row, column], np.asarray(values, np.float64)[label == k]
+                mean, deviation = chosen.mean(), chosen.std()
+                colour = class_colour(k) if k else "#999999"
+                axes.hist(chosen, edges, density=True, color=colour, alpha=0.75, linewidth=0)
+                if deviation > 0:
+                    x = np.linspace(low, high, 200)
+                    curve = np.exp(-0.5 * ((x - mean) / deviation) ** 2) / (deviation * np.sqrt(2 * np.pi))
+                    axes.plot(x, curve, color="black", linestyle="--", linewidth=1.3)
+                axes.set(yticks=[], title=name if row == 0 else "")
+                axes.set_ylabel(class_name(k, classes) if column == 0 else "")
+                letter = "abcdefghijklmnopqrstuvwxyz"[row * len(stages) + column]
+                corner = {"transform": axes.transAxes, "va": "top", "fontsize": 9}
+                axes.text(0.02, 0.97, f"({letter})", fontweight="bold", **corner)
+                axes.text(0.98, 0.97, f"mean {mean:.3g}\nsd {deviation:.3g}", ha="right", **corner)
+                axes.grid(False)
+        for axes in grid[-1]:
+            axes.set_xlabel("intensity")
+        dashes = Line2D(
+            [], [], color="black", linestyle="--", label="normal distribution of the same mean and deviation"
+        )
+        figure.legend(handles=[dashes], loc="outside lower center", fontsize=9)
+    return figure
+
+
 # ------------------------------------------------------------------------------------------------------------- tables
 
 

@@ -253,6 +253,34 @@ def test_history_rejects(frame):
         plotting.history(frame)
 
 
+def test_intensities_by_class_with_fitted_normals():
+    rng = np.random.default_rng(0)
+    label = np.repeat([0, 1, -1], 4000)  # the last are void
+    raw = np.concatenate([rng.normal(900, 50, 4000), rng.normal(400, 20, 4000), np.full(4000, 1e6)])
+    figure = plotting.intensities({"input": raw, "after": raw / 100 - 5}, label, classes=("cell", "membrane"), bins=40)
+    assert [axes.get_title() for axes in figure.axes] == ["input", "after", "", ""]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["cell", "", "membrane", ""]
+    texts = [[t.get_text() for t in axes.texts] for axes in figure.axes]
+    assert [t[0] for t in texts] == ["(a)", "(b)", "(c)", "(d)"]
+    found = [[float(word.split()[1]) for word in t[1].split("\n")] for t in texts]
+    np.testing.assert_allclose(found, [[900, 50], [4, 0.5], [400, 20], [-1, 0.2]], rtol=0.03)
+    cell = figure.axes[0]
+    heights, left = [p.get_height() for p in cell.patches], [p.get_x() for p in cell.patches]
+    assert len(heights) == 40 and abs(left[int(np.argmax(heights))] - 900) < 40
+    x, y = cell.lines[0].get_data()
+    assert abs(x[y.argmax()] - 900) < 5 and (y.sum() * (x[1] - x[0])) == pytest.approx(1, abs=0.02)
+    assert cell.get_xlim()[1] < 2000  # nothing of the void
+
+
+def test_intensities_of_a_constant_and_of_the_wrong_shape():
+    figure = plotting.intensities({"flat": np.full(9, 3.0)}, np.zeros(9, int))
+    assert not figure.axes[0].lines and figure.axes[0].get_ylabel() == "background"
+    with pytest.raises(ValueError, match=r"stage 'after' has shape \(2,\); expected that of the label, \(3,\)"):
+        plotting.intensities({"input": np.zeros(3), "after": np.zeros(2)}, np.zeros(3, int))
+    with pytest.raises(ValueError, match="needs at least one of each"):
+        plotting.intensities({}, np.zeros(3, int))
+
+
 def test_paper_table_names_its_data_and_degrades_to_text():
     ours = pd.DataFrame({"Dice": [0.811, np.nan]}, index=["whole", "<b>core</b>"])
     paper = pd.DataFrame({"Dice": [0.9]}, index=["whole"])
