@@ -6,9 +6,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import inference, losses, metrics
+from . import distributed, inference, losses, metrics, models
+from .gradients import Gradients
 from .paths import atomic_write
 from .volume import Case
 
-STATE = "last.pt"
+STATE, BEST = "last.pt", "best.safetensors"
 
 
 def fit(
@@ -41,12 +44,20 @@ def fit(
     patience: int | None = None,
     folder: str | Path | None = None,
     precision: str = "auto",
+    compiled: bool = False,
+    channels_last: bool = False,
+    workers: int = 1,
+    tensorboard: bool = False,
     seed: int = 0,
     progress: bool = True,
     on_validation: Callable[[int, dict[str, float]], None] | None = None,
     on_update: Callable[[dict[str, float]], None] | None = None,
 ) -> pd.DataFrame:
     """Train a network on the device that it lies on.
+
+    In several processes (`torchrun`, see `distributed`) each takes its share of every batch, or of the `accumulate` batches of
+    an update, with the same result but for the random numbers of dropout. The first process validates and writes; `folder` must
+    be on a disk that all of them see.
 
     Args:
         model: the network, changed in place.
@@ -64,9 +75,14 @@ def fit(
         validate_every: updates between validations, schedule steps and saved states.
         patience: stop when the first validation score has not risen for this many validations, and go back to the weights
             that had the highest; None trains to the end and keeps the last weights.
-        folder: where the state is kept (`last.pt`, `history.csv`). A run found there is continued: it gives the
-            same network as one never interrupted. None keeps nothing.
+        folder: where the state is kept (`last.pt`, `history.csv`, and the network with the highest first validation score in
+            `best.safetensors`). A run found there is continued: it gives the same network as one never interrupted. None
+            keeps nothing.
         precision: "float32", "bfloat16", "float16", or "auto" (bfloat16 on CUDA where it is supported, else float32).
+        compiled: run the network through `torch.compile`, or as it is where that fails.
+        channels_last: keep the channels of a voxel side by side in memory, which some GPUs and CPUs convolve faster.
+        workers: threads that prepare batches ahead. Batches do not depend on how many there are.
+        tensorboard: also write losses and scores to `folder/tensorboard`, where that package is installed.
         seed: of dropout. Batches have the sampler's seed, and the weights were drawn when the model was built.
         progress: whether to show a bar with loss, rate, last validation score and time left.
         on_validation: called with the step and the scores after each validation (live plots), in evaluation mode.
@@ -80,16 +96,24 @@ def fit(
     Raises:
         FloatingPointError: when the loss is not finite; the last saved state is still there.
         ValueError: when `folder` holds another run.
+        MemoryError: when a batch does not fit the memory even in parts.
+        ConnectionError: when another process of the run has ended.
     """
     if patience is not None and (validate is None or patience < 1):
         raise ValueError(f"patience={patience} needs validations and must be at least 1; give validate=…")
-    if steps < 1 or validate_every < 1 or accumulate < 1:
+    if steps < 1 or validate_every < 1 or accumulate < 1 or workers < 1:
         raise ValueError(
-            f"steps={steps}, validate_every={validate_every}, accumulate={accumulate}; all must be at least 1"
+            f"steps={steps}, validate_every={validate_every}, accumulate={accumulate}, workers={workers}; all must be at least 1"
         )
+    first = distributed.number() == 0
     device = next(model.parameters()).device
-    autocast, scaler = _precision(precision, device)
-    run = _Run(model, optimizer, schedule, scaler, Path(folder) if folder else None, seed, accumulate, validate_every)
+    gradients = Gradients(
+        model, loss, forward=forward, accumulate=accumulate, l1=l1, l2=l2, precision=precision, compiled=compiled,
+        channels_last=channels_last, seed=seed,
+    )  # fmt: skip
+    run = _Run(
+        model, optimizer, schedule, gradients.scaler, Path(folder) if folder else None, seed, accumulate, validate_every
+    )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         done = run.resume()
@@ -97,33 +121,25 @@ def fit(
             raise ValueError(
                 f"{run.path} has {done} updates already, more than the {steps} asked for; use another folder"
             )
-        bar = tqdm(total=steps, initial=done, desc="training", disable=not progress, dynamic_ncols=True)
+        log = _Log(run.path.parent if tensorboard and run.path and first else None, done)
+        bar = tqdm(total=steps, initial=done, desc="training", disable=not (progress and first), dynamic_ncols=True)
         score = ""
         model.train()
         clock = time.perf_counter() - (run.history[-1]["seconds"] if run.history else 0)
-        with bar, _Interruptible() as interruption:
-            batches = _ahead(sampler, done * accumulate, steps * accumulate)
+        with bar, log, distributed.companions(run.how_to_go_on), gradients.together(), _Interruptible() as interruption:
+            batches = _ahead(sampler, gradients.numbers(done, steps), workers)
             for step in range(done + 1, steps + 1):
                 if run.patience_lost(patience, step - 1):
                     break
                 optimizer.zero_grad(set_to_none=True)
-                number = 0.0
-                for _ in range(accumulate):
-                    batch = next(batches)
-                    inputs, label = _to(batch[0], device), _to(batch[1], device)
-                    with autocast:
-                        value = loss((forward or model)(inputs), label)
-                        total = value + losses.weight_penalty(model, l1=l1, l2=l2) if l1 or l2 else value
-                    scaler.scale(total / accumulate if accumulate > 1 else total).backward()
-                    number += float(value.detach()) / accumulate
+                number = gradients(batches, step)
                 if not math.isfinite(number):
                     raise FloatingPointError(
                         f"the loss became {number} at update {step} (learning rate {_rate(optimizer):g}); lower the learning "
                         "rate, check the images for extreme values, or train in float32"
                         + (f". The state of update {run.saved} is kept in {run.path}" if run.saved else "")
                     )
-                scaler.step(optimizer)
-                scaler.update()
+                gradients.update(optimizer)
                 row = {
                     "step": step,
                     "loss": number,
@@ -137,29 +153,36 @@ def fit(
                     schedule.after(step)
                 if step % validate_every == 0 or step == steps:
                     if validate is not None:
-                        with _aside(model):
-                            scores = {k: float(v) for k, v in validate(model).items()}
-                            row.update(scores)
-                            name, best = next(iter(scores.items()))
-                            run.keep_if_best(best, step, patience)
-                            score = f", {name.replace('_', ' ')} {best:.3f}"
-                            if on_validation is not None:
+                        scores = None
+                        if first:
+                            with _aside(model):
+                                scores = {k: float(v) for k, v in validate(model).items()}
+                        scores = distributed.from_first(scores)
+                        row.update(scores)
+                        name, best = next(iter(scores.items()))
+                        run.keep_if_best(name, best, step)
+                        score = f", {name.replace('_', ' ')} {best:.3f}"
+                        if on_validation is not None and first:
+                            with _aside(model):
                                 on_validation(step, scores)
                     if hasattr(schedule, "step"):
                         recent = np.mean([r["loss"] for r in run.history[-validate_every:]])
                         schedule.step(best if validate is not None else recent)
                     run.save(step)
-                if on_update is not None:
+                log.write(row)
+                if on_update is not None and first:
                     with _aside(model):
                         on_update(row)
                 bar.update()
                 bar.set_postfix_str(f"loss {number:.3f}, rate {_rate(optimizer):.1e}{score}")
-                if interruption.asked:
+                if distributed.total(interruption.asked):
                     run.save(step)
                     again = f"; the same call goes on from {run.path}" if run.path else ""
                     raise KeyboardInterrupt(f"stopped after update {step}{again}")
-    run.go_back_to_best()
+    if patience is not None:
+        run.go_back_to_best()
     model.eval()
+    distributed.wait()  # for what the first process has written
     return pd.DataFrame(run.history)
 
 
@@ -224,12 +247,22 @@ class _Run:
         self.path = folder / STATE if folder else None
         self.history: list[dict[str, float]] = []
         self.saved = 0
-        self.best: dict | None = None  # weights, score and step; only where a patience asks for them
+        self.best: dict | None = None  # weights, score and step of the highest first validation score
         self.validate_every = validate_every
 
     def resume(self) -> int:
         """Restore a state if there is one; the number of updates it has."""
-        if self.path is None or not self.path.exists():
+        if self.path is None:
+            return 0
+        found = distributed.from_all(self.path.exists())
+        if any(found) != all(found):
+            raise ValueError(
+                f"some processes see {self.path} and others do not; the folder must be on a disk that all machines share"
+            )
+        if distributed.number() == 0:
+            for leftover in self.path.parent.glob(".partial-*"):  # of a process that was killed while it wrote
+                leftover.unlink(missing_ok=True)
+        if not all(found):
             return 0
         try:
             state = torch.load(self.path, map_location=self.device, weights_only=True)
@@ -251,10 +284,14 @@ class _Run:
         self.saved = len(self.history)
         return self.saved
 
-    def keep_if_best(self, score: float, step: int, patience: int | None) -> None:
-        if patience is not None and (self.best is None or score > self.best["score"]):
-            weights = {name: value.detach().clone() for name, value in self.parts["model"].state_dict().items()}
-            self.best = {"score": score, "step": step, "weights": weights}
+    def keep_if_best(self, name: str, score: float, step: int) -> None:
+        if self.best is not None and score <= self.best["score"]:
+            return
+        model = self.parts["model"]
+        weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.best = {"score": score, "step": step, "weights": weights}
+        if self.path is not None and distributed.number() == 0 and hasattr(model, "config"):
+            models.save(self.path.with_name(BEST), model, {"step": step, name: score})
 
     def patience_lost(self, patience: int | None, done: int) -> bool:
         if patience is None or self.best is None:
@@ -265,8 +302,14 @@ class _Run:
         if self.best is not None:
             self.parts["model"].load_state_dict(self.best["weights"])
 
+    def how_to_go_on(self) -> str:
+        return f"; the same command goes on from update {self.saved}, in {self.path}" if self.saved else ""
+
     def save(self, step: int) -> None:
         if self.path is None:
+            return
+        self.saved = step
+        if distributed.number() > 0:
             return
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -278,7 +321,6 @@ class _Run:
             torch.save({"config": self.config, "rng": rng, "history": self.history, **state}, temporary)
         with atomic_write(self.path.with_name("history.csv")) as temporary:
             pd.DataFrame(self.history).to_csv(temporary, index=False)
-        self.saved = step
 
 
 class _Interruptible:
@@ -303,14 +345,42 @@ class _Interruptible:
             signal.signal(signal.SIGINT, self.previous)
 
 
-def _ahead(sampler, done: int, steps: int) -> Iterator:
-    """The batches done … steps − 1, each made by a thread while the network works on the one before."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        following = pool.submit(sampler.batch, done)
-        for step in range(done, steps):
-            batch = following.result()
-            if step + 1 < steps:
-                following = pool.submit(sampler.batch, step + 1)
+class _Log:
+    """Rows of the history for TensorBoard, where it is wanted and installed."""
+
+    def __init__(self, folder: Path | None, done: int):
+        self.writer = None
+        if folder is None:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            print("tensorboard is not installed (pip install tensorboard); the history goes to history.csv alone")
+            return
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+
+    def write(self, row: dict[str, float]) -> None:
+        if self.writer is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self.writer.add_scalar(name, value, row["step"])
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _ahead(sampler, numbers: Iterable[int], workers: int) -> Iterator:
+    """The batches of these numbers, made by threads while the network works on those before."""
+    numbers = iter(numbers)
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        waiting = deque(pool.submit(sampler.batch, n) for n in islice(numbers, workers))
+        while waiting:
+            batch = waiting.popleft().result()
+            waiting.extend(pool.submit(sampler.batch, n) for n in islice(numbers, 1))
             yield batch
 
 
@@ -324,26 +394,6 @@ def _aside(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train()
-
-
-def _precision(precision: str, device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if precision == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = "bfloat16" if fast else "float32"
-    if precision not in types:
-        raise ValueError(f"precision={precision!r}; expected auto, {', '.join(types)}")
-    dtype = types[precision]
-    if device.type == "cpu" and dtype == torch.float16:
-        raise ValueError("float16 training needs a CUDA device; use precision='float32' on the CPU")
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-
-def _to(batch, device: torch.device):
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    return tuple(part.to(device, non_blocking=True) for part in batch)
 
 
 def _rate(optimizer: torch.optim.Optimizer) -> float:

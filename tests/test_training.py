@@ -500,7 +500,7 @@ def test_bad_settings(setup):
     model, sampler, keywords = setup()
     for options, message in [
         ({"steps": 0}, "steps=0"),
-        ({"steps": 1, "validate_every": 0}, "validate_every=0, accumulate=1; all must be at least 1"),
+        ({"steps": 1, "validate_every": 0}, "validate_every=0, accumulate=1, workers=1; all must be at least 1"),
         ({"steps": 1, "precision": "float8"}, "precision='float8'; expected auto, float32"),
         ({"steps": 1, "precision": "float16"}, "float16 training needs a CUDA device"),
     ]:

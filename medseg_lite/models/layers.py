@@ -46,15 +46,19 @@ class RollingBatchNorm(nn.Module):
         # With momentum 1 the running statistics become those of this batch, the variance already unbiased.
         mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
         y = F.batch_norm(x, mean, var, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
-        with torch.no_grad():
-            window = self.recent.shape[0]
-            self.recent[self.batches % window] = torch.stack([mean, var])
-            self.batches += 1
-            filled = torch.arange(window, device=x.device) < self.batches
-            average = (self.recent * filled[:, None, None]).sum(0) / filled.sum()
-            self.running_mean.copy_(average[0])
-            self.running_var.copy_(average[1])
+        self.remember(mean, var)
         return y
+
+    @torch.no_grad()
+    def remember(self, mean: Tensor, var: Tensor) -> None:
+        """Take the mean and unbiased variance `(C,)` of one more batch into the average."""
+        window = self.recent.shape[0]
+        self.recent[self.batches % window] = torch.stack([mean, var])
+        self.batches += 1
+        filled = torch.arange(window, device=mean.device) < self.batches
+        average = (self.recent * filled[:, None, None]).sum(0) / filled.sum()
+        self.running_mean.copy_(average[0])
+        self.running_var.copy_(average[1])
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, window={self.recent.shape[0]}, eps={self.eps}"

@@ -1,0 +1,279 @@
+"""The gradients of one update: in half precision, compiled, shared by several processes, or in parts that fit the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from . import distributed, losses
+
+
+class Gradients:
+    """Adds up the gradients of a network's loss over the batches of an update.
+
+    Of several processes (see `distributed`) each works on some of the batches where there are at least as many as processes,
+    and otherwise on some samples of every batch. Either way the gradients are those of one process, dropout apart.
+
+    A batch that does not fit the memory is halved and tried again, with the same result: the loss is that of all predictions
+    together, whatever loss it is. Batch normalisation has to see a batch at once and cannot be halved.
+
+    Args:
+        model, loss, forward, accumulate, l1, l2, precision, compiled, channels_last, seed: as in `training.fit`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable,
+        *,
+        forward: Callable | None,
+        accumulate: int,
+        l1: float,
+        l2: float,
+        precision: str,
+        compiled: bool,
+        channels_last: bool,
+        seed: int,
+    ):
+        self.model, self.loss, self.l1, self.l2, self.seed = model, loss, l1, l2, seed
+        self.accumulate, self.parts = accumulate, 1
+        self.device = next(model.parameters()).device
+        self.autocast, self.scaler = _precision(precision, self.device)
+        self.format = None
+        if channels_last:
+            self.format = torch.channels_last_3d if model.spatial_dims == 3 else torch.channels_last
+            model.to(memory_format=self.format)
+        self.processes, self.process = distributed.count(), distributed.number()
+        self.own_batches = self.processes > 1 and accumulate >= self.processes
+        network = _Forward(model, forward)
+        if compiled:
+            network = _Compiled(network)
+        if self.processes > 1:
+            network = DistributedDataParallel(
+                network, broadcast_buffers=False, find_unused_parameters=forward is not None
+            )
+        self.network = network
+
+    def numbers(self, first: int, last: int) -> Iterator[int]:
+        """The batches that this process needs for the updates `first + 1` to `last`."""
+        for update in range(first, last):
+            batches = range(update * self.accumulate, (update + 1) * self.accumulate)
+            yield from batches[self.process :: self.processes] if self.own_batches else batches
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Batch normalisation of several processes within the block is that of one."""
+        with distributed.shared_statistics(self.model, one_batch=not self.own_batches) as self.settle:
+            yield
+
+    def __call__(self, batches: Iterator, step: int) -> float:
+        """Add the gradients of update `step` to those of the parameters; its mean loss, without the penalties."""
+        if self.processes > 1:  # other numbers for dropout in every process, and the same again after an interruption
+            torch.manual_seed(hash((self.seed, step, self.process)) % 2**63)
+        kept: list = []
+        state = _random_state(self.device)
+        while True:
+            try:
+                number = self._add_up(batches, kept)
+                break
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                largest = max(len(label) for _, label in kept)
+                found = str(error).split("\n")[0]
+            self._halve(largest, found)  # out here, where the failed attempt's memory is no longer held
+            for p in self.model.parameters():
+                p.grad = None
+            _set_random_state(self.device, state)
+        self.settle()
+        return number
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer use the gradients."""
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def _add_up(self, batches: Iterator, kept: list) -> float:
+        due = self.accumulate
+        if self.own_batches:
+            due = len(range(self.process, self.accumulate, self.processes))
+        total = 0.0
+        for n in range(due):
+            if n == len(kept):
+                kept.append(next(batches))
+            inputs, label = (self._here(part) for part in kept[n])
+            # Several processes exchange their gradients with the last batch only.
+            waiting = self.processes > 1 and n + 1 < due
+            with self.network.no_sync() if waiting else nullcontext():
+                total += self._add(inputs, label) / self.accumulate
+        return distributed.total(total) if self.own_batches else total
+
+    def _add(self, inputs, label: Tensor) -> float:
+        """Gradients and loss of one batch."""
+        if self.parts > 1:
+            value = self._add_in_parts(inputs, label)
+            if self.l1 or self.l2:
+                self._backward(self._penalty())
+            return float(value)
+        own = slice(None)
+        if self.processes > 1 and not self.own_batches:
+            if len(label) < self.processes:
+                raise ValueError(
+                    f"a batch of {len(label)} and accumulate={self.accumulate} leave nothing to do for some of the "
+                    f"{self.processes} processes; start fewer, or give one of the two at least as many"
+                )
+            own = distributed.shares(len(label))[self.process]
+        with self.autocast:
+            outputs = self.network(_each(inputs, lambda t: t[own]))
+            if own != slice(None):
+                outputs = _each(outputs, lambda t: distributed.whole_batch(t, len(label)))
+            value = self.loss(outputs, label)
+            # DistributedDataParallel takes the mean over processes. Each has a part of the loss, and all have the penalties,
+            # unless each has batches of its own, with the penalties of those.
+            total = value * self.processes
+            if self.l1 or self.l2:
+                total = total + self._penalty() * (self.processes if self.own_batches else 1)
+        self._backward(total)
+        return float(value.detach())
+
+    def _add_in_parts(self, inputs, label: Tensor) -> Tensor:
+        """The same with one part of the batch in memory at a time.
+
+        All predictions are made first, without what their gradients would need; the loss of them gives the gradient of each;
+        then each part is predicted again, with the same dropout, and takes its gradient back through the network.
+        """
+        slices = [slice(len(label) * n // self.parts, len(label) * (n + 1) // self.parts) for n in range(self.parts)]
+        states, outputs = [], []
+        with torch.no_grad(), self.autocast:
+            for part in slices:
+                states.append(_random_state(self.device))
+                outputs.append(self.network(_each(inputs, lambda t, part=part: t[part])))
+        leaves = [torch.cat(pieces).requires_grad_() for pieces in zip(*map(_leaves, outputs))]
+        with self.autocast:
+            value = self.loss(_rebuilt(outputs[0], iter(leaves)), label)
+        self._backward(value)
+        for part, state in zip(slices, states):
+            _set_random_state(self.device, state)
+            with self.autocast:
+                again = self.network(_each(inputs, lambda t, part=part: t[part]))
+            torch.autograd.backward(_leaves(again), [leaf.grad[part] for leaf in leaves])
+        return value.detach()
+
+    def _backward(self, value: Tensor) -> None:
+        self.scaler.scale(value / self.accumulate if self.accumulate > 1 else value).backward()
+
+    def _penalty(self) -> Tensor:
+        return losses.weight_penalty(self.model, l1=self.l1, l2=self.l2)
+
+    def _halve(self, largest: int, found: str) -> None:
+        if self.processes > 1:
+            remedy = "start more processes, choose a smaller batch size, or train in bfloat16"
+        elif distributed.normalisations(self.model):
+            remedy = (
+                "this network normalises by whole batches, which cannot be halved: choose a smaller batch size or crop, "
+                "train in bfloat16, or share the batch between several GPUs (torchrun)"
+            )
+        elif self.parts >= largest:
+            remedy = "a single sample is too large: choose a smaller crop or block, or train in bfloat16"
+        else:
+            self.parts = min(2 * self.parts, largest)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            print(
+                f"out of memory with {-(-largest * 2 // self.parts)} samples at a time: going on with at most "
+                f"{-(-largest // self.parts)}, at the same result and some more time"
+            )
+            return
+        raise MemoryError(f"out of memory on {self.device} ({found}); {remedy}")
+
+    def _here(self, part):
+        def moved(t: Tensor) -> Tensor:
+            t = t.to(self.device, non_blocking=True)
+            return t.contiguous(memory_format=self.format) if self.format and t.is_floating_point() else t
+
+        return _each(part, moved)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or in the machine."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+class _Forward(nn.Module):
+    """A network and the way through it that the loss wants, in one module."""
+
+    def __init__(self, model: nn.Module, forward: Callable | None):
+        super().__init__()
+        self.model, self.way = model, forward
+
+    def forward(self, x):
+        return (self.way or self.model)(x)
+
+
+class _Compiled(nn.Module):
+    """A network through `torch.compile`, or as it is where that fails."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.works = network, None
+        self.run = [torch.compile(network)]  # in a list, so that the parameters are counted once
+
+    def forward(self, x):
+        if self.works is None:
+            try:
+                result = self.run[0](x)
+                self.works = True
+                return result
+            except Exception as error:  # of many kinds: no compiler, an unknown operation, …
+                if out_of_memory(error):
+                    raise
+                self.works = False
+                reason = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+                print(f"torch.compile failed, so the network runs as it is ({type(error).__name__}: {reason})")
+        return self.run[0](x) if self.works else self.network(x)
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    """`torch.compile(network)`, which says so in one line and runs the network as it is where compiling fails."""
+    return _Compiled(network)
+
+
+def _precision(precision: str, device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if precision == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision = "bfloat16" if fast else "float32"
+    if precision not in types:
+        raise ValueError(f"precision={precision!r}; expected auto, {', '.join(types)}")
+    dtype = types[precision]
+    if device.type == "cpu" and dtype == torch.float16:
+        raise ValueError("float16 training needs a CUDA device; use precision='float32' on the CPU")
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def _each(value, function: Callable[[Tensor], Tensor]):
+    """The function of every tensor of a nest of tuples and lists, in a nest of tuples."""
+    return function(value) if isinstance(value, Tensor) else tuple(_each(part, function) for part in value)
+
+
+def _leaves(value) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [leaf for part in value for leaf in _leaves(part)]
+
+
+def _rebuilt(like, leaves: Iterator[Tensor]):
+    return next(leaves) if isinstance(like, Tensor) else tuple(_rebuilt(part, leaves) for part in like)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_state(device: torch.device, state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
