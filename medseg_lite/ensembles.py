@@ -12,7 +12,8 @@ from torch import Tensor, nn
 class Ensemble(nn.Module):
     """Averages the class probabilities of networks that lose the same margin; used like any of its members.
 
-    Its logits are the logarithm of the averaged probabilities, so softmax gives the average back.
+    Its logits are the logarithm of the averaged probabilities, so softmax gives the average back. Networks with a single output
+    are averaged after their sigmoid, and the ensemble has a single output too.
 
     Source: Kamnitsas et al. 2017, section 4.1.3 (three networks that differ in their random start).
     """
@@ -40,7 +41,7 @@ class Ensemble(nn.Module):
         return _Average([m.for_inference() if hasattr(m, "for_inference") else m for m in self.members])
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, *(n + 2 margin))` to the logarithm of the averaged probabilities `(B, K, *n)`."""
+        """`(B, C, *(n + 2 margin))` to logits of the averaged probabilities `(B, K, *n)`."""
         return _average(self.members, x)
 
 
@@ -54,8 +55,10 @@ class _Average(nn.Module):
 
 
 def _average(members, x: Tensor) -> Tensor:
-    total = sum(m(x).float().softmax(1) for m in members)
-    return torch.log((total / len(members)).clamp_min(1e-30))
+    logits = [m(x).float() for m in members]
+    if logits[0].shape[1] == 1:
+        return torch.logit(sum(z.sigmoid() for z in logits) / len(logits), eps=1e-6)
+    return torch.log((sum(z.softmax(1) for z in logits) / len(logits)).clamp_min(1e-30))
 
 
 def hierarchical_vote(

@@ -28,6 +28,19 @@ def test_averages_probabilities(members):
     assert not torch.allclose(average, torch.stack([m(x) for m in members]).mean(0).softmax(1), atol=1e-3)
 
 
+def test_single_outputs_are_averaged_after_their_sigmoid(noise_case):
+    members = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        members.append(models.unet2d(classes=1, width=1 / 16).eval())
+    case = noise_case((16, 32, 2), channels=("t2",))
+    each = [inference.predict(m, case, output="probabilities", progress=False)[1] for m in members]
+    together = inference.predict(Ensemble(members), case, output="probabilities", progress=False)
+    np.testing.assert_allclose(together[1], np.mean(each, 0), atol=1e-5)
+    assert np.ptp(np.stack(each), axis=0).max() > 0.01
+    np.testing.assert_array_equal(inference.predict(Ensemble(members), case, progress=False), together[1] > 0.5)
+
+
 def test_one_member_is_itself(members):
     x = torch.randn(1, 2, 51, 51)
     torch.testing.assert_close(Ensemble(members[:1])(x).softmax(1), members[0](x).softmax(1), rtol=1e-4, atol=1e-6)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medseg_lite.postprocess import remove_flat_components
+from medseg_lite.postprocess import largest_component, remove_flat_components
 from medseg_lite.volume import Case
 
 
@@ -109,3 +109,23 @@ def test_errors(brain):
     for given, case, options, message in checks:
         with pytest.raises(ValueError, match=message):
             remove_flat_components(given, case, **options)
+
+
+def test_the_largest_component_stays_with_all_its_classes():
+    label = np.zeros((8, 8, 4), np.uint8)
+    label[1:4, 1:4, 1:3] = 1
+    label[2, 2, 1] = 2
+    label[4, 4, 3] = 1  # touches at a corner only
+    label[6:, 6:, :2] = 1
+    kept = largest_component(label)
+    assert kept.dtype == np.uint8 and kept.sum() == 18 + 1 and kept[2, 2, 1] == 2
+    np.testing.assert_array_equal(kept[:5, :5, :3], label[:5, :5, :3] * (label[:5, :5, :3] > 0))
+    assert not kept[4, 4, 3] and not kept[6:].any()
+    assert label[6, 6, 0] == 1  # a copy
+
+
+@pytest.mark.parametrize("pieces", [0, 1])
+def test_the_largest_component_of_one_or_none(pieces):
+    label = np.zeros((5, 5), np.int64)
+    label[1:3, 1:3] = 3 * pieces
+    np.testing.assert_array_equal(largest_component(label), label)
