@@ -54,8 +54,9 @@ def equalise(case: Case, *, bins: int = 256) -> Case:
     """
     inside = _inside(case)
     _check_varies(case, inside.max(axis=1) > inside.min(axis=1))
-    image = [exposure.equalize_hist(channel, nbins=bins, mask=case.mask) for channel in case.image]
-    return case.replace(image=np.stack(image).astype(np.float32))
+    mask = None if case.mask is None else case.mask.ravel()
+    image = [exposure.equalize_hist(channel.ravel(), nbins=bins, mask=mask) for channel in case.image]
+    return case.replace(image=np.stack(image).reshape(case.image.shape).astype(np.float32))
 
 
 def median_normalise(case: Case, *, constant: float = 1.0) -> Case:
