@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .stored import StoredCase
+from .stored import StoredCase, copied
 from .volume import Case, bounding_box, padded_region
 
 SCHEMES = ("foreground", "uniform", "equal")
@@ -61,7 +61,7 @@ class _OnDisk:
     def segment(self, group: int, number: int, block, margin) -> tuple[np.ndarray, np.ndarray]:
         file = self.case.open()
         start, stop = _around(file.voxel(self.groups[group], number), block, self.case.shape)
-        patch = file.block([a - m for a, m in zip(start, margin)], [b + m for b, m in zip(stop, margin)])
+        patch = file.block([a - m for a, m in zip(start, margin)], [b + m for b, m in zip(stop, margin)], raw=True)
         return patch, file.label_block(start, stop)
 
 
@@ -196,7 +196,7 @@ class SegmentSampler:
                 label = np.empty((self.batch_size, *target.shape), np.int64)
             offset = rng.normal(0, self.shift, len(patch)) * case.std if self.shift else None
             for store, part in zip(inputs, parts):
-                store[n] = part
+                store[n] = copied(part) if part.dtype == np.float16 else part
                 if offset is not None:
                     store[n] += offset.astype(np.float32).reshape(-1, *(1,) * self.spatial_dims)
             label[n] = target

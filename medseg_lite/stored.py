@@ -22,6 +22,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel
 import numpy as np
@@ -140,15 +141,16 @@ class Opened:
     def __init__(self, case: StoredCase, view: mmap.mmap):
         self._case, self._view = case, view
 
-    def block(self, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
-        """See `StoredCase.block`."""
-        return self._block(self.array("image"), start, stop, np.reshape(self._case._background, (-1, 1, 1, 1)))
+    def block(self, start: Sequence[int], stop: Sequence[int], *, raw: bool = False) -> np.ndarray:
+        """See `StoredCase.block`; `raw` leaves it in the type of the file, and where nothing is to be filled in, in the file."""
+        found = self._block(self.array("image"), start, stop, np.reshape(self._case._background, (-1, 1, 1, 1)))
+        return found if raw else copied(found)
 
     def label_block(self, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
         """See `StoredCase.label_block`."""
         if not self._case.labelled:
             raise ValueError(f"{self._case.path}: {self._case.name} has no label")
-        return self._block(self.array("label")[None], start, stop, 0)[0]
+        return np.array(self._block(self.array("label")[None], start, stop, 0)[0])
 
     def voxel(self, group: str, number: int) -> tuple[int, int, int]:
         """Where voxel `number` of a group lies; `StoredCase.counts` has the groups, and how many voxels each has."""
@@ -166,24 +168,45 @@ class Opened:
         return np.frombuffer(self._view, dtype, math.prod(shape), self._case._start + offset).reshape(shape)
 
     def _block(self, stored: np.ndarray, start, stop, fill) -> np.ndarray:
-        shape, box = self._case.shape, self._case._box
-        indices = [mirrored(a, b, n) if a < 0 or b > n else None for a, b, n in zip(start, stop, shape)]
-        first = [int(a if i is None else i.min()) for a, i in zip(start, indices)]
-        last = [int(b if i is None else i.max() + 1) for b, i in zip(stop, indices)]
+        box, axes = self._case._box, [_reach(a, b, n) for a, b, n in zip(start, stop, self._case.shape)]
         # The part of it that lies within the stored box, and may be empty.
-        low = [max(a, side[0]) for a, side in zip(first, box)]
-        high = [max(min(b, side[1]), a) for b, a, side in zip(last, low, box)]
-        part = _copy(stored[(slice(None), *(slice(a - s[0], b - s[0]) for a, b, s in zip(low, high, box)))])
-        if (low, high) == (first, last):
-            result = part
-        else:
-            result = np.empty((len(stored), *(b - a for a, b in zip(first, last))), part.dtype)
+        low = [max(a.first, side[0]) for a, side in zip(axes, box)]
+        high = [max(min(a.last, side[1]), n) for a, n, side in zip(axes, low, box)]
+        part = stored[(slice(None), *(slice(a - s[0], b - s[0]) for a, b, s in zip(low, high, box)))]
+        inside = all((a, b) == (r.first, r.last) for a, b, r in zip(low, high, axes))
+        if inside and not any(r.before or r.after or r.index is not None for r in axes):
+            return part
+        result = np.empty((len(stored), *(r.before + r.last - r.first + r.after for r in axes)), part.dtype)
+        if not inside:
             result[...] = fill
-            result[(slice(None), *(slice(a - f, b - f) for a, b, f in zip(low, high, first)))] = part
-        for axis, (index, a) in enumerate(zip(indices, first), 1):
-            if index is not None:
-                result = np.take(result, index - a, axis=axis)
+        place = (slice(a - r.first + r.before, b - r.first + r.before) for a, b, r in zip(low, high, axes))
+        result[(slice(None), *place)] = part
+        for axis, reach in enumerate(axes, 1):
+            if reach.index is not None:
+                result = np.take(result, reach.index - reach.first, axis=axis)
+                continue
+            along = np.moveaxis(result, axis, 0)
+            for count, view in ((reach.before, along), (reach.after, along[::-1])):
+                view[:count] = view[2 * count : count : -1]
         return result
+
+
+class _Reach(NamedTuple):
+    """What has to be read along one axis of a block."""
+
+    first: int
+    last: int
+    before: int = 0  # voxels of it that lie before the volume, and are mirrored from those read
+    after: int = 0
+    index: np.ndarray | None = None  # which voxel each is, where mirroring once is not enough
+
+
+def _reach(start: int, stop: int, size: int) -> _Reach:
+    before, after = max(-start, 0), max(stop - size, 0)
+    if max(before, after) + before + after < stop - start:
+        return _Reach(start + before, stop - after, before, after)
+    index = mirrored(start, stop, size)
+    return _Reach(int(index.min()), int(index.max()) + 1, index=index)
 
 
 def write(path: str | Path, case: Case, *, dtype: str = "float16", origin: object = None) -> Path:
@@ -259,10 +282,10 @@ def _runs(voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return starts.astype(np.uint32), before.astype(np.uint32)
 
 
-def _copy(part: np.ndarray) -> np.ndarray:
-    """Out of the file; float16 becomes float32 (PyTorch does that three times as fast as NumPy)."""
+def copied(part: np.ndarray) -> np.ndarray:
+    """A float32 copy of a block."""
     part = np.array(part, order="C")
-    return torch.from_numpy(part).float().numpy() if part.dtype.kind == "f" else part
+    return torch.from_numpy(part).float().numpy()  # three times as fast as NumPy from float16
 
 
 def _plain(value: object) -> object:

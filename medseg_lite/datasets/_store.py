@@ -85,9 +85,8 @@ def stored(folder: str | Path, *, cases: Iterable[str] | None = None) -> Cohort:
     if not found:
         raise FileNotFoundError(f"{folder} holds no stored case; make them with datasets.store(cases, {str(folder)!r})")
     cohort = _cohort(choose(found, cases, folder))
-    first = cohort[0].stored_as["settings"]
     for case in cohort:
-        if case.stored_as["settings"] != first:
+        if _made_by(case, "settings") != _made_by(cohort[0], "settings"):
             raise ValueError(
                 f"{case.path} and {cohort[0].path} were normalised differently or have different types; store the cohort again, "
                 "in a folder of its own"
@@ -111,9 +110,13 @@ def _path(folder: Path, name: str) -> Path:
 def _key(path: Path) -> str | None:
     """Of the case that is there, or None where there is no whole file."""
     try:
-        return StoredCase(path).stored_as["key"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return _made_by(StoredCase(path), "key")
+    except (OSError, ValueError):
         return None
+
+
+def _made_by(case: StoredCase, what: str) -> object:
+    return case.stored_as.get(what) if isinstance(case.stored_as, dict) else None  # where `stored.write` was used alone
 
 
 def _content(case: Case) -> list:
