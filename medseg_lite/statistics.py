@@ -1,10 +1,12 @@
-"""Is one method better than another, or only luckier? The paired t-test and the mean (sd) tables of the papers."""
+"""Is one method better than another, or only luckier? The paired t-test and the mean (sd) tables of the papers, and what to do
+when many methods are compared at once."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -143,3 +145,106 @@ def _mean_sd(column: pd.Series, decimals: int) -> str:
     spread = f"{known.std():.{decimals}f}" if len(known) > 1 else "–"
     share = f" [{len(known)}/{len(column)}]" if len(known) < len(column) else ""
     return f"{known.mean():.{decimals}f} ({spread}){share}"
+
+
+# ---------------------------------------------------------------------------------------------------- many comparisons
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p-values adjusted for their number: call those at most α significant, and any false call among all has chance at most α.
+
+    With m tests and the p-values sorted, p_(1) ≤ … ≤ p_(m), the adjusted p̃_(k) = max over j ≤ k of min(1, (m - j + 1) p_(j)). It needs no
+    assumption about how the tests depend on each other, and is never less powerful than m p (Bonferroni).
+
+    Args:
+        p_values: one for each test; in any order.
+
+    Returns:
+        The adjusted ones, in the same order.
+
+    Source: Holm 1979, "A simple sequentially rejective multiple test procedure". The papers of this course correct nothing.
+    """
+    p = np.asarray(p_values, float)
+    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():  # a NaN fails too
+        raise ValueError(f"p_values={p_values}; expected a list of numbers from 0 to 1")
+    order = np.argsort(p, kind="stable")
+    stepped = np.minimum((len(p) - np.arange(len(p))) * p[order], 1)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(stepped)
+    return adjusted
+
+
+def pairwise(scores: pd.DataFrame, *, nan: str = "raise") -> pd.DataFrame:
+    """`paired_t_test` between every two methods, with Holm's correction for their number.
+
+    Args:
+        scores: one row for each case, one column for each method.
+        nan: as for `paired_t_test`, pair by pair.
+
+    Returns:
+        One row for each pair, in the order of the columns: `a`, `b`, the mean difference a - b as `mean`, its 95 % confidence interval
+        `low` to `high` (of this pair alone, not corrected), `p`, `p_holm`, the cases in which a is higher (`wins`) and lower (`losses`),
+        and the pairs of values used, `n`.
+    """
+    if scores.shape[1] < 2 or not scores.columns.is_unique:
+        raise ValueError(
+            f"scores has the columns {', '.join(map(str, scores.columns))}; expected a column each for two methods or more"
+        )
+    rows = []
+    for a, b in combinations(scores.columns, 2):
+        test, difference = paired_t_test(scores[a], scores[b], nan=nan), scores[a] - scores[b]
+        rows.append(
+            {"a": a, "b": b, "mean": test.mean, "low": test.low, "high": test.high, "p": test.p,
+             "wins": int((difference > 0).sum()), "losses": int((difference < 0).sum()), "n": test.n}
+        )  # fmt: skip
+    table = pd.DataFrame(rows)
+    table.insert(6, "p_holm", holm(table["p"]))
+    return table
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Result of `ranks`.
+
+    Attributes:
+        mean: mean rank of each method over the cases, best (near 1) first.
+        p: chance of mean ranks at least this unequal if all methods were alike (Friedman's test).
+        critical: two methods whose mean ranks are further apart than this differ at the level asked for (Nemenyi's test).
+        n: cases.
+    """
+
+    mean: pd.Series
+    p: float
+    critical: float
+    n: int
+
+
+def ranks(scores: pd.DataFrame, *, higher_is_better: bool = True, level: float = 0.05) -> Ranking:
+    """Rank the methods within each case, and ask whether the mean ranks differ by more than chance.
+
+    Ranks forget by how much a case was lost, so that one disaster counts no more than any other last place. Equal
+    values share their ranks' mean.
+
+    Args:
+        scores: one row for each case, one column for each of three methods or more; no NaN.
+        higher_is_better: False for distances.
+        level: of Nemenyi's test, for all pairs of methods together. Its critical difference is q √(k (k + 1) / 6 n) for k methods and n
+            cases, with q the studentized range's quantile over √2.
+
+    Source: Demšar 2006, "Statistical comparisons of classifiers over multiple data sets", section 3.2.
+    """
+    count, methods = scores.shape
+    if methods < 3 or count < 2:
+        raise ValueError(f"scores has {count} cases and {methods} methods; expected at least 2 and 3")
+    values = scores.to_numpy(float)
+    if np.isnan(values).any():
+        worst = scores.index[np.isnan(values).any(axis=1)][0]
+        raise ValueError(f"scores has NaN, first in case {worst}; ranks need all methods of a case: leave it out")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}; expected a chance between 0 and 1, for example 0.05")
+    table = stats.rankdata(-values if higher_is_better else values, axis=1)
+    mean = pd.Series(table.mean(axis=0), index=scores.columns, name="mean rank").sort_values(kind="stable")
+    alike = (table == table[:, :1]).all()  # every case one great tie, of which Friedman's test knows nothing
+    p = 1.0 if alike else float(stats.friedmanchisquare(*values.T).pvalue)
+    q = stats.studentized_range.ppf(1 - level, methods, np.inf) / math.sqrt(2)
+    return Ranking(mean, p, float(q * math.sqrt(methods * (methods + 1) / (6 * count))), count)

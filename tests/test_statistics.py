@@ -1,4 +1,4 @@
-"""The paired t-test against hand-computed numbers and SciPy; the summary table by hand."""
+"""The tests and rankings against hand-computed numbers and SciPy; the summary table by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from medseg_lite.statistics import paired_t_test, summary
+from medseg_lite.statistics import holm, paired_t_test, pairwise, ranks, summary
 
 ALTERNATIVES = ("two-sided", "greater", "less")
 
@@ -137,3 +137,81 @@ def test_summary_names_bad_input():
         summary(TABLE[:0])
     with pytest.raises(ValueError, match="no column of numbers"):
         summary(TABLE[["case", "region"]])
+
+
+def test_holm_by_hand():
+    # Sorted .01, .02, .03, .04 times 4, 3, 2, 1 is .04, .06, .06, .04, and no later one may be smaller.
+    np.testing.assert_allclose(holm([0.04, 0.01, 0.03, 0.02]), [0.06, 0.04, 0.06, 0.06])
+    np.testing.assert_allclose(holm([0.6, 0.7]), [1, 1])
+    assert holm([0.03]).tolist() == [0.03] and holm([]).size == 0
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_holm_decides_as_the_stepwise_procedure(p):
+    adjusted = holm(p)
+    assert (adjusted >= p).all() and (adjusted <= np.minimum(np.multiply(len(p), p), 1) + 1e-12).all()
+    for level in (0.05, 0.2):
+        rejected, left = set(), sorted(range(len(p)), key=lambda i: p[i])
+        while left and p[left[0]] * len(left) <= level:
+            rejected.add(left.pop(0))
+        assert rejected == {i for i, value in enumerate(adjusted) if value <= level}
+
+
+@pytest.mark.parametrize("p", [[0.1, 1.2], [-0.1], [np.nan], [[0.1]]])
+def test_holm_names_bad_input(p):
+    with pytest.raises(ValueError, match="numbers from 0 to 1"):
+        holm(p)
+
+
+SCORES = pd.DataFrame(
+    {"good": [0.9, 0.8, 0.95, 0.7], "fair": [0.85, 0.82, 0.9, 0.6], "poor": [0.5, 0.4, 0.45, 0.2]},
+    index=[f"case {i}" for i in range(4)],
+)
+
+
+def test_pairwise_is_every_pairs_test():
+    table = pairwise(SCORES)
+    assert list(zip(table.a, table.b)) == [("good", "fair"), ("good", "poor"), ("fair", "poor")]
+    for row in table.itertuples():
+        theirs = stats.ttest_rel(SCORES[row.a], SCORES[row.b])
+        interval = theirs.confidence_interval(0.95)
+        np.testing.assert_allclose([row.p, row.low, row.high], [theirs.pvalue, interval.low, interval.high])
+    np.testing.assert_allclose(table.p_holm, holm(table.p))
+    assert table.loc[0, ["wins", "losses", "n"]].tolist() == [3, 1, 4]
+
+
+def test_pairwise_leaves_out_nan_pair_by_pair():
+    scores = SCORES.copy()
+    scores.loc["case 3", "poor"] = np.nan
+    with pytest.raises(ValueError, match="omit"):
+        pairwise(scores)
+    assert pairwise(scores, nan="omit").n.tolist() == [4, 3, 3]
+    with pytest.raises(ValueError, match="two methods or more"):
+        pairwise(SCORES[["good"]])
+
+
+def test_ranks_by_hand():
+    # fair wins one case of four, poor is always last: mean ranks 1.25, 1.75, 3.
+    ranking = ranks(SCORES)
+    assert ranking.mean.to_dict() == {"good": 1.25, "fair": 1.75, "poor": 3.0} and ranking.n == 4
+    # Friedman: 12 n / (k (k + 1)) (sum of squared mean ranks - k (k + 1)² / 4) = 6.5, with 2 degrees of freedom exp(-6.5 / 2).
+    assert ranking.p == pytest.approx(math.exp(-6.5 / 2))
+    assert ranks(-SCORES, higher_is_better=False).mean.equals(ranking.mean)
+
+
+@pytest.mark.parametrize(("methods", "q"), [(3, 2.343), (5, 2.728), (10, 3.164)])
+def test_critical_difference_is_of_the_published_table(methods, q):  # Demsar 2006, table 5a
+    scores = pd.DataFrame(np.random.default_rng(0).random((30, methods)))
+    assert ranks(scores).critical == pytest.approx(q * math.sqrt(methods * (methods + 1) / 180), rel=1e-3)
+
+
+def test_ranks_of_ties_and_bad_input():
+    same = ranks(SCORES.assign(fair=SCORES.good, poor=SCORES.good))
+    assert same.mean.tolist() == [2, 2, 2] and same.p == 1
+    with pytest.raises(ValueError, match="at least 2 and 3"):
+        ranks(SCORES[["good", "fair"]])
+    with pytest.raises(ValueError, match="first in case case 2"):
+        ranks(SCORES.where(SCORES.poor != 0.45))
+    with pytest.raises(ValueError, match="level=5"):
+        ranks(SCORES, level=5)
