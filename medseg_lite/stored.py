@@ -143,7 +143,9 @@ class Opened:
 
     def block(self, start: Sequence[int], stop: Sequence[int], *, raw: bool = False) -> np.ndarray:
         """See `StoredCase.block`; `raw` leaves it in the type of the file, and where nothing is to be filled in, in the file."""
-        found = self._block(self.array("image"), start, stop, np.reshape(self._case._background, (-1, 1, 1, 1)))
+        image = self.array("image")
+        background = np.array(self._case._background, image.dtype).reshape(-1, 1, 1, 1)  # to convert each voxel is slow
+        found = self._block(image, start, stop, background)
         return found if raw else copied(found)
 
     def label_block(self, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
