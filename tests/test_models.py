@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from medseg_lite import models
+from medseg_lite import inference, models
 from medseg_lite.features import measured_receptive_field, receptive_field_recursion
-from medseg_lite.models.drozdzal import Bottleneck, resample
+from medseg_lite.models.drozdzal import Bottleneck, Pipeline, resample
 from medseg_lite.models.havaei import WideConv2d
 from medseg_lite.models.layers import ConvBlock, RollingBatchNorm, convolutions, init_normal, scaled
+from medseg_lite.volume import padded_region
 
 
 class Network(NamedTuple):
@@ -653,6 +654,21 @@ def test_nothing_beyond_the_halo_matters(network):
 def test_the_pre_processor_for_volumes():
     model = models.fcn_preprocessor(width=0.1, dims=3)
     assert model(torch.zeros(1, 1, 16, 32, 16)).shape == (1, 1, 16, 32, 16)
+
+
+def test_a_pipeline_of_volumes(noise_case, stir):
+    parts = models.fcn_preprocessor(width=0.05, dims=3), models.kayalibay_unet3d(in_channels=1, classes=2, width=0.1)
+    model = stir(Pipeline(*parts))
+    assert (model.spatial_dims, model.multiple, model.halo) == (3, 16, parts[0].halo + parts[1].halo)
+    case = noise_case((20, 18, 5), channels=("t2",))
+    logits = inference.predict(model, case, output="logits", progress=False)
+    filled = padded_region(case.image, (0, 0, 0), (32, 32, 16))
+    with torch.no_grad():
+        expected = parts[1](parts[0](torch.from_numpy(filled)[None]))[0, :, :20, :18, :5].numpy()
+    scale = expected.std()  # so small a network gives small numbers
+    np.testing.assert_allclose(logits / scale, expected / scale, atol=1e-3)
+    with pytest.raises(ValueError, match=r"20×18×16 pixels; .* multiples of 16"):
+        model(torch.zeros(1, 1, 20, 18, 16))
 
 
 @pytest.mark.parametrize("name", models.DROZDZAL)
