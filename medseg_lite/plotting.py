@@ -438,7 +438,7 @@ def intensities(
                 letter = "abcdefghijklmnopqrstuvwxyz"[row * len(stages) + column]
                 corner = {"transform": axes.transAxes, "va": "top", "fontsize": 9}
                 axes.text(0.02, 0.97, f"({letter})", fontweight="bold", **corner)
-                axes.text(0.98, 0.97, f"mean {mean:.3g}\nsd {deviation:.3g}", ha="right", **corner)
+                axes.text(0.98, 0.97, f"mean {_short(mean)}\nsd {_short(deviation)}", ha="right", **corner)
                 axes.grid(False)
         for axes in grid[-1]:
             axes.set_xlabel("intensity")
@@ -447,6 +447,11 @@ def intensities(
         )
         figure.legend(handles=[dashes], loc="outside lower center", fontsize=9)
     return figure
+
+
+def _short(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
