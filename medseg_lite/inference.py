@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .gradients import compiled as through_compiler
+from .gradients import out_of_memory
 from .models.layers import convolutions
 from .volume import Case, bounding_box, padded_region
 
@@ -29,6 +31,7 @@ def predict(
     inside_mask: bool = True,
     tile: int | Sequence[int] | None = None,
     precision: str = "auto",
+    compiled: bool = False,
     progress: bool = True,
 ) -> np.ndarray:
     """Segment one case on the device that the network lies on.
@@ -39,6 +42,8 @@ def predict(
     A network of padded convolutions (one with a `halo`) gets the volume as it is, mirrored only to fill up the last
     `multiple`, and pads the border itself, as in training. A tile has `halo` voxels around it and is cut at the border.
 
+    Where a tile turns out too large for the memory, smaller ones are tried, and a line says so.
+
     Args:
         model: a network with `margin`, `multiple` and `spatial_dims`, as all of this package have; `halo` if it pads.
         case: normalised as the training cases were.
@@ -48,21 +53,24 @@ def predict(
             outside is zero. Without effect when the case has no mask.
         tile: side of the predicted block at a time, or one for each axis; by default as large as the memory at hand allows.
         precision: "float32", "float16", "bfloat16", or "auto" (float16 on CUDA, else float32).
+        compiled: run the network through `torch.compile`, or as it is where that fails; for many cases of one size.
         progress: whether to show a bar.
 
     Raises:
         ValueError: when the case does not fit the network.
+        MemoryError: when the memory does not even do for the smallest tile.
     """
     if output not in OUTPUTS:
         raise ValueError(f"output={output!r}; expected one of {', '.join(OUTPUTS)}")
     _check_fits(model, case)
     device = next(model.parameters()).device
-    mask = case.mask if inside_mask and case.mask is not None else np.ones(case.shape, bool)
+    image, mask = case.image, case.mask if inside_mask else None  # of a stored case, read here and not again
+    mask = np.ones(case.shape, bool) if mask is None else mask
     if not mask.any():
         raise ValueError(f"{case.name}: the mask is empty; there is nothing to segment. Use inside_mask=False")
     # A network that pads sees where the volume ends, so the volume must not be cut to its mask.
     start, stop = _region(np.ones(case.shape, bool) if hasattr(model, "halo") else mask, model)
-    tiles = list(_tiles(start, stop, _tile_size(model, start, stop, tile, device), case.shape))
+    size = _tile_size(model, start, stop, tile, device)
     autocast = _autocast(precision, device)
     if output == "labels":
         result = np.zeros(case.shape, np.uint8)
@@ -73,26 +81,28 @@ def predict(
     was_training = model.training
     try:
         network = model.eval()
-        if device.type == "cpu" and hasattr(model, "for_inference"):
+        if compiled:
+            network = _compiled(model)
+        elif device.type == "cpu" and hasattr(model, "for_inference"):
             network = model.for_inference()
-        for a, b in tqdm(
-            tiles, desc=f"segmenting {case.name}", disable=not progress or len(tiles) == 1, dynamic_ncols=True
-        ):
-            inside = tuple(slice(i, min(j, n)) for i, j, n in zip(a, b, case.shape))
-            keep = mask[inside]
-            if not keep.any():
-                continue
-            with autocast:
-                logits = _run(network, case.image, a, b, model, device, stop)
-            if len(logits) == 1:
-                logits = torch.cat([torch.zeros_like(logits), logits])
-            logits = logits[(slice(None), *(slice(s.stop - s.start) for s in inside))].float()
-            if output == "labels":
-                block = logits.argmax(0).to(torch.uint8).cpu().numpy()
-                result[inside] = np.where(keep, block, 0)
-            else:
-                block = (logits.softmax(0) if output == "probabilities" else logits).cpu().numpy()
-                np.copyto(result[(slice(None), *inside)], block, where=keep)
+        while True:
+            try:
+                for inside, keep, logits in _predicted(
+                    network, model, image, mask, start, stop, size, autocast, case.name if progress else None
+                ):
+                    if output == "labels":
+                        result[inside] = np.where(keep, logits.argmax(0).to(torch.uint8).cpu().numpy(), 0)
+                    else:
+                        block = (logits.softmax(0) if output == "probabilities" else logits).cpu().numpy()
+                        np.copyto(result[(slice(None), *inside)], block, where=keep)
+                break
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                found = str(error).split("\n")[0]
+            size = _smaller(size, model, found, case)  # out here, where the failed attempt's memory is no longer held
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     finally:
         model.train(was_training)
     return result
@@ -121,11 +131,53 @@ class SameSize(nn.Module):
         return nn.functional.pad(self.model(x), (m,) * (2 * self.model.spatial_dims))
 
 
+def _predicted(network, model, image, mask, start, stop, size, autocast, name: str | None) -> Iterator[tuple]:
+    """The place of each tile that the mask reaches, the mask there, and its logits `(K, *n)` with K at least 2."""
+    tiles = list(_tiles(start, stop, size, mask.shape))
+    device = next(model.parameters()).device
+    quiet = name is None or len(tiles) == 1
+    for a, b in tqdm(tiles, desc=f"segmenting {name}", disable=quiet, dynamic_ncols=True):
+        inside = tuple(slice(i, min(j, n)) for i, j, n in zip(a, b, mask.shape))
+        keep = mask[inside]
+        if not keep.any():
+            continue
+        with autocast:
+            logits = _run(network, image, a, b, model, device, stop)
+        if len(logits) == 1:
+            logits = torch.cat([torch.zeros_like(logits), logits])
+        yield inside, keep, logits[(slice(None), *(slice(s.stop - s.start) for s in inside))].float()
+
+
+def _smaller(size: list[int], model: nn.Module, found: str, case: Case) -> list[int]:
+    """Half the longest side of a tile, on the network's grid."""
+    grid = [model.multiple] * model.spatial_dims + [1] * (3 - model.spatial_dims)
+    axis = int(np.argmax([s / g if s > g else 0 for s, g in zip(size, grid)]))
+    if size[axis] <= grid[axis]:
+        raise MemoryError(
+            f"{case.name}: out of memory ({found}) even with the smallest tile, {'×'.join(map(str, size))} voxels; free "
+            "memory, or use float16 on a GPU"
+        )
+    half = math.ceil(size[axis] / 2 / grid[axis]) * grid[axis]
+    smaller = [half if n == axis else s for n, s in enumerate(size)]
+    print(
+        f"{case.name}: out of memory with tiles of {'×'.join(map(str, size))} voxels; trying {'×'.join(map(str, smaller))}, "
+        "at the same result"
+    )
+    return smaller
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    """The network through the compiler, kept with the network from case to case; not as a part of it, with parameters."""
+    if "_through_compiler" not in model.__dict__:
+        model.__dict__["_through_compiler"] = through_compiler(model)
+    return model.__dict__["_through_compiler"]
+
+
 def _check_fits(model: nn.Module, case: Case) -> None:
-    channels = getattr(model, "in_channels", case.image.shape[0])
-    if channels != case.image.shape[0]:
+    channels = getattr(model, "in_channels", len(case.channels))
+    if channels != len(case.channels):
         raise ValueError(
-            f"{case.name} has {case.image.shape[0]} channels ({', '.join(case.channels)}) but the network expects {channels}; "
+            f"{case.name} has {len(case.channels)} channels ({', '.join(case.channels)}) but the network expects {channels}; "
             "choose channels with case.select([...])"
         )
     trained = getattr(model, "card", {}).get("channels")

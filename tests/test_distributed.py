@@ -43,7 +43,7 @@ RUNS = {
     ),
     "Dice of the batch": ("fc_resnet", {}, {"output": 32, "batch_size": 4, "spatial_dims": 2}, {"loss": losses.dice_loss}),
     "several batches of one": (
-        "mlynarski_3d", {}, {"output": 4, "batch_size": 1}, {"loss": balanced, "accumulate": 3, "l2": 1e-3},
+        "mlynarski_3d", {}, {"output": 4, "batch_size": 1}, {"loss": balanced, "accumulate": 3, "l2": 0.1},
     ),
     "several batches, each normalised by itself": (
         "mlynarski_2d", {}, {"output": 32, "batch_size": 2, "spatial_dims": 2}, {"loss": supervised, "accumulate": 3},

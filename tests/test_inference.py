@@ -361,3 +361,62 @@ def test_a_network_with_one_output_is_one_of_two_classes(noise_case, stir):
     np.testing.assert_allclose(probabilities.sum(0), 1, rtol=1e-5)
     labels = predict(model, case, progress=False)
     assert np.array_equal(labels, (logits[1] > 0) & case.mask) and 0 < labels.mean() < 1
+
+
+# -------------------------------------------------------------------------------------------------------- at scale
+
+
+class Full(torch.nn.Module):
+    """A network on a device that has no memory for patches of more than `voxels`."""
+
+    def __init__(self, model, voxels: int, error: Exception):
+        super().__init__()
+        self.model, self.voxels, self.error = model, voxels, error
+        self.margin, self.multiple, self.spatial_dims = model.margin, model.multiple, model.spatial_dims
+        self.in_channels, self.classes = model.in_channels, model.classes
+
+    def forward(self, x):
+        if x[0, 0].numel() > self.voxels:
+            raise self.error
+        return self.model(x)
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9000000 bytes"),
+])  # fmt: skip
+def test_out_of_memory_is_answered_with_smaller_tiles(noise_case, stir, capsys, error):
+    torch.manual_seed(0)
+    model = stir(models.deep_plus(in_channels=2, classes=2, width=0.1))
+    case = noise_case((20, 30, 12))
+    whole = predict(model, case, output="logits", progress=False)
+    tight = Full(model, 32 * 32 * 26, error)  # 16 voxels of margin on each side, so tiles of up to 16×16×10 or so
+    np.testing.assert_allclose(predict(tight, case, output="logits", progress=False), whole, atol=1e-5)
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "noise: out of memory with tiles of 20×30×12 voxels; trying 20×15×12, at the same result"
+    with pytest.raises(MemoryError, match=r"noise: out of memory \(.*\) even with the smallest tile, 1×1×1 voxels"):
+        predict(Full(model, 10, error), case, progress=False)
+    with pytest.raises(RuntimeError, match="something else"):
+        predict(Full(model, 10, RuntimeError("something else")), case, progress=False)
+
+
+def test_compiled_prediction(noise_case, stir, monkeypatch, capsys):
+    model = stir(models.deep_plus(in_channels=2, classes=2, width=0.1))
+    case = noise_case((8, 9, 7))
+    expected = predict(model, case, output="logits", progress=False)
+    calls = []
+
+    def fake(network):
+        def run(x):
+            calls.append(tuple(x.shape))
+            return network(x)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", fake)
+    before = set(model.state_dict())
+    for _ in range(2):
+        found = predict(model, case, output="logits", compiled=True, progress=False)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert len(calls) == 2 and set(model.state_dict()) == before
+    assert "torch.compile" not in capsys.readouterr().out

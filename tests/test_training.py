@@ -4,6 +4,10 @@ import itertools
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
+import types
 
 import numpy as np
 import pandas as pd
@@ -531,3 +535,149 @@ def test_running_average_is_that_of_batch_normalisation():
     seen = [norm(b) is not None and float(norm.running_mean) for b in batches]
     expected = training.running_average(batches.mean(dim=(1, 2)).numpy(), start=0)
     np.testing.assert_allclose(seen, expected, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ at scale
+
+
+def test_the_best_network_is_kept_beside_the_last(setup, tmp_path):
+    scores = {4: 0.3, 8: 0.6, 12: 0.5}
+
+    def run(folder, steps, first=4, loss=losses.cross_entropy):
+        model, sampler, keywords = setup()
+        due = itertools.count(first, 4)
+        history = fit(
+            model, sampler, steps=steps, validate=lambda m: {"dice_whole": scores[next(due)]}, folder=folder, loss=loss,
+            **keywords,
+        )  # fmt: skip
+        return model, history
+
+    last, _ = run(tmp_path / "whole", 12)
+    eight, _ = run(tmp_path / "eight", 8)
+    best = models.load(tmp_path / "whole" / "best.safetensors")
+    assert best.card == {"step": 8, "dice_whole": 0.6}
+    for name, value in best.state_dict().items():
+        if not name.endswith(("recent", "batches")):
+            assert torch.equal(value, eight.state_dict()[name]), name
+    assert not torch.equal(
+        best.classifier.weight, last.classifier.weight
+    )  # without a patience the last one is returned
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "cut", 12, loss=At(11, crash))
+    resumed, _ = run(tmp_path / "cut", 12, first=12)
+    assert_same_network(resumed, last)
+    assert models.load(tmp_path / "cut" / "best.safetensors").card["step"] == 8  # .5 at the end is no better
+
+
+@pytest.mark.parametrize(
+    "options", [{"workers": 3}, {"precision": "bfloat16"}, {"channels_last": True}, {"accumulate": 2}]
+)
+def test_options_resume_exactly(setup, tmp_path, options):
+    whole, sampler, keywords = setup()
+    history = fit(whole, sampler, steps=7, **options, **keywords)
+    model, sampler, keywords = setup()
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(
+            model,
+            sampler,
+            steps=7,
+            folder=tmp_path,
+            loss=At(6 * options.get("accumulate", 1), crash),
+            **options,
+            **keywords,
+        )
+    model, sampler, keywords = setup(seed=9)
+    assert_same_history(fit(model, sampler, steps=7, folder=tmp_path, **options, **keywords), history)
+    assert_same_network(whole, model)
+
+
+def test_workers_prepare_batches_ahead_in_their_order(setup):
+    one, sampler, keywords = setup()
+    history = fit(one, sampler, steps=6, **keywords)
+    made = []
+
+    class Slow:
+        def batch(self, step):
+            made.append(step)
+            time.sleep(0.05 if step % 2 == 0 else 0)  # the later one is ready first
+            return sampler.batch(step)
+
+    three, _, keywords = setup()
+    ahead = []
+    found = fit(three, Slow(), steps=6, workers=3, on_update=lambda row: ahead.append(len(made)), **keywords)
+    assert_same_history(found, history)
+    assert_same_network(one, three)
+    assert sorted(made) == list(range(6)) and ahead[0] >= 3
+
+
+KILLED = """
+import itertools, sys, torch
+from medseg_lite import models
+from medseg_lite.training import fit
+torch.set_num_threads(1)
+model = models.dm2d_seg(in_channels=1, classes=2, width=0.5)
+class Sampler:
+    def batch(self, step):
+        generator = torch.Generator().manual_seed(step)
+        inputs = model.cut(torch.randn(1, 2 * model.margin + 9, 2 * model.margin + 9, generator=generator))
+        return tuple(part[None] for part in inputs), torch.zeros(1, 9, 9, dtype=torch.long)
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+scores = itertools.count()
+fit(model, Sampler(), steps=10_000, optimizer=optimizer, folder=sys.argv[1], validate_every=1, progress=False,
+    validate=lambda m: {"dice": float(next(scores))}, on_validation=lambda step, _: print(step, flush=True))
+"""
+
+
+def test_kill_while_writing_never_leaves_a_file_that_does_not_load(tmp_path):
+    """A run that writes all the time is killed at odd moments, and every time the next one goes on from what is there."""
+    rng, done, leftovers = np.random.default_rng(0), 0, 0
+    for _ in range(3):
+        with subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        ) as process:
+            for _ in range(3):
+                assert process.stdout.readline(), "the run ended by itself"
+            time.sleep(rng.uniform(0, 0.05))
+            process.kill()
+        state = torch.load(tmp_path / "last.pt", weights_only=True)
+        assert len(state["history"]) >= done + 2  # it went on from the state before
+        done = len(state["history"])
+        assert models.load(tmp_path / "best.safetensors").card["step"] <= done + 1
+        assert len(pd.read_csv(tmp_path / "history.csv")) in (done, done - 1)
+        leftovers += len(list(tmp_path.glob(".partial-*")))
+        assert len(list(tmp_path.glob(".partial-*"))) <= 1  # those of the kill before are gone
+
+
+def test_tensorboard(setup, tmp_path, monkeypatch, capsys):
+    rows, made = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            made.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            rows.append((name, value, step))
+
+        def close(self):
+            made.append("closed")
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    model, sampler, keywords = setup()
+    history = fit(
+        model, sampler, steps=4, folder=tmp_path, tensorboard=True, validate=lambda m: {"dice": 0.5}, **keywords
+    )
+    assert made == [(str(tmp_path / "tensorboard"), 1), "closed"]
+    assert [r for r in rows if r[0] == "loss"] == [("loss", loss, n) for n, loss in enumerate(history["loss"], 1)]
+    assert [r for r in rows if r[0] == "dice"] == [("dice", 0.5, 4)]
+    fit(model, sampler, steps=5, folder=tmp_path, tensorboard=True, validate=lambda m: {"dice": 0.5}, **keywords)
+    assert made[2:] == [(str(tmp_path / "tensorboard"), 5), "closed"] and rows[-1][2] == 5
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    capsys.readouterr()
+    fit(model, sampler, steps=6, folder=tmp_path, tensorboard=True, **keywords)
+    told = capsys.readouterr().out
+    assert told == "tensorboard is not installed (pip install tensorboard); the history goes to history.csv alone\n"
+    assert len(pd.read_csv(tmp_path / "history.csv")) == 6
