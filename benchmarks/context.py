@@ -38,8 +38,16 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "data" / "results" / "context_scores.csv"
 TRAIN, OTHERS, TEST = range(12), range(12, 24), range(100, 110)
 REGIONS = {"whole": [1, 2, 3], "core": [1, 3], "enhancing": [3]}
-FLAT = {"width": 1 / 16, "steps": 200, "batch_size": 8, "accumulate": 2, "window": 40}
-SOLID = {"width": 1 / 4, "steps": 150, "batch_size": 2, "accumulate": 2, "window": 30, "output": 16}
+FLAT = {"width": 3 / 32, "steps": 250, "batch_size": 5, "accumulate": 2, "window": 30, "learning_rate": 0.08}
+SOLID = {
+    "width": 1 / 4,
+    "steps": 150,
+    "batch_size": 2,
+    "accumulate": 2,
+    "window": 30,
+    "learning_rate": 0.1,
+    "output": 16,
+}
 SQUARE = {2.0: 64, 1.5: 80, 1.0: 128}  # pixels, nearly the shortest side of a slice
 ROWS = {
     "2D axial": {"planes": ["axial"]},
@@ -84,7 +92,7 @@ def kept(path: Path, train) -> torch.nn.Module:
             "command": "python benchmarks/context.py",
             "date": str(date.today()),
         }
-        models.save(path, model, card)
+        models.save(path, model, card, half=True)
         print(f"{path.stem}: {seconds} s of CPU, loss {model.history.loss.tail(20).mean():.3f}", flush=True)
     return models.load(path)
 
