@@ -8,6 +8,7 @@ from torch import nn
 
 from .. import models
 from ._shared import regions_of
+from .crossvalidation import cross_validate
 from .deepmedic import deepmedic
 from .drozdzal import drozdzal
 from .havaei import havaei
@@ -15,6 +16,7 @@ from .kayalibay import kayalibay
 from .mlynarski import mlynarski, pretrain_subnetwork
 
 __all__ = [
+    "cross_validate",
     "deepmedic",
     "drozdzal",
     "havaei",

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .. import models, training
+from ..stored import StoredCase
 from ..volume import Case
 
 
@@ -15,12 +16,16 @@ def check(cases: Sequence[Case], network: str, networks: Sequence[str], classes:
     """The number of classes, once it is clear that there is something to train on and a network to train."""
     if not cases:
         raise ValueError("no cases to train on; give at least one labelled case")
-    for case in cases:
-        if case.label is None:
-            raise ValueError(f"{case.name} has no label; training needs one")
     if network not in networks:
         raise ValueError(f"network={network!r}; expected one of {', '.join(networks)}")
-    return classes or 1 + max(int(c.label.max()) for c in cases)
+    return 1 + max(map(_highest_label, cases)) if classes is None else classes
+
+
+def _highest_label(case: Case) -> int:
+    """Of a stored case, without reading its label: a cohort of hundreds is looked through in milliseconds."""
+    if not (case.labelled if isinstance(case, StoredCase) else case.label is not None):
+        raise ValueError(f"{case.name} has no label; training needs one")
+    return case.highest_label if isinstance(case, StoredCase) else int(case.label.max())
 
 
 def build(
@@ -54,7 +59,7 @@ def card(network: str, cases: Sequence[Case], classes: int, steps: int, seed: in
         "network": network,
         "channels": list(cases[0].channels),
         "classes": classes,
-        "trained_on": [c.name for c in cases],
+        "trained_on": list(cases.names) if hasattr(cases, "names") else [c.name for c in cases],
         "steps": steps,
         "seed": seed,
         "device": str(device),
@@ -62,7 +67,10 @@ def card(network: str, cases: Sequence[Case], classes: int, steps: int, seed: in
 
 
 def regions_of(classes: int) -> str | dict[str, list[int]]:
-    """The regions to score: BRATS 2015's for five classes, otherwise each class but the background by itself."""
+    """The regions to score: BRATS 2015's for five classes, otherwise each class but the background by itself.
+
+    A network with one class is one with a single output, a sigmoid's.
+    """
     if classes == 5:
         return "brats2015"
-    return {"lesion": [1]} if classes == 2 else {f"class_{c}": [c] for c in range(1, classes)}
+    return {"lesion": [1]} if classes <= 2 else {f"class_{c}": [c] for c in range(1, classes)}

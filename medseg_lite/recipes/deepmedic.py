@@ -42,6 +42,7 @@ def deepmedic(
     device: str | torch.device = "cpu",
     seed: int = 0,
     progress: bool = True,
+    engine: dict | None = None,
 ) -> nn.Module:
     """Train DeepMedic, or one of the networks it is compared with, with the paper's settings.
 
@@ -61,6 +62,7 @@ def deepmedic(
         shift, conv_dropout: 0.1 and 0.02 in the paper's brain-injury experiments, 0 for tumours.
         device: "cpu", "cuda", ….
         seed: of the initial weights, the segments and the dropout. The paper's ensemble is three seeds.
+        engine: options of `training.fit` for the machine at hand: precision, compiled, channels_last, workers, tensorboard.
 
     Returns:
         The network in evaluation mode; `network.history` has one row per update and `network.card` what was done.
@@ -109,6 +111,7 @@ def deepmedic(
         folder=folder,
         seed=seed,
         progress=progress,
+        **engine or {},
     )
     model.history = history
     model.card = card(network, cases, classes, steps, seed, device)

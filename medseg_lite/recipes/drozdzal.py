@@ -27,6 +27,7 @@ def drozdzal(
     weight_decay: float = 1e-4,
     crop: int = 256,
     batch_size: int = 8,
+    scheme: str = "uniform",
     augment: bool = True,
     shear: float = 0.41,
     angle: float = 25.0,
@@ -39,6 +40,7 @@ def drozdzal(
     device: str | torch.device = "cpu",
     seed: int = 0,
     progress: bool = True,
+    engine: dict | None = None,
 ) -> nn.Module:
     """Train the FCN pre-processor with FC-ResNet, or a network it is compared with, on crops of slices.
 
@@ -54,6 +56,7 @@ def drozdzal(
         weight_decay: λ of λ Σ w² over the kernels.
         crop: side of the crops in pixels, a multiple of the network's `multiple`.
         batch_size: crops per update.
+        scheme: of their centres, see `SegmentSampler`; "foreground" for lesions that most crops would miss.
         augment: flip, shear, rotate and bend the crops (`transforms.distort`), by at most `shear`, `angle`, `warp`.
         validation: cases segmented every `validate_every` updates; their mean Dice goes into the history.
         patience: stop when it has not risen for this many validations, and go back to the best weights (50 epochs in the paper).
@@ -61,6 +64,7 @@ def drozdzal(
         width: scales every feature-map count; 1 is the paper's size.
         device: "cpu", "cuda", ….
         seed: of the initial weights, the crops and the augmentation. The paper's ensemble is ten seeds.
+        engine: options of `training.fit` for the machine at hand: precision, compiled, channels_last, workers, tensorboard.
 
     Returns:
         The network in evaluation mode; `network.history` has one row per update and `network.card` what was done.
@@ -80,7 +84,7 @@ def drozdzal(
         cases,
         output=crop,
         batch_size=batch_size,
-        scheme="uniform",
+        scheme=scheme,
         flip=False,
         spatial_dims=2,
         augment=distorted if augment else None,
@@ -101,6 +105,7 @@ def drozdzal(
         folder=folder,
         seed=seed,
         progress=progress,
+        **engine or {},
     )
     model.card = card(network, cases, classes, steps, seed, device)
     return model

@@ -39,6 +39,7 @@ def havaei(
     device: str | torch.device = "cpu",
     seed: int = 0,
     progress: bool = True,
+    engine: dict | None = None,
 ) -> nn.Module:
     """Train one of Havaei's networks in two phases.
 
@@ -66,6 +67,7 @@ def havaei(
         max_norm: longest kernel (the paper gives no number).
         device: "cpu", "cuda", ….
         seed: of the initial weights, the patches and the dropout.
+        engine: options of `training.fit` for the machine at hand: precision, compiled, channels_last, workers, tensorboard.
 
     Returns:
         The network in evaluation mode; `network.history` has one row per update of either phase, `network.card` what was done.
@@ -111,6 +113,7 @@ def havaei(
             folder=Path(folder) / f"phase{number}" if folder else None,
             seed=seed,
             progress=progress,
+            **engine or {},
         )
         return history.assign(phase=number)
 

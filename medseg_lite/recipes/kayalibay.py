@@ -37,6 +37,7 @@ def kayalibay(
     device: str | torch.device = "cpu",
     seed: int = 0,
     progress: bool = True,
+    engine: dict | None = None,
     **options,
 ) -> nn.Module:
     """Train Kayalibay's 3D U-Net on whole volumes, or crops of them, with the paper's settings.
@@ -58,6 +59,7 @@ def kayalibay(
         width: scales every feature-map count; 1 is the paper's size.
         device: "cpu", "cuda", ….
         seed: of the initial weights, the order of cases and the augmentation.
+        engine: options of `training.fit` for the machine at hand: precision, compiled, channels_last, workers, tensorboard.
         options: further ones of `models.kayalibay.KayalibayUNet3d`, such as merge="sum" or maps=1.
 
     Returns:
@@ -92,6 +94,7 @@ def kayalibay(
         folder=folder,
         seed=seed,
         progress=progress,
+        **engine or {},
     )
     model.card = card(network, cases, classes, steps, seed, device) | {"loss": loss}
     return model

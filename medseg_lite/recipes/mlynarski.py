@@ -44,6 +44,7 @@ def mlynarski(
     device: str | torch.device = "cpu",
     seed: int = 0,
     progress: bool = True,
+    engine: dict | None = None,
     **options,
 ) -> nn.Module:
     """Train one of Mlynarski's networks: 2D on squares of slices, 3D on cubes, with or without scores of 2D networks.
@@ -75,6 +76,7 @@ def mlynarski(
         width: scales every feature-map count.
         device: "cpu", "cuda", ….
         seed: of the initial weights and the segments.
+        engine: options of `training.fit` for the machine at hand: precision, compiled, channels_last, workers, tensorboard.
         options: further ones of the builder: subnets=2, variant="a".
 
     Returns:
@@ -153,6 +155,7 @@ def mlynarski(
         folder=folder,
         seed=seed,
         progress=progress,
+        **engine or {},
     )
     model.card = card(network, cases, classes, steps, seed, device)
     if pretrain_steps:
