@@ -1,21 +1,21 @@
-"""The command line: `python -m medseg_lite train | scores | segment | evaluate | phantom | download`."""
+"""The command line: `python -m medseg_lite train | recipes | scores | segment | evaluate | phantom | download`."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from . import (
     __version__,
     context,
     datasets,
+    distributed,
     ensembles,
     inference,
     metrics,
@@ -23,9 +23,10 @@ from . import (
     phantoms,
     recipes,
     statistics,
-    transforms,
 )
 from .paths import atomic_write
+from .recipes import named
+from .training import BEST
 from .volume import Case, read_label, write_case, write_nifti
 
 EXAMPLES = """\
@@ -40,6 +41,10 @@ examples
     python -m medseg_lite train deepmedic --data brats2013_deepmedic --hold-out brats_2013_pat0003_1 --steps 500 --out runs/real
     python -m medseg_lite segment --model runs/real/model.safetensors --data brats2013_deepmedic --cases brats_2013_pat0003_1 --out runs/real/predictions
     python -m medseg_lite evaluate --predictions runs/real/predictions --data brats2013_deepmedic --cases brats_2013_pat0003_1
+
+  a paper's complete recipe, in five folds, on all GPUs of the machine (`recipes` lists the others; --fold 0 for one fold)
+    torchrun --nproc-per-node gpu -m medseg_lite train deepmedic-msd-brain --data Task01_BrainTumour --out runs/brains
+    torchrun --nproc-per-node gpu -m medseg_lite segment --model runs/brains/fold0/model.safetensors --data my_scans --out runs/mine
 
   2D networks in three planes, and a 3D network that is told what they see (the same for coronal and sagittal)
     python -m medseg_lite train mlynarski_2d --plane axial --data my_phantoms --channels flair t1 t1c t2 --width 0.2 --steps 200 --out runs/axial
@@ -58,8 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
-    except (ValueError, FileNotFoundError, FloatingPointError, ConnectionError, OSError) as error:
+        with distributed.joined(getattr(options, "device", "cpu")) as options.device:
+            options.run(options)
+    except (ValueError, FileNotFoundError, FloatingPointError, ConnectionError, MemoryError, OSError) as error:
         print(f"medseg_lite {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
@@ -69,6 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(options) -> None:
+    if options.fold is not None and not options.folds and options.network not in named.RECIPES:
+        raise ValueError("--fold is one of --folds; say how many there are")
+    if options.network in named.RECIPES or options.folds:
+        _cross_validate(options)
+        return
+    options.normalise = options.normalise or "standardise"
     cases = list(_cases(options, label=True, normalise=options.normalise))
     held = [c for c in cases if c.name in options.hold_out]
     missing = set(options.hold_out) - {c.name for c in held}
@@ -85,21 +97,25 @@ def _train(options) -> None:
             raise ValueError(f"--plane is for mlynarski_2d; {options.network} takes volumes or axial slices")
         cases, held = ([context.facing(c, options.plane) for c in some] for some in (cases, held))
         settings["flip"] = options.plane != "sagittal"  # whose slices have no left and right
-    device = _device(options.device)
-    print(f"{len(cases)} cases to train on, {len(held)} held out, on {device}")
-    out = Path(options.out)
+    first, device, out = distributed.number() == 0, options.device, Path(options.out)
+    if first:
+        print(f"{len(cases)} cases to train on, {len(held)} held out, on {_where(device)}")
     for member in range(options.ensemble):
         folder = out / f"member{member}" if options.ensemble > 1 else out
         model = recipes.of_network(options.network)(
             cases, network=options.network, folder=folder, classes=options.classes, width=options.width,
             validation=held if options.validate_every else (), validate_every=options.validate_every or 500,
-            device=device, seed=options.seed + member, **settings,
+            device=device, seed=options.seed + member, engine=_engine(options), **settings,
         )  # fmt: skip
         card = model.card | {"normalise": options.normalise, "held_out": [c.name for c in held], "command": _command()}
         if options.plane:
             card["plane"] = options.plane
-        path = models.save(folder / "model.safetensors", model, card)
-        print(f"saved {path}")
+        if not first:
+            continue
+        print(f"saved {models.save(folder / 'model.safetensors', model, card)}")
+        if (folder / BEST).exists():
+            best = models.load(folder / BEST)
+            models.save(folder / BEST, best, card | best.card)
         if held:
             predictions = [inference.predict(model, c) for c in held]
             table = metrics.evaluate_cohort(predictions, held, regions=recipes.regions_of(model.classes))
@@ -107,9 +123,84 @@ def _train(options) -> None:
             print(table.round(3).to_string(index=False))
 
 
+def _cross_validate(options) -> None:
+    """A named recipe, or a network of which the folds are given."""
+    if options.hold_out or options.start:
+        raise ValueError("--hold-out and --start are for one network; with folds every case is held out once")
+    settings = _of_the_recipe(options)
+    if options.network in named.RECIPES:
+        recipe = {"name": options.network, **named.recipe_of(options.network)}
+        if options.channels or options.data in _KNOWN:
+            cases = _cohort(options, label=True)
+        else:
+            cases = named.cases_of(options.network, options.data, cases=options.cases)
+        if options.plane:
+            raise ValueError("--plane is a part of the recipe's name")
+    else:
+        if not options.classes:
+            raise ValueError(
+                "--folds of a network by itself needs --classes, the number of classes with the background"
+            )
+        cases = _cohort(options, label=True)
+        channels = [c.split("=")[0] for c in options.channels] if options.channels else cases[0].channels
+        recipe = {
+            "name": options.network, "network": options.network, "settings": {}, "channels": channels,
+            "classes": options.classes, "normalise": "standardise", "regions": recipes.regions_of(options.classes),
+            "plane": options.plane or "axial",
+        }  # fmt: skip
+    recipe |= {"normalise": options.normalise} if options.normalise else {}
+    if options.network in models.NETWORKS and options.plane == "sagittal":
+        settings["flip"] = False  # slices that have no left and right
+    settings |= {"validate_every": options.validate_every} if options.validate_every else {}
+    settings |= {"width": options.width} if options.width != 1 else {}
+    if distributed.number() == 0:
+        print(
+            f"{options.network}: {len(cases)} cases in {options.folds or recipe['folds']} folds, on {_where(options.device)}"
+        )
+    recipes.cross_validate(
+        recipe, cases, options.out, folds=options.folds, fold=options.fold, stored=options.store, scores=options.scores,
+        members=options.ensemble if options.ensemble > 1 else None, seed=options.seed, device=options.device,
+        engine=_engine(options), command=_command(), **settings,
+    )  # fmt: skip
+
+
+def _recipes(options) -> None:
+    for name, recipe in named.RECIPES.items():
+        print(f"{name}\n  {recipe['paper']}\n  {recipe['data']}")
+        print(
+            f"  {recipe['network']}, {recipe['folds']} folds; "
+            + ", ".join(f"{k} {_short(v)}" for k, v in recipe["settings"].items())
+        )
+        if recipe["reported"]:
+            scores = "; ".join(
+                f"{metric} " + ", ".join(f"{region} {value:g}" for region, value in row.items())
+                for metric, row in recipe["reported"].items() if metric != "where"
+            )  # fmt: skip
+            print(f"  the paper, {recipe['reported']['where']}: {scores}")
+        print()
+
+
+def _short(value) -> str:
+    numbers = value if isinstance(value, tuple) else (value,)
+    return " ".join(f"{n:.3g}" if isinstance(n, float) else str(n) for n in numbers)
+
+
+def _engine(options) -> dict:
+    """How the machine at hand is to be used."""
+    return {
+        "precision": options.precision, "compiled": options.compile, "channels_last": options.channels_last,
+        "workers": options.workers, "tensorboard": options.tensorboard,
+    }  # fmt: skip
+
+
+def _where(device: str) -> str:
+    return f"{distributed.count()} processes ({device} and others)" if distributed.count() > 1 else device
+
+
 def _of_the_recipe(options) -> dict:
     """The settings that were given, where the network's recipe has them; the others stay as in the paper."""
-    recipe = recipes.of_network(options.network)
+    known = named.RECIPES.get(options.network, {"network": options.network})
+    recipe = recipes.of_network(known["network"])
     given = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
     foreign = set(given) - set(inspect.signature(recipe).parameters)
     if foreign:
@@ -119,7 +210,7 @@ def _of_the_recipe(options) -> dict:
 
 
 def _segment(options) -> None:
-    device = _device(options.device)
+    device = options.device
     members = [models.load(path).to(device) for path in options.model]
     model = ensembles.Ensemble(members) if len(members) > 1 else members[0]
     cards = [m.card for m in members]
@@ -134,22 +225,24 @@ def _segment(options) -> None:
     if channels:
         options.channels = options.channels and [c for c in options.channels if c.split()[0] not in context.PLANES]
     out = Path(options.out)
-    for case in _cases(options, label=False, normalise=cards[0].get("normalise", "standardise")):
+    progress = distributed.number() == 0
+    how = {"compiled": options.compile, "progress": progress, "tile": options.tile}
+    for case in _cases(options, label=False, normalise=cards[0].get("normalise", "standardise"), shared=True):
         if channels:
             case = case.select(channels)
         if options.probabilities:
-            probabilities = inference.predict(model, context.facing(case, plane), output="probabilities")
+            probabilities = inference.predict(model, context.facing(case, plane), output="probabilities", **how)
             probabilities = context.facing_back(probabilities, plane)
             write_nifti(out / f"{case.name}_probabilities.nii.gz", probabilities, case)
             labels = probabilities.argmax(0).astype("uint8")
         else:
-            labels = context.facing_back(inference.predict(model, context.facing(case, plane)), plane)
+            labels = context.facing_back(inference.predict(model, context.facing(case, plane), **how), plane)
         path = write_nifti(out / f"{case.name}.nii.gz", labels, case)
         print(f"wrote {path}")
 
 
 def _scores(options) -> None:
-    device = _device(options.device)
+    device = options.device
     networks = {plane: models.load(path).to(device) for plane, path in zip(context.PLANES, options.model, strict=True)}
     cards = [network.card for network in networks.values()]
     found = [card.get("plane", "axial") for card in cards]
@@ -159,7 +252,7 @@ def _scores(options) -> None:
         )
     if options.channels is None and options.data not in _KNOWN:
         options.channels = cards[0].get("channels")
-    cases = _cases(options, label=False, normalise=cards[0].get("normalise", "standardise"))
+    cases = _cases(options, label=False, normalise=cards[0].get("normalise", "standardise"), shared=True)
     context.extract_scores(networks, cases, options.out)
     print(f"the scores are in {options.out}; train mlynarski_3d with --scores {options.out}")
 
@@ -203,12 +296,12 @@ _SETTINGS = (
 _KNOWN = ("brats2013_deepmedic", "phantoms")  # --data that is not a folder
 
 
-def _cases(options, *, label: bool, normalise: str) -> Iterator[Case]:
-    """The cases that --data and its companions name, read one at a time."""
+def _cohort(options, *, label: bool) -> Sequence[Case]:
+    """The cases that --data and its companions name, as they are, read when they are asked for."""
     if options.data == "brats2013_deepmedic":
-        cases = datasets.brats2013_deepmedic(cases=options.cases or None)
+        return datasets.brats2013_deepmedic(cases=options.cases or None)
     elif options.data == "phantoms":
-        cases = phantoms.brain_cohort(options.count, spacing=options.spacing, progress=True)
+        return phantoms.brain_cohort(options.count, spacing=options.spacing, progress=distributed.number() == 0)
     else:
         if not options.channels:
             raise ValueError(
@@ -216,7 +309,7 @@ def _cases(options, *, label: bool, normalise: str) -> Iterator[Case]:
             )
         pairs = (c.split("=", 1) if "=" in c else (c, f"{c}.nii.gz") for c in options.channels)
         folder = Path(options.data)
-        cases = datasets.nifti_folder(
+        return datasets.nifti_folder(
             folder,
             channels=dict(pairs),
             label=(options.label or "label.nii.gz") if label else None,
@@ -224,19 +317,18 @@ def _cases(options, *, label: bool, normalise: str) -> Iterator[Case]:
             labels=range(options.classes) if label and options.classes else None,
             cases=options.cases or None,
         )
-    for case in cases:
+
+
+def _cases(options, *, label: bool, normalise: str, shared: bool = False) -> Iterator[Case]:
+    """The cases, ready for a network; of several processes each gets a part of them where they are `shared`."""
+    cases = _cohort(options, label=label)
+    start, step = (distributed.number(), distributed.count()) if shared else (0, 1)
+    for n in range(start, len(cases), step):
+        case = cases[n]
         if options.channels and options.data in _KNOWN:
             case = case.select(options.channels)
-        case = transforms.standardise(case) if normalise == "standardise" else case
+        case = named.normalised(case, normalise)
         yield context.with_scores(case, options.scores) if getattr(options, "scores", None) else case
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
-    return name
 
 
 def _save_table(path: Path, table: pd.DataFrame) -> None:
@@ -310,11 +402,19 @@ def _parser() -> argparse.ArgumentParser:
         "model.safetensors at the end. Defaults are the paper's; they take a GPU a day. On a CPU try --steps 500.",
     )  # fmt: skip
     networks = [name for name in models.NETWORKS if name != "fcn_preprocessor"]  # which does not segment
-    train.add_argument("network", choices=networks, metavar="NETWORK", help="one of " + ", ".join(networks))
+    train.add_argument(
+        "network", choices=[*networks, *named.RECIPES], metavar="NETWORK",
+        help="a recipe of a paper on a data set: " + ", ".join(named.RECIPES) + "; or a network by itself: " + ", ".join(networks),
+    )  # fmt: skip
     train.add_argument("--out", required=True, help="folder of the run")
     data(train)
     train.add_argument(
         "--hold-out", nargs="+", default=[], metavar="NAME", help="cases kept from training and scored at the end"
+    )
+    train.add_argument("--folds", type=_positive, help="cross-validation; the recipe's, or 1 to train on all cases")
+    train.add_argument("--fold", type=int, metavar="K", help="this one alone, from 0")
+    train.add_argument(
+        "--store", metavar="FOLDER", help="where folds keep the cases as the network sees them (default: OUT/cases)"
     )
     train.add_argument("--width", type=float, default=1.0, help="scales every feature-map count; 1 is the paper's size")
     settings = train.add_argument_group(
@@ -360,15 +460,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--normalise",
-        choices=("standardise", "none"),
-        default="standardise",
-        help="zero mean, unit variance inside the mask, or leave as is",
+        choices=("standardise", "median", "none"),
+        help="zero mean and unit variance inside the mask, divide by the median, or leave as is (default: the recipe's, or standardise)",
     )
     train.add_argument("--seed", type=int, default=0, help="of weights, segments and dropout")
     settings.add_argument(
         "--plane", choices=tuple(context.PLANES), help="whose slices mlynarski_2d is trained on (axial)"
     )
+    machine = train.add_argument_group("the machine")
+    machine.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: bfloat16 on a GPU that has it"
+    )  # fmt: skip
+    machine.add_argument("--compile", action="store_true", help="through torch.compile")
+    machine.add_argument("--channels-last", action="store_true", help="another memory layout, faster on some machines")
+    machine.add_argument("--workers", type=_positive, default=1, help="threads that prepare batches (1)")
+    machine.add_argument("--tensorboard", action="store_true", help="also log to OUT/tensorboard, if it is installed")
     device(train)
+
+    command(
+        "recipes", _recipes, "List the named recipes. With their papers, data, settings and the papers' own scores."
+    )
 
     scores = command(
         "scores", _scores,
@@ -393,6 +504,10 @@ def _parser() -> argparse.ArgumentParser:
     segment.add_argument(
         "--probabilities", action="store_true", help="also write the class probabilities as a 4-D file"
     )
+    segment.add_argument(
+        "--tile", type=_positive, help="side of the block predicted at a time (default: as memory allows; the result is the same)"
+    )  # fmt: skip
+    segment.add_argument("--compile", action="store_true", help="through torch.compile; for many cases of one size")
     device(segment)
 
     evaluate = command(

@@ -106,19 +106,21 @@ def cross_validate(
         networks = []
         for member in range(members):
             place = folder / f"member{member}" if members > 1 else folder
+            facts = {"held_out": parts[k], "command": command, "normalise": recipe["normalise"], "plane": plane}
+            training, deciding = ([seen[name] for name in part] for part in (train, validation))
             networks.append(
                 _trained(
                     recipe,
-                    [seen[n] for n in train],
-                    [seen[n] for n in validation],
+                    training,
+                    deciding,
                     place,
                     _of_fold(settings, k),
                     seed + member,
                     device,
                     engine,
                     progress and first,
-                    {"held_out": parts[k], "command": command, "normalise": recipe["normalise"], "plane": plane},
-                )  # fmt: skip
+                    facts,
+                )
             )
         model = ensembles.Ensemble(networks) if members > 1 else networks[0]
         rows = []

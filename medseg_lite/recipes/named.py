@@ -222,10 +222,15 @@ RECIPES: dict[str, dict] = {
 }  # fmt: skip
 
 
-def cases_of(name: str, folder: str) -> Sequence[Case]:
+def cases_of(name: str, folder: str, *, cases: Sequence[str] | None = None) -> Sequence[Case]:
     """The cases of a recipe's data set, read from `folder` when they are asked for.
 
     Slices of an electron microscopy stack are cases of their own, for folds are made of slices there.
+
+    Args:
+        name: of the recipe.
+        folder: as the loader wants it.
+        cases: names of the cases wanted; by default all.
 
     Raises:
         ValueError, FileNotFoundError: there is no such recipe, no loader for its data, or the folder holds something else.
@@ -236,12 +241,16 @@ def cases_of(name: str, folder: str) -> Sequence[Case]:
             f"{name} is for {recipe_of(name)['data']}, which has no reader of its own: say how the files are named with "
             f"--channels {' '.join(c + '=PATTERN' for c in recipe_of(name)['channels'])} and --label PATTERN"
         )
-    found = getattr(datasets, loader)(folder)
-    if isinstance(found, Case):
-        count = found.shape[2]
-        slices = [found.crop((slice(None), slice(None), slice(n, n + 1))) for n in range(count)]
-        return [s.replace(name=f"{found.name}-{n:0{len(str(count - 1))}}") for n, s in enumerate(slices)]
-    return found
+    if loader != "isbi2012":
+        return getattr(datasets, loader)(folder, cases=cases or None)
+    stack = datasets.isbi2012(folder)
+    count = stack.shape[2]
+    slices = [stack.crop((slice(None), slice(None), slice(n, n + 1))) for n in range(count)]
+    named = {(name := f"{stack.name}-{n:0{len(str(count - 1))}}"): s.replace(name=name) for n, s in enumerate(slices)}
+    unknown = set(cases or ()) - set(named)
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))}: no such slice; there are {', '.join(named)}")
+    return [named[name] for name in cases or named]
 
 
 def recipe_of(name: str) -> dict:
@@ -266,15 +275,18 @@ def prepared(
         table = np.arange(256, dtype=np.uint8)
         table[list(label_map)] = list(label_map.values())
         case = case.replace(label=table[case.label])
-    if normalise == "standardise":
-        case = transforms.standardise(case)
-    elif normalise == "median":
-        case = transforms.median_normalise(case)
-    elif normalise != "none":
-        raise ValueError(f"normalise={normalise!r}; expected standardise, median or none")
+    case = normalised(case, normalise)
     if scores is not None:
         case = context.with_scores(case, scores)
     return case if plane == "axial" else context.facing(case, plane)
+
+
+def normalised(case: Case, how: str) -> Case:
+    """A case normalised by "standardise", "median" or "none"."""
+    known = {"standardise": transforms.standardise, "median": transforms.median_normalise, "none": lambda case: case}
+    if how not in known:
+        raise ValueError(f"normalise={how!r}; expected one of {', '.join(known)}")
+    return known[how](case)
 
 
 def folds_of(names: Sequence[str], count: int, *, seed: int = 0) -> list[list[str]]:
