@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status. Mistakes in the input end with one readable line on standard error."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    options.typed = "python -m medseg_lite " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     try:
         with distributed.joined(getattr(options, "device", "cpu")) as options.device:
             options.run(options)
@@ -107,7 +109,11 @@ def _train(options) -> None:
             validation=held if options.validate_every else (), validate_every=options.validate_every or 500,
             device=device, seed=options.seed + member, engine=_engine(options), **settings,
         )  # fmt: skip
-        card = model.card | {"normalise": options.normalise, "held_out": [c.name for c in held], "command": _command()}
+        card = model.card | {
+            "normalise": options.normalise,
+            "held_out": [c.name for c in held],
+            "command": options.typed,
+        }
         if options.plane:
             card["plane"] = options.plane
         if not first:
@@ -160,7 +166,7 @@ def _cross_validate(options) -> None:
     recipes.cross_validate(
         recipe, cases, options.out, folds=options.folds, fold=options.fold, stored=options.store, scores=options.scores,
         members=options.ensemble if options.ensemble > 1 else None, seed=options.seed, device=options.device,
-        engine=_engine(options), command=_command(), **settings,
+        engine=_engine(options), command=options.typed, **settings,
     )  # fmt: skip
 
 
@@ -334,10 +340,6 @@ def _cases(options, *, label: bool, normalise: str, shared: bool = False) -> Ite
 def _save_table(path: Path, table: pd.DataFrame) -> None:
     with atomic_write(path) as temporary:
         table.to_csv(temporary, index=False)
-
-
-def _command() -> str:
-    return "python -m medseg_lite " + " ".join(sys.argv[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------- options

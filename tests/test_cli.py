@@ -1,5 +1,9 @@
 """The command line as a user meets it: a whole round on tiny cases, and the mistakes people make."""
 
+import os
+import subprocess
+import sys
+
 import nibabel
 import numpy as np
 import pandas as pd
@@ -236,3 +240,125 @@ def test_2d_networks_in_three_planes_help_a_3d_network(folder, tmp_path, capsys)
     capsys.readouterr()
     assert main(segment) == 1  # without the scores
     assert "axial 0" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- at scale
+
+
+def test_named_recipe_on_folders_of_the_reader(folder, tmp_path, capsys):
+    data = ["--data", str(folder), "--channels", "flair", "t1=t1c.nii.gz", "t1c", "t2=flair.nii.gz", "--device", "cpu"]
+    short = ["--steps", "2", "--width", "0.1", "--batch-size", "4", "--folds", "3", "--out", str(tmp_path / "run")]
+    assert main(["train", "deepmedic-brats2015", *data, *short]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("deepmedic-brats2015: 3 cases in 3 folds, on cpu")
+    assert "the paper (Table 2, DeepMedic without CRF, five folds of the same 274 cases)" in told and "0.897" in told
+    assert sorted(p.name for p in (tmp_path / "run" / "predictions").iterdir()) == [f"case{n}.nii.gz" for n in range(3)]
+    table = pd.read_csv(tmp_path / "run" / "evaluation.csv")
+    assert set(table["region"]) == {"whole", "core", "enhancing"} and len(table) == 9
+    card = models.load(tmp_path / "run" / "fold2" / "model.safetensors").card
+    assert card["recipe"] == "deepmedic-brats2015" and card["steps"] == 2 and "train" in card["command"]
+    segment = [
+        "segment",
+        "--model",
+        str(tmp_path / "run" / "fold0" / "model.safetensors"),
+        "--device",
+        "cpu",
+        "--tile",
+        "9",
+    ]
+    assert main([*segment, *data[:-2], "--out", str(tmp_path / "again")]) == 0
+    assert len(list((tmp_path / "again").iterdir())) == 3
+
+
+def test_folds_of_a_network(folder, tmp_path):
+    data = ["--data", str(folder), "--channels", "flair", "t1c", "--classes", "2", "--device", "cpu"]
+    options = [
+        "--steps",
+        "2",
+        "--width",
+        "0.1",
+        "--folds",
+        "3",
+        "--fold",
+        "1",
+        "--precision",
+        "bfloat16",
+        "--channels-last",
+    ]
+    assert (
+        main(["train", "deep_plus", *data, *options, "--out", str(tmp_path / "run"), "--store", str(tmp_path / "s")])
+        == 0
+    )
+    assert [p.name for p in sorted((tmp_path / "run").iterdir())] == [
+        "evaluation.csv",
+        "fold1",
+        "predictions",
+        "run.json",
+    ]
+    assert len(list((tmp_path / "s").glob("*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize("network, options, message", [
+    ("kayalibay-hands", [], "which has no reader of its own: say how the files are named with --channels t1=PATTERN"),
+    ("drozdzal-lits", ["--hold-out", "case0"], "with folds every case is held out once"),
+    ("deepmedic-brats2015", ["--crop", "9"], "--crop: the recipe of deepmedic-brats2015 has no such setting"),
+    ("deep_plus", ["--folds", "2", "--channels", "flair"], "needs --classes"),
+    ("deep_plus", ["--fold", "2", "--channels", "flair"], "--fold is one of --folds"),
+    ("deepmedic-brats2015", ["--channels", "flair", "--folds", "2"], "t1"),
+])  # fmt: skip
+def test_mistakes_with_recipes(folder, tmp_path, capsys, network, options, message):
+    assert (
+        main(["train", network, "--data", str(folder), *options, "--device", "cpu", "--out", str(tmp_path / "run")])
+        == 1
+    )
+    assert message in capsys.readouterr().err
+
+
+def test_recipes_are_listed(capsys):
+    assert main(["recipes"]) == 0
+    told = capsys.readouterr().out
+    assert "drozdzal-isbi2012\n  Drozdzal et al. 2018, section 4.1\n  ISBI 2012" in told and "steps 70000" in told
+    assert "the paper, Tables 3 to 5, cross-validation over the same 274 cases: dice whole 0.9, core 0.79" in told
+
+
+def test_two_processes_segment_and_train(folder, tmp_path):
+    """`torchrun` with two processes: each segments a part of the cases, and the first says so and writes the network."""
+    assert train(folder, tmp_path / "one", steps=2) == 0
+    data = ["--data", str(folder), "--channels", "flair", "t1c", "--device", "cpu"]
+    segment = ["segment", "--model", str(tmp_path / "one" / "model.safetensors"), *data[:2], "--device", "cpu"]
+    assert main([*segment, "--out", str(tmp_path / "alone")]) == 0
+    cross = [
+        "train",
+        "deep_plus",
+        *data,
+        "--classes",
+        "2",
+        "--steps",
+        "2",
+        "--width",
+        "0.1",
+        "--folds",
+        "3",
+        "--fold",
+        "0",
+    ]
+
+    def torchrun(*arguments):
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
+        command = [sys.executable, *launch, "127.0.0.1:0", "-m", "medseg_lite", *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+    done = torchrun(*segment, "--out", str(tmp_path / "both"))
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "both").iterdir()) == [f"case{n}.nii.gz" for n in range(3)]
+    for path in (tmp_path / "both").iterdir():
+        assert np.array_equal(read_nifti(path).array, read_nifti(tmp_path / "alone" / path.name).array)
+    done = torchrun(*cross, "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.count("deep_plus: 3 cases in 3 folds, on 2 processes") == 1
+        and done.stdout.count("mean (standard") == 1
+    )
+    assert models.load(tmp_path / "run" / "fold0" / "model.safetensors").card["steps"] == 2
+    assert len(pd.read_csv(tmp_path / "run" / "evaluation.csv")) == 1
