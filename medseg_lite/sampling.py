@@ -133,12 +133,13 @@ class SegmentSampler:
         self._cases = [self._prepare(c) for c in cases]
         # For every group of voxels, the cases that have any.
         self._holders = [
-            [n for n, case in enumerate(self._cases) if case.count(g)] for g in range(len(self._cases[0].groups))
+            np.array([n for n, case in enumerate(self._cases) if case.count(g)])
+            for g in range(len(self._cases[0].groups))
         ]
         if scheme == "equal":  # a class that no case has cannot be drawn
-            self._present = [g for g, holders in enumerate(self._holders) if holders]
-        elif not all(self._holders):
-            empty = ["labelled", "background"][[bool(h) for h in self._holders].index(False)]
+            self._present = [g for g, holders in enumerate(self._holders) if len(holders)]
+        elif not all(len(holders) for holders in self._holders):
+            empty = ["labelled", "background"][[len(h) > 0 for h in self._holders].index(False)]
             raise ValueError(
                 f"none of the {len(cases)} cases has a {empty} voxel inside its mask; scheme={scheme!r} needs some"
             )

@@ -186,10 +186,10 @@ class Opened:
         for axis, reach in enumerate(axes, 1):
             if reach.index is not None:
                 result = np.take(result, reach.index - reach.first, axis=axis)
-                continue
-            along = np.moveaxis(result, axis, 0)
-            for count, view in ((reach.before, along), (reach.after, along[::-1])):
-                view[:count] = view[2 * count : count : -1]
+            elif reach.before or reach.after:
+                along = np.moveaxis(result, axis, 0)
+                for count, view in ((reach.before, along), (reach.after, along[::-1])):
+                    view[:count] = view[2 * count : count : -1]
         return result
 
 

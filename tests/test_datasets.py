@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
 import json
+import os
 import sys
+import tarfile
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pytest
 from PIL import Image
 
-from medseg_lite import datasets, paths
+from medseg_lite import datasets, metrics, paths
 from medseg_lite.datasets import (
     NiftiFolder,
     brats2013_deepmedic,
+    brats2015,
+    brats2017,
     download_brats2013_deepmedic,
     download_isbi2012,
+    download_msd,
+    download_promise12,
     isbi2012,
     lits,
     msd,
     nifti_folder,
     promise12,
 )
-from medseg_lite.datasets._download import fetch
+from medseg_lite.datasets._download import fetch, unpack
 from medseg_lite.volume import read_case, write_nifti
 
 # The package shows the function under the module's name.
 BRATS = sys.modules["medseg_lite.datasets.brats2013_deepmedic"]
 ISBI = sys.modules["medseg_lite.datasets.isbi2012"]
+MSD = sys.modules["medseg_lite.datasets.msd"]
+PROMISE = sys.modules["medseg_lite.datasets.promise12"]
+DOWNLOAD = sys.modules["medseg_lite.datasets._download"]
 
 
 def nifti(path, array, affine=None):
@@ -57,23 +68,44 @@ def classes(seed: int = 0, shape=(6, 7, 8), among=(0, 1, 2, 4)) -> np.ndarray:
 
 
 class Server:
-    """Answers each path with what `files` holds; a path in `cut` announces more bytes than it sends."""
+    """Answers each path with what `files` holds.
+
+    A path in `cut` sends that many bytes of what it announces and hangs up, the first time; one in `always_cut` every time;
+    one in `no_ranges` sends the whole file whatever part is asked for.
+    """
 
     def __init__(self):
         self.files: dict[str, bytes] = {}
-        self.cut: set[str] = set()
+        self.cut: dict[str, int] = {}
+        self.always_cut: dict[str, int] = {}
+        self.no_ranges: set[str] = set()
         self.asked: list[str] = []
+        self.ranges: list[str | None] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 outer.asked.append(self.path)
-                content = outer.files.get(self.path)
-                self.send_response(404 if content is None else 200)
-                content = b"not here" if content is None else content
-                self.send_header("Content-Length", str(len(content) * (2 if self.path in outer.cut else 1)))
+                outer.ranges.append(self.headers["Range"])
+                content, start = outer.files.get(self.path), 0
+                if content is None:
+                    self.send_error(404, "not here")
+                    return
+                if self.headers["Range"] and self.path not in outer.no_ranges:
+                    start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+                if start and start >= len(content):
+                    self.send_response(416)
+                    self.send_header("Content-Range", f"bytes */{len(content)}")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(content) - start))
+                if start:
+                    self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
                 self.end_headers()
-                self.wfile.write(content)
+                part = content[start:]
+                self.wfile.write(part[: outer.always_cut.get(self.path, outer.cut.pop(self.path, len(part)))])
 
             def log_message(self, *_):
                 pass
@@ -98,6 +130,8 @@ def server(monkeypatch):
 
 GOOD = gzip.compress(b"many voxels" * 100)
 GOOD_SHA256 = hashlib.sha256(GOOD).hexdigest()
+LARGE = np.random.default_rng(0).bytes(300_000)
+LARGE_SHA256 = hashlib.sha256(LARGE).hexdigest()
 
 
 def test_a_good_file_arrives_and_is_not_fetched_twice(server, tmp_path):
@@ -127,12 +161,73 @@ def test_a_wrong_file_leaves_nothing_behind(server, tmp_path, content, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_connection_that_breaks_off_leaves_nothing_behind(server, tmp_path):
-    server.files["/a.nii.gz"] = GOOD
-    server.cut.add("/a.nii.gz")
-    with pytest.raises((ConnectionError, ValueError), match=r"could not be downloaded|arrived with sha256"):
-        fetch(f"{server.url}/a.nii.gz", tmp_path / "case" / "a.nii.gz", sha256=hashlib.sha256(GOOD * 2).hexdigest())
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_connection_that_breaks_off_is_taken_up_again(server, tmp_path, ranges):
+    server.files["/a.nii.gz"] = LARGE
+    server.cut["/a.nii.gz"] = 150_000
+    if not ranges:
+        server.no_ranges.add("/a.nii.gz")
+    target = fetch(f"{server.url}/a.nii.gz", tmp_path / "a.nii.gz", sha256=LARGE_SHA256)
+    assert target.read_bytes() == LARGE and list(tmp_path.iterdir()) == [target]
+    assert server.ranges[0] is None and server.ranges[1].startswith("bytes=") and len(server.ranges) == 2
+
+
+def test_a_download_that_was_given_up_goes_on_where_it_stopped(server, tmp_path):
+    server.files["/a.nii.gz"] = LARGE
+    server.cut["/a.nii.gz"] = 150_000
+    server.always_cut["/a.nii.gz"] = 0
+
+    def get():
+        return fetch(f"{server.url}/a.nii.gz", tmp_path / "a.nii.gz", md5=hashlib.md5(LARGE).hexdigest())
+
+    (tmp_path / ".part-a.nii.gz").write_bytes(LARGE[:70_000])  # of a process that was killed
+    with pytest.raises(ConnectionError, match=r"a\.nii\.gz could not be downloaded .*goes on where it stopped"):
+        get()
+    assert [p.name for p in tmp_path.iterdir()] == [".part-a.nii.gz"]
+    server.always_cut.clear(), server.ranges.clear()
+    server.cut.clear()
+    assert get().read_bytes() == LARGE
+    assert server.ranges == ["bytes=70000-"] and [p.name for p in tmp_path.iterdir()] == ["a.nii.gz"]
+
+
+@pytest.mark.parametrize("left", [b"of another file", b"x" * 400_000, None])
+def test_a_beginning_of_another_file_is_thrown_away(server, tmp_path, left):
+    """None: the download was complete, and only its new name was missing."""
+    server.files["/a.nii.gz"] = LARGE
+    (tmp_path / ".part-a.nii.gz").write_bytes(LARGE if left is None else left)
+    target = fetch(f"{server.url}/a.nii.gz", tmp_path / "a.nii.gz", sha256=LARGE_SHA256)
+    assert target.read_bytes() == LARGE and list(tmp_path.iterdir()) == [target]
+
+
+def test_without_a_checksum_nothing_is_taken_up_again(server, tmp_path):
+    server.files["/a.nii.gz"] = LARGE
+    (tmp_path / ".part-a.nii.gz").write_bytes(b"of another file")
+    server.always_cut["/a.nii.gz"] = 0
+    with pytest.raises(ConnectionError):
+        fetch(f"{server.url}/a.nii.gz", tmp_path / "a.nii.gz")
     assert list(tmp_path.iterdir()) == []
+    server.always_cut.clear()
+    assert fetch(f"{server.url}/a.nii.gz", tmp_path / "a.nii.gz").read_bytes() == LARGE
+
+
+def test_a_disk_without_room_is_told_before_and_a_full_one_during_the_download(server, tmp_path, monkeypatch):
+    server.files["/a.nii.gz"] = LARGE
+    monkeypatch.setattr(DOWNLOAD.shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * len(LARGE) - 1))
+    with pytest.raises(
+        OSError, match=r"a\.nii\.gz needs 0\.0 GB of room in .*but only 0\.0 GB are free; make room, or"
+    ):
+        fetch(f"{server.url}/a.nii.gz", tmp_path / "case" / "a.nii.gz", sha256=LARGE_SHA256, room=2)
+    assert list(tmp_path.iterdir()) == []
+    fetch(f"{server.url}/a.nii.gz", tmp_path / "a.nii.gz", sha256=LARGE_SHA256, room=1)
+
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(DOWNLOAD, "open", lambda *_: Full(), raising=False)
+    with pytest.raises(OSError, match=r"the disk of .* is full; make room and run the same command again"):
+        fetch(f"{server.url}/a.nii.gz", tmp_path / "b.nii.gz", sha256=LARGE_SHA256)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.nii.gz"]
 
 
 def test_a_refusal_and_a_missing_server_leave_nothing_behind(server, tmp_path):
@@ -164,6 +259,105 @@ def test_without_a_checksum_the_content_is_still_checked(server, tmp_path):
     with pytest.raises(ValueError, match="this is no image"):
         fetch(f"{server.url}/a.nii.gz", tmp_path / "case" / "a.nii.gz", sha256=None, check=refuse)
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ archives
+
+
+def tarball(members: dict[str, bytes | tarfile.TarInfo], mode: str = "w") -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode=mode) as file:
+        for name, data in members.items():
+            if isinstance(data, tarfile.TarInfo):
+                file.addfile(data)
+            else:
+                info = tarfile.TarInfo(name)
+                info.size, info.mode = len(data), 0o6777
+                file.addfile(info, io.BytesIO(data))
+    return content.getvalue()
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def zipped(members: dict[str, bytes], modes: dict[str, int] | None = None) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in members.items():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = (modes or {}).get(name, 0o100644) << 16
+            file.writestr(info, data)
+    return content.getvalue()
+
+
+FILES = {"Task/dataset.json": b"{}", "Task/imagesTr/a.nii.gz": GOOD}
+APPLE = {"Task/._dataset.json": b"Mac OS X", "__MACOSX/Task/._x": b"Mac OS X", "Task/.DS_Store": b"Mac OS X"}
+
+
+@pytest.mark.parametrize("content", [
+    tarball(FILES | APPLE), tarball(FILES, "w:gz"), zipped(FILES | APPLE),
+    tarball({"dataset.json": b"{}", "imagesTr/a.nii.gz": GOOD}),
+    tarball({"./Task": special("./Task", tarfile.DIRTYPE)} | {f"./{name}": data for name, data in FILES.items()}),
+])  # fmt: skip
+def test_an_archive_is_unpacked_without_its_top_folder(tmp_path, content):
+    (tmp_path / "a.tar").write_bytes(content)
+    unpack(tmp_path / "a.tar", tmp_path / "sub" / "task")
+    files = {
+        p.relative_to(tmp_path / "sub" / "task").as_posix(): p for p in (tmp_path / "sub").rglob("*") if p.is_file()
+    }
+    assert {name: path.read_bytes() for name, path in files.items()} == {
+        "dataset.json": b"{}",
+        "imagesTr/a.nii.gz": GOOD,
+    }
+    assert all(not path.stat().st_mode & 0o6111 for path in files.values()) or os.name == "nt"
+
+
+OUTSIDE, NO_FILE = "a name that leads outside its folder", "and not a file; nothing was unpacked"
+
+
+@pytest.mark.parametrize("content, match", [
+    (tarball(FILES | {"Task/../../evil": b"x"}), OUTSIDE),
+    (tarball(FILES | {"/tmp/evil": b"x"}), OUTSIDE),
+    (tarball(FILES | {"C:\\evil": b"x"}), OUTSIDE),
+    (tarball(FILES | {"l": special("Task/l", tarfile.SYMTYPE, "/etc/passwd")}), f"which is a link {NO_FILE}"),
+    (tarball(FILES | {"l": special("Task/l", tarfile.LNKTYPE, "Task/dataset.json")}), f"which is a link {NO_FILE}"),
+    (tarball(FILES | {"d": special("Task/d", tarfile.CHRTYPE)}), f"which is a device {NO_FILE}"),
+    (tarball(FILES | {"f": special("Task/f", tarfile.FIFOTYPE)}), f"which is a device {NO_FILE}"),
+    (zipped(FILES | {"../evil": b"x"}), OUTSIDE),
+    (zipped(FILES | {"/evil": b"x"}), OUTSIDE),
+    (zipped(FILES | {"Task/l": b"/etc/passwd"}, {"Task/l": 0o120777}), f"which is a link {NO_FILE}"),
+    (tarball(FILES | {"Task/./dataset.json": b"again"}), "holds 1 files twice"),
+    (tarball({}), "holds no files"),
+    (tarball(FILES)[:700], "is damaged or not a tar or zip archive"),
+    (zipped(FILES).replace(GOOD[20:30], b"0123456789"), "is damaged"),
+    (b"PK\x03\x04 something", "is damaged or not a tar or zip archive"),
+    (b"", "is damaged or not a tar or zip archive"),
+])  # fmt: skip
+def test_archives_that_are_not_unpacked(tmp_path, content, match):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=match):
+        unpack(tmp_path / "a.tar", tmp_path / "task")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_a_disk_without_room_for_what_an_archive_holds(tmp_path, monkeypatch):
+    """A zip of few bytes that unpacks to many, and a disk that fills up on the way."""
+    (tmp_path / "a.zip").write_bytes(zipped({"zeros": bytes(10**7)}))
+    with monkeypatch.context() as patch:
+        patch.setattr(DOWNLOAD.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+        with pytest.raises(OSError, match=r"a\.zip needs 0\.0 GB of room in .*; make room"):
+            unpack(tmp_path / "a.zip", tmp_path / "task")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(DOWNLOAD.shutil, "copyfileobj", full)
+    with pytest.raises(OSError, match=r"the disk of .*task is full"):
+        unpack(tmp_path / "a.zip", tmp_path / "task")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
 
 
 # ------------------------------------------------------------------------------------------ BRATS 2013, DeepMedic's
@@ -272,6 +466,10 @@ def test_a_label_outside_the_set_is_an_error(tmp_path):
 
 def test_downloads_by_name():
     assert datasets.downloads["brats2013_deepmedic"] is download_brats2013_deepmedic
+    assert sorted(datasets.downloads) == [
+        "brats2013_deepmedic", "isbi2012", "msd01_brain", "msd03_liver", "msd04_hippocampus", "msd05_prostate", "promise12"
+    ]  # fmt: skip
+    assert all(len(md5) == 32 for md5 in (PROMISE.MD5, *(md5 for _, md5 in MSD.TASKS.values())))
     for name, checksums in BRATS.SHA256.items():
         assert len(checksums) == len(BRATS.FILES) and all(len(c) == 64 for c in checksums), name
 
@@ -903,3 +1101,243 @@ def test_msd_description_that_is_no_json(decathlon):
     (root / "dataset.json").write_text("<html>")
     with pytest.raises(ValueError, match="is not a description of a Decathlon task"):
         msd(root)
+
+
+BRAIN = {
+    "modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"},
+    "labels": {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"},
+    "training": [{"image": "./imagesTr/BRATS_001.nii.gz", "label": "./labelsTr/BRATS_001.nii.gz"}],
+    "test": ["./imagesTs/BRATS_485.nii.gz"],
+}
+
+
+def brain_task(root):
+    """Task01 in small, and what its first case holds."""
+    image = np.stack([scan(n, (6, 5, 4)) for n in range(4)], axis=-1)
+    label = np.where(image[..., 0] > 0, classes(1, (6, 5, 4), (0, 1, 2, 3)), 0).astype(np.uint8)
+    nifti(root / "imagesTr" / "BRATS_001.nii.gz", image)
+    nifti(root / "labelsTr" / "BRATS_001.nii.gz", label.astype(np.float32))
+    nifti(root / "imagesTs" / "BRATS_485.nii.gz", image)
+    (root / "dataset.json").write_text(json.dumps(BRAIN))
+    return image, label
+
+
+def test_msd_brain_in_the_numbers_of_brats(tmp_path):
+    image, label = brain_task(tmp_path)
+    (plain,), (case,) = msd(tmp_path), msd(tmp_path, as_brats=True)
+    assert plain.channels == ("flair", "t1w", "t1gd", "t2w") and np.array_equal(plain.label, label)
+    assert case.channels == ("flair", "t1", "t1c", "t2") and case.info["classes"][4] == "enhancing tumour"
+    np.testing.assert_array_equal(case.image, plain.image)
+    np.testing.assert_array_equal(case.label, np.array([0, 2, 1, 4])[label])
+    np.testing.assert_array_equal(case.mask, (image != 0).any(-1))
+    # Whole, core and enhancing tumour are the same in either year's regions.
+    for year in ("brats2015", "brats2017"):
+        table = metrics.evaluate(case.label, case.label, regions=year, metrics=["dice"])
+        assert (table["dice"] == 1).all()
+        voxels = {region: np.isin(case.label, list(numbers)).sum() for region, numbers in metrics.regions[year].items()}
+        assert voxels == {"whole": (label > 0).sum(), "core": (label > 1).sum(), "enhancing": (label == 3).sum()}
+    (test,) = msd(tmp_path, split="test", as_brats=True)
+    assert test.label is None and test.channels == case.channels
+
+
+def test_only_the_brain_task_has_the_numbers_of_brats(decathlon):
+    with pytest.raises(
+        ValueError, match=r"as_brats=True is for Task01_BrainTumour; .* has channels t2, adc and classes"
+    ):
+        msd(decathlon(), as_brats=True)
+
+
+@pytest.fixture
+def decathlon_server(server, tmp_path, monkeypatch):
+    brain_task(tmp_path / "upstream" / "Task01_BrainTumour")
+    content = tarball({
+        p.relative_to(tmp_path / "upstream").as_posix(): p.read_bytes()
+        for p in sorted((tmp_path / "upstream").rglob("*")) if p.is_file()
+    } | {"Task01_BrainTumour/imagesTr/._BRATS_001.nii.gz": b"Mac OS X"})  # fmt: skip
+    server.files["/Task01_BrainTumour.tar"] = content
+    monkeypatch.setattr(MSD, "URL", server.url)
+    monkeypatch.setitem(MSD.TASKS, "msd01_brain", ("Task01_BrainTumour", hashlib.md5(content).hexdigest()))
+    monkeypatch.setenv("MEDSEG_DATA_DIR", str(tmp_path / "data"))
+    return server
+
+
+def test_msd_downloads_once_and_is_found_by_its_name(decathlon_server, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"fetch it with `python -m medseg_lite download msd01_brain`"):
+        msd("msd01_brain")
+    for _ in range(2):
+        assert download_msd("msd01_brain") == tmp_path / "data" / "msd01_brain"
+    assert decathlon_server.asked == ["/Task01_BrainTumour.tar"]
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["msd01_brain"]
+    assert msd("msd01_brain", as_brats=True).names == ["BRATS_001"]
+    assert datasets.downloads["msd01_brain"](tmp_path / "elsewhere") == tmp_path / "elsewhere"
+    with pytest.raises(ValueError, match="name is 'msd02'; expected one of msd01_brain"):
+        download_msd("msd02")
+
+
+def test_a_download_never_touches_a_folder_of_something_else(decathlon_server, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match="mine exists and is not this data set"):
+        download_msd("msd01_brain", tmp_path / "mine")
+    assert decathlon_server.asked == [] and [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_damaged_decathlon_archive_leaves_nothing(decathlon_server, tmp_path):
+    decathlon_server.files["/Task01_BrainTumour.tar"] += b"more"
+    with pytest.raises(ValueError, match=r"Task01_BrainTumour\.tar arrived with md5 .*; expected"):
+        download_msd("msd01_brain")
+    assert not (tmp_path / "data").exists()
+
+
+def test_promise12_downloads(server, tmp_path, monkeypatch):
+    image, _ = promise_case(tmp_path / "upstream")
+    content = zipped({f"training_data/{p.name}": p.read_bytes() for p in (tmp_path / "upstream").iterdir()})
+    server.files["/training_data.zip"] = content
+    monkeypatch.setattr(PROMISE, "URL", f"{server.url}/training_data.zip")
+    monkeypatch.setattr(PROMISE, "MD5", hashlib.md5(content).hexdigest())
+    for _ in range(2):
+        folder = download_promise12(tmp_path / "p")
+    assert len(server.asked) == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["p", "upstream"]
+    np.testing.assert_array_equal(promise12(folder)[0].image[0], image[::-1, ::-1])
+
+
+# ------------------------------------------------------------------------------------------------- BRATS from 2015 on
+
+
+def mha(path, array):
+    types = {"uint8": "MET_UCHAR", "int16": "MET_SHORT"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(
+        f"ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = False\n"
+        f"TransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\nElementSpacing = 1 1 1\nDimSize = "
+        f"{' '.join(map(str, array.shape))}\nElementType = {types[array.dtype.name]}\nElementDataFile = LOCAL\n".encode()
+        + array.tobytes(order="F")
+    )
+
+
+def brats2015_case(place, number: int, truth: bool = True):
+    """A case as it was handed out, and its stored arrays in the order flair, t1, t1c, t2 and label."""
+    arrays = [(100 * scan(number + n)).astype(np.int16) for n in range(4)]
+    label = np.where(arrays[0] > 0, classes(number, among=range(5)), 0).astype(np.uint8)
+    for n, (sequence, array) in enumerate(zip(("Flair", "T1", "T1c", "T2"), arrays)):
+        name = f"VSD.Brain.XX.O.MR_{sequence}.{54512 + n}"
+        mha(place / name / f"{name}.mha", array)
+        (place / name / "license_CC_BY_NC_SA_3.0.txt").touch()
+    if truth:
+        name = f"VSD.Brain_3more.XX.O.OT.{54517}"
+        mha(place / name / f"{name}.mha", label)
+    return arrays, label
+
+
+def test_brats2015(tmp_path):
+    arrays, label = brats2015_case(tmp_path / "HGG" / "brats_2013_pat0001_1", 0)
+    brats2015_case(tmp_path / "LGG" / "brats_tcia_pat101_0001", 1)
+    (tmp_path / "HGG" / "._brats_2013_pat0001_1").mkdir()
+    cohort = brats2015(tmp_path)
+    assert cohort.names == ["brats_2013_pat0001_1", "brats_tcia_pat101_0001"]
+    case = cohort[0]
+    assert case.channels == ("flair", "t1", "t1c", "t2") and case.native_axes == "LPS"
+    np.testing.assert_array_equal(case.image, np.stack(arrays)[:, ::-1, ::-1])  # T1 is not T1c
+    np.testing.assert_array_equal(case.label, label[::-1, ::-1])
+    np.testing.assert_array_equal(case.mask, (np.stack(arrays) != 0).any(0)[::-1, ::-1])
+    assert [c.info["grade"] for c in cohort] == ["HGG", "LGG"] and case.info["classes"][3] == "non-enhancing tumour"
+    assert brats2015(tmp_path, grades=["LGG"]).names == ["brats_tcia_pat101_0001"]
+    assert brats2015(tmp_path / "LGG").names == ["brats_tcia_pat101_0001"]
+    assert "grade" not in brats2015(tmp_path / "LGG")[0].info
+    assert brats2015(tmp_path, cases=["brats_tcia_pat101_0001"]).names == ["brats_tcia_pat101_0001"]
+
+
+def test_brats2015_defects(tmp_path):
+    place = tmp_path / "HGG" / "p1"
+    brats2015_case(place, 0, truth=False)
+    with pytest.raises(
+        ValueError, match=r"p1 has 0 files for the truth, expected one; .* holds VSD.*label_optional=True"
+    ):
+        brats2015(tmp_path)[0]
+    assert brats2015(tmp_path, label_optional=True)[0].label is None
+    (flair,) = place.glob("*Flair*/*.mha")
+    mha(place / "copy" / flair.name, scan().astype(np.int16))
+    with pytest.raises(ValueError, match="p1 has 2 files for flair, expected one"):
+        brats2015(tmp_path, label_optional=True)[0]
+    for path in place.glob("**/*MR_T1.*.mha"):
+        path.unlink()
+    (place / "copy" / flair.name).unlink()
+    with pytest.raises(ValueError, match=r"p1 has 0 files for t1, expected one; .*MR_T1c"):
+        brats2015(tmp_path, label_optional=True)[0]
+    _, label = brats2015_case(place, 0)
+    (truth,) = place.glob("*OT*/*.mha")
+    mha(truth, 0 * label)
+    with pytest.raises(ValueError, match=r"OT\.54517\.mha is empty: no voxel is tumour"):
+        brats2015(tmp_path)[0]
+    mha(truth, label + np.uint8(1))
+    with pytest.raises(ValueError, match=r"OT\.54517\.mha holds label 5; expected only 0, 1, 2, 3, 4"):
+        brats2015(tmp_path)[0]
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder.*by registration"):
+        brats2015(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="has no cases of BRATS 2015; it holds copy"):
+        brats2015(place)
+
+
+LATER = {
+    2018: ("{}_flair.nii.gz", "{}_t1.nii.gz", "{}_t1ce.nii.gz", "{}_t2.nii.gz", "{}_seg.nii.gz"),
+    2020: ("{}_flair.nii", "{}_t1.nii", "{}_t1ce.nii", "{}_t2.nii", "{}_seg.nii"),
+    2023: ("{}-t2f.nii.gz", "{}-t1n.nii.gz", "{}-t1c.nii.gz", "{}-t2w.nii.gz", "{}-seg.nii.gz"),
+    2024: ("{0}-t2f.nii.gz/{0}-t2f.nii", "{}-t1n.nii.gz", "{}-t1c.nii.gz", "{}-t2w.nii.gz", "{}-seg.nii.gz"),
+}
+
+
+def later_case(root, name, year, seed=0):
+    arrays = [scan(seed + n) for n in range(4)]
+    highest = 4 if year < 2023 else 3
+    label = np.where(arrays[0] > 0, classes(seed, among=(0, 1, 2, highest)), 0).astype(np.uint8)
+    for pattern, array in zip(LATER[year], [*arrays, label]):
+        nifti(root / name / pattern.format(name), array, np.diag([-1.0, -1, 1, 1]))
+    return arrays, label
+
+
+@pytest.mark.parametrize("year", LATER)
+def test_brats_of_later_years(tmp_path, year):
+    arrays, label = later_case(tmp_path / "HGG", "BraTS_b", year)
+    later_case(tmp_path / "LGG", "BraTS_a", year, seed=5)
+    (tmp_path / "HGG" / "BraTS_b" / "._BraTS_b_flair.nii.gz").write_bytes(b"Mac OS X")
+    cohort = brats2017(tmp_path)
+    assert cohort.names == ["BraTS_a", "BraTS_b"]
+    case = cohort["BraTS_b"]
+    assert case.channels == ("flair", "t1", "t1c", "t2") and case.native_axes == "LPS"
+    np.testing.assert_array_equal(case.image, np.stack(arrays)[:, ::-1, ::-1])
+    expected = np.where(label == 3, 4, label)[::-1, ::-1]
+    np.testing.assert_array_equal(case.label, expected)
+    assert set(np.unique(case.label)) == {0, 1, 2, 4} and case.info["dataset"] == (
+        "brats2023" if year > 2022 else "brats2017"
+    )
+    np.testing.assert_array_equal(case.mask, (np.stack(arrays) != 0).any(0)[::-1, ::-1])
+
+
+def test_brats_truth_under_another_name(tmp_path):
+    name = "BraTS20_Training_355"
+    _, label = later_case(tmp_path, name, 2020)
+    truth = tmp_path / name / f"{name}_seg.nii"
+    truth.rename(truth.with_name("W39_1998.09.19_Segm.nii"))
+    np.testing.assert_array_equal(brats2017(tmp_path)[0].label, label[::-1, ::-1])
+    truth.with_name("W39_1998.09.19_Segm.nii").unlink()
+    with pytest.raises(ValueError, match=rf"{name} has 0 files for the truth, expected one; .* holds {name}_flair"):
+        brats2017(tmp_path)[0]
+    assert brats2017(tmp_path, label_optional=True)[0].label is None
+
+
+def test_brats_defects_of_later_years(tmp_path):
+    later_case(tmp_path, "a", 2018)
+    nifti(tmp_path / "a" / "a_seg.nii.gz", classes(among=(0, 1, 3)), np.diag([-1.0, -1, 1, 1]))
+    with pytest.raises(ValueError, match=r"a_seg\.nii\.gz holds label 3; expected only 0, 1, 2, 4"):
+        brats2017(tmp_path)[0]
+    later_case(tmp_path, "a", 2018)
+    (tmp_path / "a" / "a_t1ce.nii.gz").unlink()
+    with pytest.raises(ValueError, match="a has 0 files for t1c, expected one"):
+        brats2017(tmp_path)[0]
+    later_case(tmp_path, "a", 2018)
+    nifti(tmp_path / "a" / "a_t2.nii.gz", scan(), np.eye(4))
+    with pytest.raises(ValueError, match=r"a_t2\.nii\.gz and a_flair\.nii\.gz have the same size but lie elsewhere"):
+        brats2017(tmp_path)[0]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no CASE_flair\.nii\.gz .*; it holds nothing"):
+        brats2017(tmp_path / "empty")

@@ -1,21 +1,30 @@
 """Real scans: one module per public data set, and a loader for the reader's own folder.
 
 Nothing here is needed to run the course, whose default data are generated. Data sets are looked for under
-`$MEDSEG_DATA_DIR`, or in the cache where a download puts them. `downloads` holds what can be fetched, by name.
+`$MEDSEG_DATA_DIR`, or in the cache where a download puts them. `downloads` holds what can be fetched, by name. `store` keeps a
+cohort on disk, ready for sampling.
 """
+
+from functools import partial
 
 from ._cohort import Cohort
 from ._store import store, stored
+from .brats import brats2015, brats2017
 from .brats2013_deepmedic import brats2013_deepmedic, download_brats2013_deepmedic
 from .isbi2012 import download_isbi2012, isbi2012
 from .lits import lits
-from .msd import msd
+from .msd import TASKS, download_msd, msd
 from .nifti_folder import NiftiFolder, nifti_folder
-from .promise12 import promise12
+from .promise12 import download_promise12, promise12
 
-downloads = {"brats2013_deepmedic": download_brats2013_deepmedic}
+downloads = {
+    "brats2013_deepmedic": download_brats2013_deepmedic,
+    "isbi2012": download_isbi2012,
+    "promise12": download_promise12,
+    **{name: partial(download_msd, name) for name in TASKS},
+}
 
 __all__ = [
-    "Cohort", "NiftiFolder", "brats2013_deepmedic", "download_brats2013_deepmedic", "download_isbi2012", "downloads",
-    "isbi2012", "lits", "msd", "nifti_folder", "promise12", "store", "stored",
+    "Cohort", "NiftiFolder", "brats2013_deepmedic", "brats2015", "brats2017", "download_brats2013_deepmedic",
+    "download_isbi2012", "download_msd", "download_promise12", "downloads", "isbi2012", "lits", "msd", "nifti_folder", "promise12", "store", "stored",
 ]  # fmt: skip

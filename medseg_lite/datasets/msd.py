@@ -1,9 +1,7 @@
-"""Medical Segmentation Decathlon: the layout of all its ten tasks, among them liver (03) and prostate (05).
+"""Medical Segmentation Decathlon: the layout of all its ten tasks, and downloads of four of them.
 
-Antonelli et al. 2022, "The Medical Segmentation Decathlon", Nature Communications 13:4128; CC BY-SA 4.0. The archives are at
-http://medicaldecathlon.com and, for instance, https://msd-for-monai.s3-us-west-2.amazonaws.com/Task05_Prostate.tar (229 MB, md5
-35138f08b1efaef89d7424d2bcc928db) and Task03_Liver.tar (27 GB, md5 a90ec6c4aa7f6a3d087205e23d4e6397): unpack one and give its
-folder here.
+Antonelli et al. 2022, "The Medical Segmentation Decathlon", Nature Communications 13:4128; CC BY-SA 4.0. The other archives are
+at http://medicaldecathlon.com: unpack one and give its folder here.
 """
 
 from __future__ import annotations
@@ -13,16 +11,40 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
+from ..paths import real_data
 from ..volume import Case, read_case
 from ._cohort import Cohort, choose, some, visible
+from ._download import fetch_archive
+from .brats import CHANNELS, CLASSES_2017
+from .nifti_folder import nonzero
+
+URL = "https://msd-for-monai.s3-us-west-2.amazonaws.com"
+# Name here: name there, md5 of the archive.
+TASKS = {
+    "msd01_brain": ("Task01_BrainTumour", "240a19d752f0d9e9101544901065d872"),  # 7.1 GB
+    "msd03_liver": ("Task03_Liver", "a90ec6c4aa7f6a3d087205e23d4e6397"),  # 27 GB
+    "msd04_hippocampus": ("Task04_Hippocampus", "9d24dba78a72977dbd1d2e110310f31b"),  # 27 MB
+    "msd05_prostate": ("Task05_Prostate", "35138f08b1efaef89d7424d2bcc928db"),  # 229 MB
+}
+# Task01 in BRATS's terms: oedema 1 to 2, non-enhancing (with necrosis) 2 to 1, enhancing 3 to 4.
+_BRATS_LABELS = {1: 2, 2: 1, 3: 4}
+_BRATS_CHANNELS = {"t1w": "t1", "t1gd": "t1c", "t2w": "t2"}
 
 
-def msd(root: str | Path, *, split: str = "training", cases: Iterable[str] | None = None) -> Cohort:
+def msd(
+    root: str | Path, *, split: str = "training", as_brats: bool = False, cases: Iterable[str] | None = None
+) -> Cohort:
     """Find the cases of one task; each is read when it is asked for.
 
     Args:
-        root: the task's folder, which holds dataset.json, imagesTr, labelsTr and imagesTs.
+        root: the task's folder, which holds dataset.json, imagesTr, labelsTr and imagesTs. Or the name of a download, such as
+            "msd01_brain": then that folder in `$MEDSEG_DATA_DIR`, or in the cache.
         split: "training", or "test", whose labels were not published.
+        as_brats: for Task01: channels ("flair", "t1", "t1c", "t2"), labels 1 necrosis and non-enhancing core, 2 oedema and 4
+            enhancing core, as `brats2017` has them and `metrics.regions["brats2017"]` and ["brats2015"] understand, and where any
+            sequence is not 0 as mask.
         cases: names of the cases wanted, such as "prostate_00", in that order; by default all that dataset.json lists.
 
     Returns:
@@ -32,13 +54,14 @@ def msd(root: str | Path, *, split: str = "training", cases: Iterable[str] | Non
     Raises:
         FileNotFoundError, ValueError: here where dataset.json is not what it should be, and on reading a case with a defect.
     """
-    root = Path(root)
+    root = real_data(root) if isinstance(root, str) and root in TASKS and not Path(root).is_dir() else Path(root)
     if split not in ("training", "test"):
         raise ValueError(f"split is {split!r}; expected 'training' or 'test'")
     path = root / "dataset.json"
     if not path.is_file():
         there = some(sorted(p.name for p in root.iterdir())) if root.is_dir() else "nothing, it does not exist"
-        raise FileNotFoundError(f"{path} does not exist; {root} holds {there}: point at the task's own folder")
+        fetch = f", or fetch it with `python -m medseg_lite download {root.name}`" if root.name in TASKS else ""
+        raise FileNotFoundError(f"{path} does not exist; {root} holds {there}: point at the task's own folder{fetch}")
     try:
         content = json.loads(path.read_text("utf-8"))
         channels = tuple(str(content["modality"][k]).lower() for k in sorted(content["modality"], key=int))
@@ -61,7 +84,30 @@ def msd(root: str | Path, *, split: str = "training", cases: Iterable[str] | Non
     for name, (image, label) in choose(listed, cases, root).items():
         files = _inside(root, image, path), None if label is None else _inside(root, label, path)
         readers[name] = partial(_read, name, *files, channels, names, sorted(classes), root.name, split)
+    if as_brats:
+        if set(channels) != {"flair", *_BRATS_CHANNELS} or sorted(classes) != [0, *_BRATS_LABELS]:
+            raise ValueError(
+                f"as_brats=True is for Task01_BrainTumour; {path} has channels {', '.join(channels)} and classes {sorted(classes)}"
+            )
+        readers = {name: partial(_read_as_brats, reader) for name, reader in readers.items()}
     return Cohort(readers)
+
+
+def download_msd(name: str, folder: str | Path | None = None) -> Path:
+    """Fetch one task's archive, check it, unpack it and return its folder. An interrupted download goes on where it stopped.
+
+    Args:
+        name: "msd01_brain" (7.1 GB), "msd03_liver" (27 GB), "msd04_hippocampus" (27 MB) or "msd05_prostate" (229 MB). While it is
+            unpacked it takes twice that.
+        folder: what becomes the task's folder. Default: `$MEDSEG_DATA_DIR/<name>`, or the cache.
+
+    Raises what `_download.fetch` and `unpack` do: ConnectionError, OSError (a full disk), ValueError (another file).
+    """
+    if name not in TASKS:
+        raise ValueError(f"name is {name!r}; expected one of {', '.join(TASKS)}")
+    task, md5 = TASKS[name]
+    folder = Path(folder) if folder is not None else real_data(name)
+    return fetch_archive(f"{URL}/{task}.tar", folder, md5=md5, ready=lambda place: (place / "dataset.json").is_file())
 
 
 def _stem(image: str) -> str:
@@ -86,4 +132,16 @@ def _read(name, image: Path, label: Path | None, channels, classes, numbers, tas
             )
     case = read_case(image, channels=channels, label=label, name=name, labels=numbers)
     case.info.update(classes=classes, dataset=task, split=split, licence="CC BY-SA 4.0")
+    return case
+
+
+def _read_as_brats(read: partial) -> Case:
+    case = read()
+    if case.label is not None:
+        table = np.arange(256, dtype=np.uint8)
+        table[list(_BRATS_LABELS)] = list(_BRATS_LABELS.values())
+        case.label = table[case.label]
+    names = [_BRATS_CHANNELS.get(channel, channel) for channel in case.channels]
+    case = case.replace(channels=names).select(CHANNELS)
+    case.mask, case.info["classes"] = nonzero(case), CLASSES_2017
     return case

@@ -67,7 +67,7 @@ class NiftiFolder(Sequence):
             table[list(self._label_map)] = list(self._label_map.values())
             case.label = table[case.label]
         if self._mask is None:
-            case.mask = _nonzero(case)
+            case.mask = nonzero(case)
         return case
 
 
@@ -201,7 +201,7 @@ def _images(folder: Path, pattern: str) -> list[Path]:
     )
 
 
-def _nonzero(case: Case) -> np.ndarray:
+def nonzero(case: Case) -> np.ndarray:
     inside = (case.image != 0).any(axis=0)
     if inside.mean() > 0.99:
         corner = ", ".join(f"{c} {v:g}" for c, v in zip(case.channels, case.image[:, 0, 0, 0]))
