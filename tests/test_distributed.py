@@ -173,6 +173,36 @@ def test_a_killed_process_ends_the_run_and_it_can_go_on(tmp_path):
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.fixture
+def alone(tmp_path):
+    """A group of this process alone, in which what several processes do can be looked at."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4), (2, 2, 3, 2), (2, 2, 2, 2, 2)])
+def test_normalisation_and_its_gradient(alone, shape):
+    """Against PyTorch's own batch normalisation, and the gradient against finite differences."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).mul(3).add(5).requires_grad_()
+    weight, bias = (torch.randn(2, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    y, mean, var = distributed._Normalise.apply(x, weight, bias, 1e-5)
+    running = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    expected = torch.nn.functional.batch_norm(x, *running, weight, bias, training=True, momentum=1.0, eps=1e-5)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close((mean, var), running)
+    assert torch.autograd.gradcheck(lambda *given: distributed._Normalise.apply(*given, 1e-5)[0], (x, weight, bias))
+
+
+def test_normalisation_in_half_precision(alone):
+    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    y, mean, _ = distributed._Normalise.apply(x, torch.ones(3), torch.zeros(3), 1e-5)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16 and mean.dtype == torch.float32  # sums in full precision
+    assert float(y.detach().float().mean().abs()) < 1e-2
+
+
 def test_shares(monkeypatch):
     monkeypatch.setattr(distributed, "count", lambda: 3)
     assert [(s.start, s.stop) for s in distributed.shares(7)] == [(0, 3), (3, 5), (5, 7)]

@@ -82,6 +82,7 @@ def test_recipes_are_complete(name):
             assert metric == "where" or (
                 set(row) <= wanted and all(0 < value <= 1 or metric == "boundary_distance" for value in row.values())
             )
+    assert recipe["loader"] is None or callable(getattr(datasets, recipe["loader"]))
     json.dumps(recipe)  # plain data
 
 
@@ -117,6 +118,17 @@ def test_a_recipe_for_slices_takes_slices(tmp_path, monkeypatch, noise_case):
         named.cases_of("kayalibay-hands", tmp_path)
     with pytest.raises(ValueError, match="recipe 'deepmedic-moon'; expected one of deepmedic-brats2015"):
         named.recipe_of("deepmedic-moon")
+
+
+@pytest.mark.parametrize("name, options", [
+    ("deepmedic-msd-brain", {"as_brats": True}), ("drozdzal-promise12", {}), ("deepmedic-brats2015", {}),
+])  # fmt: skip
+def test_loaders_are_given_the_folder(name, options, tmp_path, monkeypatch):
+    loader, calls = named.RECIPES[name]["loader"], []
+    monkeypatch.setattr(datasets, loader, lambda root, **given: calls.append((root, given)))
+    named.cases_of(name, tmp_path)
+    named.cases_of(name, loader, cases=["a"])
+    assert calls == [(tmp_path, {"cases": None, **options}), ("msd" if loader == "msd" else None, {"cases": ["a"], **options})]
 
 
 def test_prepared(cases):

@@ -106,7 +106,10 @@ def cross_validate(
         networks = []
         for member in range(members):
             place = folder / f"member{member}" if members > 1 else folder
-            facts = {"held_out": parts[k], "command": command, "normalise": recipe["normalise"], "plane": plane}
+            facts = {
+                "held_out": parts[k], "command": command, "normalise": recipe["normalise"], "plane": plane,
+                "label_map": {str(old): new for old, new in (recipe.get("label_map") or {}).items()},
+            }  # fmt: skip
             training, deciding = ([seen[name] for name in part] for part in (train, validation))
             networks.append(
                 _trained(

@@ -6,7 +6,8 @@
 `RECIPES` is a plain table:
 
     paper, data     where the settings come from, and which scans are meant
-    loader          the function of `datasets` that reads `--data`; None where only a reader's own folder will do (`--channels`)
+    loader          the function of `datasets` that reads `--data`, with `loader_options`; None where only a reader's own folder
+                    will do (`--channels`)
     channels        the sequences, in the order of the network's input
     classes         of the network; `label_map` makes them of the data's labels
     normalise       "standardise", "median" or "none", see `transforms`
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -90,9 +92,9 @@ RECIPES: dict[str, dict] = {
     "deepmedic-msd-brain": {
         "paper": "Kamnitsas et al. 2017, section 4.2 and appendix B",
         "data": "Medical Segmentation Decathlon, Task01_BrainTumour, 484 cases; free (CC BY-SA 4.0)",
-        "loader": "msd", "channels": ("flair", "t1w", "t1gd", "t2w"), "classes": 4, "normalise": "standardise",
-        "network": "deepmedic", "settings": _DEEPMEDIC, "folds": 5,
-        "regions": {"whole": [1, 2, 3], "core": [2, 3], "enhancing": [3]},
+        "loader": "msd", "loader_options": {"as_brats": True}, "channels": _BRAIN, "label_map": {4: 3}, "classes": 4,
+        "normalise": "standardise", "network": "deepmedic", "settings": _DEEPMEDIC, "folds": 5,
+        "regions": {"whole": [1, 2, 3], "core": [1, 3], "enhancing": [3]},
         "reported": {
             "where": "Table 2, DeepMedic without CRF, five folds of BRATS 2015: other cases",
             "dice": {"whole": 0.897, "core": 0.750, "enhancing": 0.720},
@@ -222,28 +224,30 @@ RECIPES: dict[str, dict] = {
 }  # fmt: skip
 
 
-def cases_of(name: str, folder: str, *, cases: Sequence[str] | None = None) -> Sequence[Case]:
-    """The cases of a recipe's data set, read from `folder` when they are asked for.
+def cases_of(name: str, folder: str | Path, *, cases: Sequence[str] | None = None) -> Sequence[Case]:
+    """The cases of a recipe's data set, read when they are asked for.
 
     Slices of an electron microscopy stack are cases of their own, for folds are made of slices there.
 
     Args:
         name: of the recipe.
-        folder: as the loader wants it.
+        folder: where they are; the name of the loader, or of a download, stands for where `datasets` looks for it by itself.
         cases: names of the cases wanted; by default all.
 
     Raises:
         ValueError, FileNotFoundError: there is no such recipe, no loader for its data, or the folder holds something else.
     """
     loader = recipe_of(name)["loader"]
-    if loader is None or not hasattr(datasets, loader):
+    if loader is None:
         raise ValueError(
             f"{name} is for {recipe_of(name)['data']}, which has no reader of its own: say how the files are named with "
             f"--channels {' '.join(c + '=PATTERN' for c in recipe_of(name)['channels'])} and --label PATTERN"
         )
+    root = None if folder == loader != "msd" and not Path(folder).is_dir() else folder
     if loader != "isbi2012":
-        return getattr(datasets, loader)(folder, cases=cases or None)
-    stack = datasets.isbi2012(folder)
+        options = recipe_of(name).get("loader_options", {})
+        return getattr(datasets, loader)(root, cases=cases or None, **options)
+    stack = datasets.isbi2012(root)
     count = stack.shape[2]
     slices = [stack.crop((slice(None), slice(None), slice(n, n + 1))) for n in range(count)]
     named = {(name := f"{stack.name}-{n:0{len(str(count - 1))}}"): s.replace(name=name) for n, s in enumerate(slices)}
