@@ -2,6 +2,11 @@
 
     torchrun --nproc-per-node 8 -m medseg_lite train deepmedic --data … --out runs/eight
 
+or, in a script that `torchrun` starts:
+
+    with distributed.joined() as device:
+        recipes.deepmedic(cases, folder="runs/eight", device=device)
+
 `torchrun` starts the processes and tells each its number; PyTorch's DistributedDataParallel averages their gradients. What is
 here sees to it that the average is the gradient of the whole batch: batch normalisation measures the whole batch, and a loss
 that is no mean over its samples, such as Dice, is given all of them.
@@ -56,7 +61,7 @@ def joined(device: str = "auto") -> Iterator[str]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device}: PyTorch sees no CUDA GPU here; use cpu")
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _joined():
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1 or _joined():
         yield device
         return
     if device.startswith("cuda"):

@@ -325,9 +325,12 @@ class _Run:
 
 class _Interruptible:
     """Within the block, the first Ctrl-C (or the notebook's stop button) is noted instead of raised, so that the update
-    under way is finished and saved; a second one stops at once."""
+    under way is finished and saved; a second one stops at once.
 
-    asked = False
+    A process under `torchrun` hears of one Ctrl-C twice, from the terminal and from `torchrun`, so there a second one counts after
+    some seconds only."""
+
+    asked, since = False, 0.0
 
     def __enter__(self) -> _Interruptible:
         self.previous = None
@@ -336,9 +339,11 @@ class _Interruptible:
         return self
 
     def _note(self, number, frame) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if self.asked and (distributed.count() == 1 or now - self.since > 5):
             raise KeyboardInterrupt
-        self.asked = True
+        if not self.asked:
+            self.asked, self.since = True, now
 
     def __exit__(self, *_) -> None:
         if self.previous is not None:

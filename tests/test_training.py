@@ -371,6 +371,18 @@ def test_a_second_ctrl_c_stops_at_once(setup, tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_an_echo_of_ctrl_c_is_no_second_one(monkeypatch):
+    """`torchrun` passes on the Ctrl-C that its processes have heard already."""
+    monkeypatch.setattr(training.distributed, "count", lambda: 2)
+    with training._Interruptible() as interruption:
+        press_ctrl_c()
+        press_ctrl_c()
+        assert interruption.asked
+        interruption.since -= 6
+        with pytest.raises(KeyboardInterrupt):
+            press_ctrl_c()
+
+
 def test_a_finished_run_is_returned_as_it_is(setup, tmp_path):
     model, sampler, keywords = setup()
     history = fit(model, sampler, steps=5, folder=tmp_path, **keywords)
