@@ -1,4 +1,4 @@
-"""The stored results and small networks of notebook 04: complete, and what the networks really score."""
+"""The stored results and small networks of notebooks 04 and 08: complete, and what the networks really score."""
 
 import numpy as np
 import pandas as pd
@@ -37,3 +37,40 @@ def test_shipped_networks_score_what_is_stored(scores, network):
     rows = scores[(scores.network == network) & scores.section.isin(["3.3", "3.4"]) & (scores.case == case.name)]
     assert len(rows) == 1
     assert metrics.dice(found, case.label > 0) == pytest.approx(rows.dice.item(), abs=0.01)
+
+
+# ------------------------------------------------------------------------------------- notebook 08, electron microscopy
+
+
+@pytest.fixture(scope="module")
+def em_scores() -> pd.DataFrame:
+    return pd.read_csv(paths.shipped("results", "em_scores.csv"))
+
+
+def test_stored_em_scores_are_complete(em_scores):
+    run = ["what", "variant", "seed"]
+    sizes = em_scores.groupby(run).size()
+    assert set(sizes.loc["inputs"]) == {6} and set(sizes.loc["real"]) == {1}
+    assert not em_scores.duplicated([*run, "case"]).any()
+    assert em_scores[["v_rand", "v_info", "dice"]].min(axis=None) > 0 and em_scores.dice.max() < 1
+    curves = pd.read_csv(paths.shipped("results", "em_curves.csv"))
+    np.testing.assert_allclose(
+        curves.groupby(run).dice.last().sort_index(), em_scores.groupby(run).dice.mean().sort_index(), atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "name, variant, prepare",
+    [
+        ("learned", "learned", lambda case: case),
+        ("learned_1000", "learned/1000", lambda case: case.replace(image=case.image / 1000)),
+        ("standardised", "standardised", transforms.standardise),
+        ("unet", "u-net", transforms.standardise),
+    ],
+)
+def test_shipped_em_networks_score_what_is_stored(em_scores, name, variant, prepare):
+    model = models.load(paths.shipped("checkpoints", f"em_inputs_{name}.safetensors"))
+    case = phantoms.em(102, slices=2, size=256, counts=True)
+    found = inference.predict(model, prepare(case), progress=False)
+    row = em_scores.query("what == 'inputs' and variant == @variant and seed == 0 and case == @case.name")
+    assert metrics.dice(found == 1, case.label == 1) == pytest.approx(row.dice.item(), abs=0.01)
