@@ -7,6 +7,7 @@ import inspect
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -226,7 +227,7 @@ def _segment(options) -> None:
     if any(c.get("plane", "axial") != plane for c in cards):
         raise ValueError("the networks of the ensemble were trained on slices of different planes; segment with each")
     channels = cards[0].get("channels")
-    if options.channels is None and options.data not in _KNOWN:
+    if options.channels is None and not _named(options.data):
         options.channels = channels
     if channels:
         options.channels = options.channels and [c for c in options.channels if c.split()[0] not in context.PLANES]
@@ -256,7 +257,7 @@ def _scores(options) -> None:
         raise ValueError(
             f"--model is for slices of the planes {', '.join(found)}; expected {', '.join(networks)}, in this order"
         )
-    if options.channels is None and options.data not in _KNOWN:
+    if options.channels is None and not _named(options.data):
         options.channels = cards[0].get("channels")
     cases = _cases(options, label=False, normalise=cards[0].get("normalise", "standardise"), shared=True)
     context.extract_scores(networks, cases, options.out)
@@ -288,7 +289,11 @@ def _phantom(options) -> None:
 
 
 def _download(options) -> None:
-    folder = datasets.downloads[options.dataset](options.folder)
+    fetch = datasets.downloads[options.dataset]
+    takes = "unverified" in inspect.signature(fetch).parameters
+    if options.unverified and not takes:
+        raise ValueError(f"--unverified: the checksum of {options.dataset} is known; leave it out")
+    folder = fetch(options.folder, unverified=options.unverified) if takes else fetch(options.folder)
     print(f"{options.dataset} is ready in {folder}")
 
 
@@ -299,13 +304,26 @@ _SETTINGS = (
     "steps", "phase2_steps", "halvings", "output", "crop", "batch_size", "learning_rate", "start", "first", "shift",
     "conv_dropout", "patience",
 )  # fmt: skip
-_KNOWN = ("brats2013_deepmedic", "phantoms")  # --data that is not a folder
+_KNOWN = ("brats2013_deepmedic", "phantoms")  # --data that is not a folder, whatever the recipe
+# --data that stands for the place where `datasets` looks for it by itself.
+_LOADERS = {
+    **{
+        name: getattr(datasets, name) for name in ("brats2013_deepmedic", "brats2015", "brats2017", "lits", "promise12")
+    },
+    **{name: partial(datasets.msd, name) for name in ("msd03_liver", "msd04_hippocampus", "msd05_prostate")},
+    "msd01_brain": partial(datasets.msd, "msd01_brain", as_brats=True),
+}
+
+
+def _named(data: str) -> bool:
+    """Whether --data is a name and not a folder."""
+    return data in _LOADERS or data in _KNOWN
 
 
 def _cohort(options, *, label: bool) -> Sequence[Case]:
     """The cases that --data and its companions name, as they are, read when they are asked for."""
-    if options.data == "brats2013_deepmedic":
-        return datasets.brats2013_deepmedic(cases=options.cases or None)
+    if options.data in _LOADERS:
+        return _LOADERS[options.data](cases=options.cases or None)
     elif options.data == "phantoms":
         return phantoms.brain_cohort(options.count, spacing=options.spacing, progress=distributed.number() == 0)
     else:
@@ -328,13 +346,21 @@ def _cohort(options, *, label: bool) -> Sequence[Case]:
 def _cases(options, *, label: bool, normalise: str, shared: bool = False) -> Iterator[Case]:
     """The cases, ready for a network; of several processes each gets a part of them where they are `shared`."""
     cases = _cohort(options, label=label)
+    ready = partial(_ready, channels=options.channels if _named(options.data) else None, normalise=normalise)
+    if getattr(options, "store", None):
+        store = partial(datasets.store, cases, options.store, normalise=ready, progress=distributed.number() == 0)
+        if distributed.number() == 0:
+            store()
+        distributed.wait()
+        cases, ready = store(), None
     start, step = (distributed.number(), distributed.count()) if shared else (0, 1)
     for n in range(start, len(cases), step):
-        case = cases[n]
-        if options.channels and options.data in _KNOWN:
-            case = case.select(options.channels)
-        case = named.normalised(case, normalise)
+        case = cases[n] if ready is None else ready(cases[n])
         yield context.with_scores(case, options.scores) if getattr(options, "scores", None) else case
+
+
+def _ready(case: Case, *, channels: Sequence[str] | None, normalise: str) -> Case:
+    return named.normalised(case.select(channels) if channels else case, normalise)
 
 
 def _save_table(path: Path, table: pd.DataFrame) -> None:
@@ -368,7 +394,9 @@ def _parser() -> argparse.ArgumentParser:
     def data(sub: argparse.ArgumentParser) -> None:
         group = sub.add_argument_group("data")
         group.add_argument(
-            "--data", required=True, help="brats2013_deepmedic, phantoms, or a folder with one sub-folder per case"
+            "--data",
+            required=True,
+            help=f"a folder with one sub-folder per case, or phantoms, or a data set that was fetched: {', '.join(_LOADERS)}",
         )
         group.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="only these cases")
         group.add_argument(
@@ -416,7 +444,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--folds", type=_positive, help="cross-validation; the recipe's, or 1 to train on all cases")
     train.add_argument("--fold", type=int, metavar="K", help="this one alone, from 0")
     train.add_argument(
-        "--store", metavar="FOLDER", help="where folds keep the cases as the network sees them (default: OUT/cases)"
+        "--store",
+        metavar="FOLDER",
+        help="keep the cases on disk as the network sees them and read segments from there: for cohorts larger than memory (with "
+        "folds always; default: OUT/cases)",
     )
     train.add_argument("--width", type=float, default=1.0, help="scales every feature-map count; 1 is the paper's size")
     settings = train.add_argument_group(
@@ -540,5 +571,8 @@ def _parser() -> argparse.ArgumentParser:
         "Download a public data set. Into the cache, checked by checksum; see data/README.md for its licence.",
     )
     download.add_argument("dataset", choices=sorted(datasets.downloads))
+    download.add_argument(
+        "--unverified", action="store_true", help="accept what arrives where no checksum is known (isbi2012)"
+    )
     download.add_argument("--folder", help="where to put it instead of the cache or MEDSEG_DATA_DIR")
     return parser

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medseg_lite import datasets, metrics, paths
+from medseg_lite import cli, datasets, metrics, paths
 from medseg_lite.datasets import (
     NiftiFolder,
     brats2013_deepmedic,
@@ -1201,6 +1201,20 @@ def test_promise12_downloads(server, tmp_path, monkeypatch):
     np.testing.assert_array_equal(promise12(folder)[0].image[0], image[::-1, ::-1])
 
 
+def test_downloads_on_the_command_line(decathlon_server, tmp_path, capsys):
+    assert cli.main(["download", "msd01_brain"]) == 0
+    assert f"msd01_brain is ready in {tmp_path / 'data' / 'msd01_brain'}" in capsys.readouterr().out
+    options = cli._parser().parse_args(["evaluate", "--predictions", "p", "--data", "msd01_brain"])
+    (case,) = cli._cases(options, label=True, normalise="standardise")
+    assert case.name == "BRATS_001" and set(np.unique(case.label)) == {0, 1, 2, 4}
+    for arguments, match in [
+        (["promise12", "--unverified"], "--unverified: the checksum of promise12 is known; leave it out"),
+        (["isbi2012"], "is not known, so a download cannot be verified"),
+    ]:
+        assert cli.main(["download", *arguments]) == 1
+        assert match in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------- BRATS from 2015 on
 
 
@@ -1274,7 +1288,7 @@ def test_brats2015_defects(tmp_path):
         brats2015(tmp_path)[0]
     with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder.*by registration"):
         brats2015(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="has no cases of BRATS 2015; it holds copy"):
+    with pytest.raises(FileNotFoundError, match="has no cases of BRATS 2015; it holds VSD"):
         brats2015(place)
 
 

@@ -32,8 +32,8 @@ def store(
         recipes.deepmedic(cases, ...)
 
     Cases that are there already are kept if their files, `normalise` and `dtype` are still the same, and are written anew
-    otherwise; so an interrupted call goes on where it stopped, and one with nothing left to do takes milliseconds. Several
-    processes may do it at once. A BRATS case (4 x 240 x 240 x 155) takes about 30 MB, half a second to write once it is read,
+    otherwise; so an interrupted call goes on where it stopped, and one with nothing left to do takes milliseconds. Of several
+    processes let one do it before the others. A BRATS case (4 x 240 x 240 x 155) takes about 30 MB, half a second to write once it is read,
     and less than a millisecond to draw a segment from.
 
     Args:
