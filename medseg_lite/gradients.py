@@ -80,10 +80,10 @@ class Gradients:
             try:
                 number = self._add_up(batches, kept)
                 break
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:  # of which torch.OutOfMemoryError is one
                 if not out_of_memory(error):
                     raise
-                largest = max(len(label) for _, label in kept)
+                largest = max((len(label) for _, label in kept), default=1)
                 found = str(error).split("\n")[0]
             self._halve(largest, found)  # out here, where the failed attempt's memory is no longer held
             for p in self.model.parameters():
