@@ -61,9 +61,11 @@ def samplers(cases) -> dict:
 
 def take_turns(functions: dict, seconds: float) -> dict[str, float]:
     """Median seconds of the processor that a call of each takes, by turns; others at work on the machine do not count."""
-    taken, start, step = {name: [] for name in functions}, time.perf_counter(), 0
+    taken, step = {name: [] for name in functions}, 0
     for function in functions.values():
-        function(10**6)
+        for n in range(20):
+            function(10**6 + n)
+    start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         for name, function in functions.items():
             begin = time.process_time()
@@ -138,8 +140,9 @@ def main():
                 sampler.batch(step)
             cold[name] = (time.perf_counter() - start) / 5 / count
             forget(folder)
-        for path in folder.iterdir():
-            path.read_bytes()  # now it is in the system's memory
+        for _ in range(2):
+            for path in folder.iterdir():
+                path.read_bytes()  # now it is in the system's memory
         in_memory = [c.replace() for c in cases[:few]]
         kinds = {few: samplers(cases[:few]), many: samplers(cases), "memory": samplers(in_memory)}
         rows = [
@@ -169,7 +172,7 @@ def main():
         "",
         f"{date.today()}, {os.cpu_count()} CPU cores of which one is used, {platform.machine()}, torch {torch.__version__}. Cases of 4 channels, "
         f"{'×'.join(map(str, options.shape))} voxels, float16, {size / many / 1e6:.1f} MB each, {size / 1e9:.1f} GB in all; "
-        "ms a segment, median; files in the system's memory, but for the last column.",
+        "ms a segment: of the processor, median, files in the system's memory; in the last column by the clock, files dropped from it before.",
         "",
         *rows,
         "",

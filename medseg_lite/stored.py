@@ -170,14 +170,15 @@ class Opened:
         return np.frombuffer(self._view, dtype, math.prod(shape), self._case._start + offset).reshape(shape)
 
     def _block(self, stored: np.ndarray, start, stop, fill) -> np.ndarray:
-        box, axes = self._case._box, [_reach(a, b, n) for a, b, n in zip(start, stop, self._case.shape)]
+        box = self._case._box
+        if all(side[0] <= a and b <= side[1] for a, b, side in zip(start, stop, box)):
+            return stored[(slice(None), *(slice(a - side[0], b - side[0]) for a, b, side in zip(start, stop, box)))]
+        axes = [_reach(a, b, n) for a, b, n in zip(start, stop, self._case.shape)]
         # The part of it that lies within the stored box, and may be empty.
         low = [max(a.first, side[0]) for a, side in zip(axes, box)]
         high = [max(min(a.last, side[1]), n) for a, n, side in zip(axes, low, box)]
         part = stored[(slice(None), *(slice(a - s[0], b - s[0]) for a, b, s in zip(low, high, box)))]
         inside = all((a, b) == (r.first, r.last) for a, b, r in zip(low, high, axes))
-        if inside and not any(r.before or r.after or r.index is not None for r in axes):
-            return part
         result = np.empty((len(stored), *(r.before + r.last - r.first + r.after for r in axes)), part.dtype)
         if not inside:
             result[...] = fill
