@@ -314,6 +314,34 @@ def test_nothing_is_done_twice_and_nothing_stale_is_used(tmp_path, raw, seen):
     np.testing.assert_array_equal(datasets.stored(folder)[0].image, 2 * raw()[0].image)
 
 
+def test_a_change_in_any_file_of_a_case_is_noticed(tmp_path, seen):
+    """Loaders that know a case by its folder, by a header with its values beside it, or by single files."""
+    case = brain(shape=(9, 8, 7))
+    for name in ("flair", "t1", "t1ce", "t2", "seg"):
+        array = case.label if name == "seg" else np.where(case.mask, case.image[0] + 9, 0)
+        write_nifti(tmp_path / "brats" / "p0" / f"p0_{name}.nii.gz", array.astype(np.float32), case)
+    (tmp_path / "promise").mkdir()
+    for name, array in (
+        ("Case00", case.image[0].astype(np.float32)),
+        ("Case00_segmentation", (case.label > 0).astype(np.uint8)),
+    ):
+        kind = "MET_FLOAT" if array.dtype == np.float32 else "MET_UCHAR"
+        header = f"NDims = 3\nDimSize = 9 8 7\nElementType = {kind}\nElementDataFile = {name}.raw\n"
+        (tmp_path / "promise" / f"{name}.mhd").write_text(header)
+        (tmp_path / "promise" / f"{name}.raw").write_bytes(array.tobytes(order="F"))
+    for cohort, changed in [
+        (datasets.brats2017(tmp_path / "brats"), tmp_path / "brats" / "p0" / "p0_t2.nii.gz"),
+        (datasets.promise12(tmp_path / "promise"), tmp_path / "promise" / "Case00_segmentation.raw"),
+    ]:
+        for expected in (1, 0, 1, 0):
+            seen.clear()
+            datasets.store(cohort, tmp_path / "s", normalise=counted, progress=False)
+            assert len(seen) == expected
+            if not expected:
+                later = changed.stat().st_mtime_ns + 10**9
+                os.utime(changed, ns=(later, later))
+
+
 def test_cases_from_memory_are_known_by_their_content(tmp_path, seen):
     cases = [brain(0), brain(1)]
     for changed, expected in [

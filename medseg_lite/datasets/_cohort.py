@@ -68,12 +68,14 @@ def some(names: Sequence[str], most: int = 8) -> str:
 def describe(value: object) -> object:
     """What a case is made from, or how, in terms of JSON: equal as long as nothing changed.
 
-    Files are known by name, size and time of change, functions by name and source text with the arguments that a `partial`
+    Files, and those in a folder, are known by name, size and time of change, functions by name and source text with the arguments that a `partial`
     gives them.
 
     Raises ValueError for a function that uses variables of the function around it, which may change unseen.
     """
     if isinstance(value, Path):
+        if value.is_dir():
+            return [_file(path) for path in sorted(value.rglob("*")) if path.is_file()]
         values = sorted(value.parent.glob(f"{value.stem}.*raw")) if value.suffix == ".mhd" else []
         return [_file(path) for path in (value, *values)]
     if isinstance(value, partial):
