@@ -347,7 +347,7 @@ def test_two_processes_segment_and_train(folder, tmp_path):
         launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
         command = [sys.executable, *launch, "127.0.0.1:0", "-m", "medseg_lite", *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
 
     done = torchrun(*segment, "--out", str(tmp_path / "both"))
     assert done.returncode == 0, done.stderr

@@ -91,7 +91,7 @@ def start(process: int, port: int, *arguments: str) -> subprocess.Popen:
 
 def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
     try:
-        outputs = [p.communicate(timeout=120) for p in processes]
+        outputs = [p.communicate(timeout=400) for p in processes]
     finally:
         for p in processes:
             p.kill()
