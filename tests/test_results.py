@@ -1,4 +1,4 @@
-"""The stored results and small networks of notebooks 04 and 08: complete, and what the networks really score."""
+"""The stored results and small networks of notebooks 04, 08 and 10: complete, and what the networks really score."""
 
 import numpy as np
 import pandas as pd
@@ -74,3 +74,25 @@ def test_shipped_em_networks_score_what_is_stored(em_scores, name, variant, prep
     found = inference.predict(model, prepare(case), progress=False)
     row = em_scores.query("what == 'inputs' and variant == @variant and seed == 0 and case == @case.name")
     assert metrics.dice(found == 1, case.label == 1) == pytest.approx(row.dice.item(), abs=0.01)
+
+
+def test_stored_missing_sequences_are_complete():
+    training = pd.read_csv(paths.shipped("results", "missing_training.csv"))
+    runs = training.groupby(["variant", "fold"]).size().unstack()
+    assert (runs == 20).all().all() and set(runs.index) == {"complete", "pretrained", "longer", "full"}
+    at_test = pd.read_csv(paths.shipped("results", "missing_test.csv"), keep_default_na=False)
+    runs = at_test.groupby(["variant", "missing"]).size().unstack()
+    assert (runs == 20).all().all() and set(runs.columns) == {"none", "flair", "t1", "t1c", "t2"}
+    for table in (training, at_test):
+        assert table.filter(like="dice").stack().between(0, 1).all()
+
+
+def test_stored_votes_are_of_the_phantoms_that_they_name():
+    with np.load(paths.shipped("results", "vote_predictions.npz")) as stored:
+        seed, maps, averages, truth = stored["seeds"][3], stored["maps"], stored["averages"], stored["truth"]
+        assert maps.shape == (12, len(stored["networks"]), *truth.shape[1:]) and averages.shape == truth.shape
+    assert maps.max() == averages.max() == truth.max() == 3
+    case = phantoms.brain(int(seed), site="ABC"[seed % 3])
+    assert np.array_equal(np.array([0, 1, 2, 1, 3])[case.label], truth[3])
+    assert all(metrics.dice(m > 0, t > 0) > 0.4 for m, t in zip(averages, truth))
+    assert not maps[3][:, ~case.mask].any()
