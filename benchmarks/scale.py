@@ -133,8 +133,8 @@ def write(results: dict, cases: dict, options) -> None:
                 first = f", first update {found['first']:.0f} s" if "compile" in way else ""
                 cells.append(f"{found['seconds']:.3f}{ratio}{first}")
         lines.append(f"| {network} | " + " | ".join(cells) + " |")
-    lines += ["", "In brackets: how many times faster than one process in float32. Two processes share every batch; on one GPU or one "
-              "CPU they share it too, so more than one GPU is needed to gain."]  # fmt: skip
+    lines += ["", "In brackets: how many times faster than one process in float32. Two processes share the batches of "
+              "an update, or each batch, so they gain where each has a GPU, or cores, of its own."]  # fmt: skip
     if options.busy:
         lines += [
             "",
