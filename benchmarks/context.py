@@ -2,19 +2,19 @@
 
     OMP_NUM_THREADS=1 python benchmarks/context.py [--grids 1.5 2] [--rows ...] [--runs runs/context]
 
-On each grid (voxels of 2 mm, 1.5 mm, or, where there is time, 1 mm as in the paper): three 2D networks, for axial, coronal and sagittal slices, are trained
-on 12 generated gliomas (seeds 0 to 11); their scores of all cases go to disk; 3D networks are trained on cubes of the same 12
-cases, with the scores (A, B, C) and without ("standard"). The paper also trains both steps on the same cases. All are judged on 10
-patients that no network has seen (seeds 100 to 109). Controls:
+On each grid (voxels of 2 mm, 1.5 mm, or, where there is time, 1 mm as in the paper): three 2D networks, for axial, coronal and
+sagittal slices, are trained on 12 generated gliomas (seeds 0 to 11); their scores of all cases go to disk; 3D networks are trained
+on cubes of the same 12 cases, with the scores (A, B, C) and without ("standard"). The paper also trains both steps on the same
+cases. All are judged on 10 patients that no network has seen (seeds 100 to 109). Controls:
 
 * "2D, three planes": the sum of the three 2D networks' scores, no 3D network at all;
-* "standard, longer": the standard network with three times the updates, more CPU seconds than the 2D networks and A together;
+* "standard, longer": the standard network with three times the updates, about the CPU seconds of the 2D networks and A together;
 * "A, other cases": A trained on 12 cases (seeds 12 to 23) that the 2D networks have not seen, so that their scores are as good or
   bad there as on a new patient.
 
 Labels as in BRATS 2017: 1 necrosis and non-enhancing core, 2 oedema, 3 enhancing core. Networks, scores and labels are kept in --runs
 (some hundred MB); what is there is not made again. Writes data/results/context_scores.csv after every row, which notebook
-09 reads, the networks of the 1.5 mm grid to data/checkpoints/context_*.safetensors, and benchmarks/context.md.
+09 reads, the networks of the 2 mm grid to data/checkpoints/context_*.safetensors, and benchmarks/context.md.
 """
 
 import argparse
@@ -41,11 +41,11 @@ REGIONS = {"whole": [1, 2, 3], "core": [1, 3], "enhancing": [3]}
 FLAT = {"width": 3 / 32, "steps": 250, "batch_size": 5, "accumulate": 2, "window": 30, "learning_rate": 0.08}
 SOLID = {
     "width": 1 / 4,
-    "steps": 150,
+    "steps": 300,
     "batch_size": 2,
     "accumulate": 2,
-    "window": 30,
-    "learning_rate": 0.1,
+    "window": 60,
+    "learning_rate": 0.03,
     "output": 16,
 }
 SQUARE = {2.0: 64, 1.5: 80, 1.0: 128}  # pixels, nearly the shortest side of a slice
@@ -234,9 +234,9 @@ def main() -> None:
                 print(
                     f"{grid:g} mm, {row}, seed {seed}: {means}, {time.process_time() - clock:.0f} s of CPU", flush=True
                 )
-    fine = options.runs / "1.5mm"
+    shipped = options.runs / "2mm"
     for target, source in SHIPPED.items():
-        for path in fine.glob(f"{source}.safetensors" if target.startswith("2d") else f"{source}_0.safetensors"):
+        for path in shipped.glob(f"{source}.safetensors" if target.startswith("2d") else f"{source}_0.safetensors"):
             shutil.copyfile(path, ROOT / "data" / "checkpoints" / f"context_{target}.safetensors")
     with atomic_write(ROOT / "benchmarks" / "context.md") as temporary:
         temporary.write_text(report(), encoding="utf-8")

@@ -3,10 +3,11 @@ from __future__ import annotations
 import tracemalloc
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from medseg_lite import context, inference, models
+from medseg_lite import context, inference, metrics, models, paths, phantoms, transforms
 from medseg_lite.context import PLANES, extract_scores, facing, facing_back, influence, with_scores
 
 
@@ -162,3 +163,27 @@ def test_influence_without_features_is_the_cube(networks, noise_case, stir):
         influence({}, solid, case, (32, 20, 24), class_number=0)
     with pytest.raises(ValueError, match=r"call its eval\(\) first"):
         influence({}, solid.train(), case, (32, 28, 24), class_number=0)
+
+
+def test_shipped_networks_score_what_is_stored(tmp_path):
+    table = pd.read_csv(paths.shipped("results", "context_scores.csv"))
+    assert not table.duplicated(["grid", "row", "seed", "set", "case"]).any()
+    assert table.filter(like="dice").stack().between(0, 1).all()
+    table = table[(table.grid == 2) & (table.seed == 0)].set_index(["row", "case"])
+
+    case = phantoms.brain(103, site="B")
+    case = transforms.standardise(case.replace(label=np.array([0, 1, 2, 1, 3], np.uint8)[case.label], extra={}))
+    parts = {f"2d_{plane}" for plane in PLANES} | {"3d_standard", "3d_a"}
+    networks = {part: models.load(paths.shipped("checkpoints", f"context_{part}.safetensors")) for part in parts}
+    assert not any(case.name in network.card["trained_on"] for network in networks.values())
+    extract_scores({plane: networks[f"2d_{plane}"] for plane in PLANES}, [case], tmp_path, progress=False)
+    full = with_scores(case, tmp_path)
+    found = {
+        "2D coronal": np.where(case.mask, full.image[8:12].argmax(0), 0),
+        "standard": inference.predict(networks["3d_standard"], case, progress=False),
+        "A": inference.predict(networks["3d_a"], full, progress=False),
+    }
+    for row, label in found.items():
+        for region, classes in {"whole": [1, 2, 3], "core": [1, 3], "enhancing": [3]}.items():
+            dice = metrics.dice(np.isin(label, classes), np.isin(case.label, classes))
+            assert dice == pytest.approx(table.loc[(row, case.name), f"dice_{region}"], abs=0.02), (row, region)
