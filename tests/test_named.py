@@ -128,7 +128,10 @@ def test_loaders_are_given_the_folder(name, options, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, loader, lambda root, **given: calls.append((root, given)))
     named.cases_of(name, tmp_path)
     named.cases_of(name, loader, cases=["a"])
-    assert calls == [(tmp_path, {"cases": None, **options}), ("msd" if loader == "msd" else None, {"cases": ["a"], **options})]
+    assert calls == [
+        (tmp_path, {"cases": None, **options}),
+        ("msd" if loader == "msd" else None, {"cases": ["a"], **options}),
+    ]
 
 
 def test_prepared(cases):
