@@ -193,7 +193,7 @@ RECIPES: dict[str, dict] = {
     },
     "drozdzal-lits": {
         "paper": "Drozdzal et al. 2018, section 4.2",
-        "data": "LiTS, 130 CT volumes; by registration",
+        "data": "LiTS, 131 CT volumes; by registration",
         "loader": "lits", "channels": ("ct",), "label_map": {1: 0, 2: 1}, "classes": 1, "normalise": "none",
         "network": "fcn_fc_resnet",
         "settings": {
