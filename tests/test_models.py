@@ -100,7 +100,7 @@ def patch(model: nn.Module, *, batch: int = 1, out: int | None = None, seed: int
 
 def test_the_table_is_complete():
     assert {n.name for n in NETWORKS} == set(models.NETWORKS) == set(models.__all__) - {
-        "DEEPMEDIC", "DROZDZAL", "HAVAEI", "KAYALIBAY", "MLYNARSKI", "NETWORKS", "load", "save",
+        "DEEPMEDIC", "DROZDZAL", "HAVAEI", "KAYALIBAY", "MLYNARSKI", "NETWORKS", "load", "removable", "save", "without",
     }  # fmt: skip
     for paper in ("DEEPMEDIC", "HAVAEI", "KAYALIBAY", "DROZDZAL", "MLYNARSKI"):
         assert {n.name for n in globals()[paper]} == set(getattr(models, paper))
