@@ -321,6 +321,7 @@ def test_recipes_are_listed(capsys):
     assert "the paper, Tables 3 to 5, cross-validation over the same 274 cases: dice whole 0.9, core 0.79" in told
 
 
+@pytest.mark.slow
 def test_two_processes_segment_and_train(folder, tmp_path):
     """`torchrun` with two processes: each segments a part of the cases, and the first says so and writes the network."""
     assert train(folder, tmp_path / "one", steps=2) == 0

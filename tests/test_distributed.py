@@ -19,6 +19,8 @@ from medseg_lite.optimizers import NormalizedSGD, RMSpropNesterov
 from medseg_lite.sampling import SegmentSampler
 from medseg_lite.volume import Case
 
+pytestmark = pytest.mark.slow
+
 STEPS = 2
 
 

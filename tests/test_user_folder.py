@@ -11,6 +11,8 @@ from nibabel.processing import resample_from_to
 from medseg_lite import datasets, models
 from medseg_lite.cli import main
 
+pytestmark = pytest.mark.slow
+
 WORLD = nibabel.Nifti1Image(
     np.zeros((80, 80, 80), np.uint8), np.diag([1.0, 1, 1, 1]) + np.outer([-40, -40, -40, 0], [0, 0, 0, 1])
 )
