@@ -201,7 +201,7 @@ def _engine(options) -> dict:
 
 
 def _where(device: str) -> str:
-    return f"{distributed.count()} processes ({device} and others)" if distributed.count() > 1 else device
+    return f"{distributed.count()} processes, this one on {device}" if distributed.count() > 1 else device
 
 
 def _of_the_recipe(options) -> dict:
