@@ -74,9 +74,7 @@ def halved(case):
     affine = case.affine.copy()
     affine[:3, :3] *= 2
     affine[:3, 3] += case.affine[:3, :3] @ [0.5, 0.5, 0.5]
-    return case.replace(
-        image=image, label=counts.argmax(0).numpy().astype(np.uint8), mask=mask, affine=affine, extra={}
-    )
+    return case.replace(image=image, label=counts.argmax(0).numpy().astype(np.uint8), mask=mask, affine=affine, extra={})
 
 
 def flip(image, label, *, rng):
@@ -145,9 +143,7 @@ def score(found: np.ndarray, case, group: str) -> dict:
 
 def modalities(subset: tuple[str, ...], fold: int):
     seeds, held_out = fold_seeds(fold)
-    model = train(
-        VolumeSampler([ill(s).select(subset) for s in seeds], multiple=8, augment=flip, seed=fold), len(subset), fold
-    )
+    model = train(VolumeSampler([ill(s).select(subset) for s in seeds], multiple=8, augment=flip, seed=fold), len(subset), fold)
     for group, group_seeds in (("fold", held_out), ("test", range(100, 110))):
         for seed in group_seeds:
             case = ill(seed).select(subset)
@@ -167,15 +163,23 @@ def with_company(company: str, fold: int):
     if company == "ill" or (company == "healthy beside" and fold == 0):
         name = f"kayalibay_brains_{company.replace(' ', '_')}{fold}.safetensors"
         card = {
-            "network": "kayalibay_unet3d", "channels": list(ALL), "classes": 5, "steps": STEPS, "seed": fold, "spacing_mm": 4.0,
+            "network": "kayalibay_unet3d",
+            "channels": list(ALL),
+            "classes": 5,
+            "steps": STEPS,
+            "seed": fold,
+            "spacing_mm": 4.0,
             "trained_on": [c.name for c in sick] + (["12 healthy brains, seeds 300 to 311"] if company != "ill" else []),
             "command": "python benchmarks/brains.py --parts healthy",
-        }  # fmt: skip
+        }
         models.save(ROOT / "data" / "checkpoints" / name, model, card)
     people = range(100, 110)
     groups = {
-        "fold": map(ill, held_out), "test": map(ill, people), "healthy": map(healthy, people), "mirrored": map(mirrored, people)
-    }  # fmt: skip
+        "fold": map(ill, held_out),
+        "test": map(ill, people),
+        "healthy": map(healthy, people),
+        "mirrored": map(mirrored, people),
+    }
     for group, cases in groups.items():
         for case in cases:
             if case is not None:
@@ -261,9 +265,7 @@ def main() -> None:
             continue
         began, clock = time.process_time(), time.perf_counter()
         run, arguments = PARTS[part]
-        rows = pd.DataFrame([{"variant": variant, "fold": fold} | row for row in run(arguments[variant], fold)]).round(
-            4
-        )
+        rows = pd.DataFrame([{"variant": variant, "fold": fold} | row for row in run(arguments[variant], fold)]).round(4)
         with atomic_write(path) as temporary:
             (pd.concat([done, rows]) if len(done) else rows).to_csv(temporary, index=False)
         means = rows[[c for c in rows if c.startswith(("dice_w", "dice_c", "dice_e", "dice_o", "false_ml_w"))]].mean()

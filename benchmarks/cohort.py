@@ -185,7 +185,7 @@ def main():
         f"Batches of ten DeepMedic segments of {many} cases made by several threads, ms a batch: {', '.join(workers)}.",
         "",
         "Repeat it: `python benchmarks/cohort.py`",
-    ]  # fmt: skip
+    ]
     (HERE / "cohort.md").write_text("\n".join(text) + "\n")
     print("\n".join(text))
 

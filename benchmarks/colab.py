@@ -33,9 +33,7 @@ print(next(o["text"] for c in notebook.cells if c.cell_type == "code" for o in c
 
 def versions(python: Path) -> dict[str, str]:
     """Installed packages by name, as pip lists them."""
-    listed = subprocess.run(
-        [python, "-m", "pip", "list", "--format=freeze"], check=True, capture_output=True, text=True
-    ).stdout
+    listed = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], check=True, capture_output=True, text=True).stdout
     return dict(line.split("==", 1) for line in listed.splitlines() if "==" in line)
 
 
@@ -53,9 +51,7 @@ def main() -> None:
     before = versions(python)
 
     # The notebooks install from GitHub; git is told to take this clone instead.
-    address = next(
-        line.split('"')[1] for line in (ROOT / "pyproject.toml").read_text().splitlines() if "Repository =" in line
-    )
+    address = next(line.split('"')[1] for line in (ROOT / "pyproject.toml").read_text().splitlines() if "Repository =" in line)
     environment = os.environ | {
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.file://{ROOT}.insteadOf",
@@ -75,17 +71,13 @@ def main() -> None:
         )
         if done.returncode:
             sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-        rows.append(
-            f"| {name} | {(time.perf_counter() - began) / 60:.1f} min | {done.stdout.strip().splitlines()[-1]} |"
-        )
+        rows.append(f"| {name} | {(time.perf_counter() - began) / 60:.1f} min | {done.stdout.strip().splitlines()[-1]} |")
         print(rows[-1])
     after = versions(python)
     changed = {name: (version, after.get(name)) for name, version in before.items() if after.get(name) != version}
     new = {name: version for name, version in after.items() if name not in before}
     if changed or set(new) != {"medseg_lite"}:
-        sys.exit(
-            f"the setup cell changed {changed} and added {new}; expected medseg_lite to be added and nothing changed"
-        )
+        sys.exit(f"the setup cell changed {changed} and added {new}; expected medseg_lite to be added and nothing changed")
     listed = ", ".join(line.replace("==", " ") for line in PACKAGES.read_text().splitlines() if "==" in line)
     text = f"""# On Colab's packages
 

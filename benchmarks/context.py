@@ -39,15 +39,7 @@ TABLE = ROOT / "data" / "results" / "context_scores.csv"
 TRAIN, OTHERS, TEST = range(12), range(12, 24), range(100, 110)
 REGIONS = {"whole": [1, 2, 3], "core": [1, 3], "enhancing": [3]}
 FLAT = {"width": 3 / 32, "steps": 250, "batch_size": 5, "accumulate": 2, "window": 30, "learning_rate": 0.08}
-SOLID = {
-    "width": 1 / 4,
-    "steps": 300,
-    "batch_size": 2,
-    "accumulate": 2,
-    "window": 60,
-    "learning_rate": 0.03,
-    "output": 16,
-}
+SOLID = {"width": 1 / 4, "steps": 300, "batch_size": 2, "accumulate": 2, "window": 60, "learning_rate": 0.03, "output": 16}
 SQUARE = {2.0: 64, 1.5: 80, 1.0: 128}  # pixels, nearly the shortest side of a slice
 ROWS = {
     "2D axial": {"planes": ["axial"]},
@@ -63,13 +55,7 @@ ROWS = {
     "standard, other cases": {"variant": "standard", "cases": OTHERS},
 }
 
-SHIPPED = {
-    "2d_axial": "axial",
-    "2d_coronal": "coronal",
-    "2d_sagittal": "sagittal",
-    "3d_standard": "standard",
-    "3d_a": "A",
-}
+SHIPPED = {"2d_axial": "axial", "2d_coronal": "coronal", "2d_sagittal": "sagittal", "3d_standard": "standard", "3d_a": "A"}
 
 
 @functools.lru_cache(maxsize=30)
@@ -87,11 +73,7 @@ def kept(path: Path, train) -> torch.nn.Module:
         clock = time.process_time()
         model = train(path.with_suffix(""))
         seconds = round(time.process_time() - clock)
-        card = model.card | {
-            "cpu_seconds": seconds,
-            "command": "python benchmarks/context.py",
-            "date": str(date.today()),
-        }
+        card = model.card | {"cpu_seconds": seconds, "command": "python benchmarks/context.py", "date": str(date.today())}
         models.save(path, model, card, half=True)
         print(f"{path.stem}: {seconds} s of CPU, loss {model.history.loss.tail(20).mean():.3f}", flush=True)
     return models.load(path)
@@ -123,9 +105,16 @@ def solid_network(row: str, grid: float, runs: Path, seed: int) -> torch.nn.Modu
             context.extract_scores(flat_networks(grid, runs), cases, runs / "scores", progress=False)
             cases = [context.with_scores(case, runs / "scores") for case in cases]
         return recipes.mlynarski(
-            cases, network="mlynarski_3d", variant=variant, classes=4, seed=seed, folder=folder, validate_every=50,
-            progress=False, **settings,
-        )  # fmt: skip
+            cases,
+            network="mlynarski_3d",
+            variant=variant,
+            classes=4,
+            seed=seed,
+            folder=folder,
+            validate_every=50,
+            progress=False,
+            **settings,
+        )
 
     return kept(runs / f"{row.replace(', ', '_').replace(' ', '_')}_{seed}.safetensors", train)
 
@@ -192,9 +181,7 @@ def report() -> str:
         for other in [r for r in ROWS if r != "A"]:
             for seed in sorted(test[test.row == "A"].seed.unique()):
                 a = test[(test.row == "A") & (test.seed == seed)].set_index("case")
-                b = test[(test.row == other) & (test.seed == (0 if "planes" in ROWS[other] else seed))].set_index(
-                    "case"
-                )
+                b = test[(test.row == other) & (test.seed == (0 if "planes" in ROWS[other] else seed))].set_index("case")
                 if len(a) == len(b):
                     found = statistics.paired_t_test(a.dice_core, b.dice_core.loc[a.index], alternative="greater")
                     out.write(f"* core, A − {other}, seed {seed}: {found}\n")
@@ -224,16 +211,16 @@ def main() -> None:
                 clock = time.process_time()
                 key = {"grid": grid, "row": row, "seed": seed}
                 found = pd.DataFrame(
-                    key | {"set": cohort, "case": patient(s, grid).name}
+                    key
+                    | {"set": cohort, "case": patient(s, grid).name}
                     | score(labels(row, patient(s, grid), grid, runs, seed), patient(s, grid))
-                    for cohort, seeds in cohorts(row).items() for s in seeds
-                )  # fmt: skip
+                    for cohort, seeds in cohorts(row).items()
+                    for s in seeds
+                )
                 with atomic_write(TABLE) as temporary:
                     (pd.concat([table, found]) if len(table) else found).to_csv(temporary, index=False)
                 means = found[found.set == "test"].filter(like="dice").mean().round(3).to_dict()
-                print(
-                    f"{grid:g} mm, {row}, seed {seed}: {means}, {time.process_time() - clock:.0f} s of CPU", flush=True
-                )
+                print(f"{grid:g} mm, {row}, seed {seed}: {means}, {time.process_time() - clock:.0f} s of CPU", flush=True)
     shipped = options.runs / "2mm"
     for target, source in SHIPPED.items():
         for path in shipped.glob(f"{source}.safetensors" if target.startswith("2d") else f"{source}_0.safetensors"):

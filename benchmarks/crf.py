@@ -37,11 +37,7 @@ PER_SD = 42.5  # DeepMedic's code maps -3 to 3 standard deviations to 0 to 255
 SMOOTHNESS, APPEARANCE, INTENSITY = (3.0, 3.0), (5.0, (17.0, 12.0, 10.0)), (4.0, 3.0, 4.0, 3.0)
 CUBES = (48, 64, 96, 128, 192)
 # glibc gives large arrays back to the system at once and gets them again page by page; keeping them makes all methods faster.
-KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
-    "MALLOC_TRIM_THRESHOLD_": str(2**33),
-    "MALLOC_TOP_PAD_": str(2**28),
-}
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
 
 
 def scan(labels: int, cube: int | None = None) -> tuple[Case, np.ndarray]:
@@ -191,15 +187,10 @@ def main() -> None:
             row = {"channels": channels, "labels": labels, "ours [s]": round(seconds["ours"], 2)}
             for peer in peers:
                 if peer in seconds:
-                    row |= {
-                        f"{peer} [s]": round(seconds[peer], 2),
-                        f"{peer} / ours": round(seconds[peer] / seconds["ours"], 1),
-                    }
+                    row |= {f"{peer} [s]": round(seconds[peer], 2), f"{peer} / ours": round(seconds[peer] / seconds["ours"], 1)}
             for method in ("ours", "pydensecrf2"):
                 if method in runs:
-                    row[f"{method} [bytes a voxel]"] = round(
-                        measure(method, file, channels, keep_memory=False)[0]["bytes"]
-                    )
+                    row[f"{method} [bytes a voxel]"] = round(measure(method, file, channels, keep_memory=False)[0]["bytes"])
             row["forward and backward / forward"] = round(seconds["ours, backward too"] / seconds["ours"], 2)
             mine = answers["ours"][case.mask]
             if "pydensecrf2" in answers:

@@ -114,9 +114,7 @@ def train(
         spatial_dims=model.spatial_dims,
         seed=seed,
     )
-    optimizer = optimizers.RMSpropNesterov(
-        model.parameters(), lr=1e-2 if patch else 1e-3, momentum=0.9 if patch else 0.6
-    )
+    optimizer = optimizers.RMSpropNesterov(model.parameters(), lr=1e-2 if patch else 1e-3, momentum=0.9 if patch else 0.6)
     history = training.fit(
         model,
         sampler,
@@ -216,9 +214,7 @@ def cross_validate(fold: int, members: int = 1) -> None:
     subjects = [patient(s) for s in range(SUBJECTS)]
     unseen = subjects[fold::FOLDS]
     cases = [c for c in subjects if c not in unseen]
-    networks = [
-        train(f"4-fold-{fold}-{seed}", "deepmedic", cases, steps=STEPS["4"], seed=seed)[0] for seed in range(members)
-    ]
+    networks = [train(f"4-fold-{fold}-{seed}", "deepmedic", cases, steps=STEPS["4"], seed=seed)[0] for seed in range(members)]
     if members == 1:
         forest = RandomForest(trees=50, jobs=1).fit(cases, points_per_case=1000, balance=BALANCE)
     tables = []
@@ -231,10 +227,7 @@ def cross_validate(fold: int, members: int = 1) -> None:
         tables += [{"network": method, "case": case.name} | score(f, case) for method, f in found.items()]
     table = pd.DataFrame(tables)
     keep(SCORES, table, run=name, section="4", fold=fold, slices="isotropic")
-    print(
-        f"{name}: {table.groupby('network').dice.mean().round(3).to_dict()}, {time.process_time() - began:.0f} s",
-        flush=True,
-    )
+    print(f"{name}: {table.groupby('network').dice.mean().round(3).to_dict()}, {time.process_time() - began:.0f} s", flush=True)
 
 
 def contusions() -> None:

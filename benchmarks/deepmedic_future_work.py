@@ -68,9 +68,16 @@ def natural_phase(model: nn.Module, cases: list[Case], *, updates: int, seed: in
     for p in model.classifier.parameters():
         p.requires_grad_(True)
     training.fit(
-        LastLayer(model), sampler, steps=updates, optimizer=optimizer, l1=1e-6, l2=1e-4, schedule=halve, seed=seed,
+        LastLayer(model),
+        sampler,
+        steps=updates,
+        optimizer=optimizer,
+        l1=1e-6,
+        l2=1e-4,
+        schedule=halve,
+        seed=seed,
         progress=False,
-    )  # fmt: skip
+    )
     return model.eval()
 
 

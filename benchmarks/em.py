@@ -113,9 +113,7 @@ def run(what: str, variant: str, seed: int, *, steps: int, train: list, test: li
     row["seconds"] = round(time.process_time() - began)
     scores = pd.DataFrame([row | {"case": c.name} | score(model, c) for c in test])
     curve = model.history.dropna()[["step", "loss", "dice_lesion"]].rename(columns={"dice_lesion": "dice"}).round(4)
-    curve = pd.DataFrame([{k: row[k] for k in ("what", "variant", "seed")}] * len(curve)).join(
-        curve.reset_index(drop=True)
-    )
+    curve = pd.DataFrame([{k: row[k] for k in ("what", "variant", "seed")}] * len(curve)).join(curve.reset_index(drop=True))
     return model, scores, curve
 
 
@@ -182,14 +180,7 @@ def main() -> None:
                     models.save(ROOT / "data" / "checkpoints" / name, model, card, half=True)
                 store(SCORES, scores)
                 store(CURVES, curve)
-                print(
-                    what,
-                    seed,
-                    variant,
-                    scores[MEASURES].mean().round(3).to_dict(),
-                    f"{scores.seconds[0]} s",
-                    flush=True,
-                )
+                print(what, seed, variant, scores[MEASURES].mean().round(3).to_dict(), f"{scores.seconds[0]} s", flush=True)
     with atomic_write(ROOT / "benchmarks" / "em.md") as temporary:
         temporary.write_text(report(), encoding="utf-8")
 

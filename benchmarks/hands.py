@@ -120,9 +120,7 @@ def report(command: str) -> str:
     for variant in folds.index.unique("variant").drop("concat"):
         pair = pd.concat([folds["concat"], folds[variant]], axis=1, join="inner")
         if len(pair) > 1:
-            out.write(
-                f"* {variant}: concat − {variant}, {statistics.paired_t_test(pair.iloc[:, 0], pair.iloc[:, 1])}\n"
-            )
+            out.write(f"* {variant}: concat − {variant}, {statistics.paired_t_test(pair.iloc[:, 0], pair.iloc[:, 1])}\n")
     return out.getvalue() + f"\nRepeat it: `{command}`\n"
 
 
@@ -150,10 +148,16 @@ def main() -> None:
             )
             if fold == 0 and variant in ("concat", "sum"):
                 card = {
-                    "network": "kayalibay_unet3d", "channels": ["t1"], "classes": 5, "steps": options.steps, "seed": 0,
-                    "trained_on": [c.name for c in split(hands, 0)[0]], "spacing_mm": SPACING,
-                    "command": "python benchmarks/hands.py --folds 0", "test_dice": scores[list(BONES)].mean().round(3).to_dict(),
-                }  # fmt: skip
+                    "network": "kayalibay_unet3d",
+                    "channels": ["t1"],
+                    "classes": 5,
+                    "steps": options.steps,
+                    "seed": 0,
+                    "trained_on": [c.name for c in split(hands, 0)[0]],
+                    "spacing_mm": SPACING,
+                    "command": "python benchmarks/hands.py --folds 0",
+                    "test_dice": scores[list(BONES)].mean().round(3).to_dict(),
+                }
                 models.save(ROOT / "data" / "checkpoints" / f"kayalibay_hands_{variant}.safetensors", model, card)
     with atomic_write(ROOT / "benchmarks" / "hands.md") as temporary:
         temporary.write_text(report("python benchmarks/hands.py"), encoding="utf-8")

@@ -29,11 +29,7 @@ from medseg_lite.volume import Case
 HERE = Path(__file__).parent
 KFLOP = 722  # thousand floating-point operations a voxel, without any halo
 # glibc gives large arrays back to the system at once and gets them again page by page; keeping them makes every method faster.
-KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
-    "MALLOC_TRIM_THRESHOLD_": str(2**33),
-    "MALLOC_TOP_PAD_": str(2**28),
-}
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
 METHODS = ("ours", "ours, one pass", "MONAI .25, channels_last", "MONAI .5, channels_last", "segments of 25³")
 
 
@@ -116,9 +112,7 @@ def main():
     parser.add_argument("--size", type=int, nargs=3, default=(160, 192, 155))
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--plain-allocator", action="store_true", help="leave glibc's allocator as it is")
-    parser.add_argument(
-        "--methods", nargs="+", default=METHODS, choices=METHODS, help="only these; nothing is written then"
-    )
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="only these; nothing is written then")
     parser.add_argument("--only", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -138,10 +132,7 @@ def main():
         return
     ours = min(results[m]["seconds"] for m in METHODS[:2])
     voxels = np.prod(options.size)
-    rows = [
-        "| method | seconds | useful GFLOP/s | peak GB | times ours | largest difference |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = ["| method | seconds | useful GFLOP/s | peak GB | times ours | largest difference |", "|---|---|---|---|---|---|"]
     for method, r in results.items():
         rows.append(
             f"| {method} | {r['seconds']:.1f} | {KFLOP * 1e-6 * voxels / r['seconds']:.0f} | {r['peak_gb']:.2f} | "

@@ -116,9 +116,7 @@ def tested(variant: str, fold: int):
     for lack in (None, *SEQUENCES):
         for seed in PERSONS:
             case = person(seed)
-            seen = case if lack is None else transforms.complete(
-                case.select([c for c in SEQUENCES if c != lack]), SEQUENCES
-            )  # fmt: skip
+            seen = case if lack is None else transforms.complete(case.select([c for c in SEQUENCES if c != lack]), SEQUENCES)
             found = inference.predict(model, seen, progress=False)
             yield {"missing": lack or "none", "case": case.name} | dice(found, case)
 
@@ -212,11 +210,7 @@ def main() -> None:
                 if variant not in variants or (part == "test" and fold):
                     continue
                 path = table_of(part)
-                done = (
-                    pd.read_csv(path, keep_default_na=False)
-                    if path.is_file()
-                    else pd.DataFrame(columns=["variant", "fold"])
-                )
+                done = pd.read_csv(path, keep_default_na=False) if path.is_file() else pd.DataFrame(columns=["variant", "fold"])
                 if ((done["variant"] == variant) & (done["fold"] == fold)).any():
                     continue
                 began, clock = time.process_time(), time.perf_counter()

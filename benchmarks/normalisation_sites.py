@@ -34,9 +34,7 @@ from medseg_lite.statistics import paired_t_test
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "normalisation"
-TABLES = {
-    name: ROOT / "data" / "results" / f"normalisation_{name}.csv" for name in ("prostate", "gain", "liver", "volumes")
-}
+TABLES = {name: ROOT / "data" / "results" / f"normalisation_{name}.csv" for name in ("prostate", "gain", "liver", "volumes")}
 WIDTH = {"prostate": 0.25, "liver": 0.25, "volumes": 0.25}
 STEPS = {"prostate": 250, "liver": 1200, "volumes": 150}
 SEEDS = {"prostate": 2, "liver": 1, "volumes": 1}
@@ -67,17 +65,24 @@ def fit(model, sampler, validate, *, steps, decay, seed, every=25):
     """The paper's training, shortened: RMSProp, Dice loss, L2, the weights of the best validation."""
     parts = (model.preprocessor, model.segmenter) if isinstance(model, Pipeline) else (model,)
     groups = [
-        {
-            "params": p.parameters(),
-            "lr": RATE if any("BatchNorm" in type(m).__name__ for m in p.modules()) else PLAIN_RATE,
-        }
+        {"params": p.parameters(), "lr": RATE if any("BatchNorm" in type(m).__name__ for m in p.modules()) else PLAIN_RATE}
         for p in parts
     ]
     optimizer = torch.optim.RMSprop(groups, lr=RATE, alpha=0.9, eps=1e-8)
     return training.fit(
-        model, sampler, steps=steps, optimizer=optimizer, loss=losses.dice_loss, l2=decay, validate=validate, validate_every=every,
-        patience=50, schedule=optimizers.InverseTimeDecay(optimizer, decay=DECAY), seed=seed, progress=False,
-    )  # fmt: skip
+        model,
+        sampler,
+        steps=steps,
+        optimizer=optimizer,
+        loss=losses.dice_loss,
+        l2=decay,
+        validate=validate,
+        validate_every=every,
+        patience=50,
+        schedule=optimizers.InverseTimeDecay(optimizer, decay=DECAY),
+        seed=seed,
+        progress=False,
+    )
 
 
 def ready(case, how: bool | str):
@@ -126,9 +131,14 @@ def train_prostate(system: str, seed: int, train, validation, *, steps):
         return transforms.distort(image, label, rng=rng, flip=False, shear=0.1, angle=10)
 
     sampler = SegmentSampler(
-        [ready(c, standardised) for c in train], output=SIZE["prostate"], batch_size=8, flip=False, spatial_dims=2,
-        augment=distorted, seed=seed,
-    )  # fmt: skip
+        [ready(c, standardised) for c in train],
+        output=SIZE["prostate"],
+        batch_size=8,
+        flip=False,
+        spatial_dims=2,
+        augment=distorted,
+        seed=seed,
+    )
     model.history = fit(model, sampler, mean_dice(validation, standardised), steps=steps, decay=1e-5, seed=seed)
     return model
 
@@ -156,10 +166,7 @@ def score_liver(found: np.ndarray, case) -> dict:
     """Dice of lesions and of the rest of the liver; what lies outside the liver does not count."""
     inside = case.label > 0
     lesion, truth = (found > 0)[inside], (case.label == 2)[inside]
-    return {
-        "dice_lesion": round(metrics.dice(lesion, truth), 4),
-        "dice_liver": round(metrics.dice(~lesion, ~truth), 4),
-    }
+    return {"dice_lesion": round(metrics.dice(lesion, truth), 4), "dice_liver": round(metrics.dice(~lesion, ~truth), 4)}
 
 
 def train_liver(system: str, seed: int, train, validation, *, steps):
@@ -169,9 +176,14 @@ def train_liver(system: str, seed: int, train, validation, *, steps):
     width = WIDTH["liver"] / 4 if name == "unet2d" else WIDTH["liver"]
     model = models.__dict__[name](classes=1, width=width)
     sampler = SegmentSampler(
-        [lesions_only(ready(c, standardised)) for c in train], output=64, batch_size=8, scheme="uniform", flip=False,
-        spatial_dims=2, seed=seed,
-    )  # fmt: skip
+        [lesions_only(ready(c, standardised)) for c in train],
+        output=64,
+        batch_size=8,
+        scheme="uniform",
+        flip=False,
+        spatial_dims=2,
+        seed=seed,
+    )
     validate = mean_dice(validation, standardised, lambda found, case: score_liver(found, case)["dice_lesion"])
     model.history = fit(model, sampler, validate, steps=steps, decay=1e-4, seed=seed, every=40)
     return model
@@ -184,9 +196,12 @@ def train_volumes(system: str, seed: int, train, validation, *, steps):
     if preprocessed:
         model = Pipeline(models.fcn_preprocessor(dims=3, width=WIDTH["volumes"]), model)
     sampler = VolumeSampler(
-        [ready(c, standardised) for c in train], crop=(SIZE["volumes"], SIZE["volumes"], 16), multiple=16, batch_size=4,
+        [ready(c, standardised) for c in train],
+        crop=(SIZE["volumes"], SIZE["volumes"], 16),
+        multiple=16,
+        batch_size=4,
         seed=seed,
-    )  # fmt: skip
+    )
     model.history = fit(model, sampler, mean_dice(validation, standardised), steps=steps, decay=1e-5, seed=seed)
     return model
 
@@ -199,10 +214,16 @@ def weights(part: str, system: str, seed: int) -> Path:
 def keep(part: str, system: str, seed: int, model, train) -> None:
     """Save a network, and seed 0's pipeline for the notebook."""
     card = {
-        "network": model.config["builder"], "channels": ["t2"], "classes": 1, "steps": STEPS[part], "seed": seed,
-        "input": system.split(", ")[1], "trained_on": [c.name for c in train], "pixels": SIZE[part],
+        "network": model.config["builder"],
+        "channels": ["t2"],
+        "classes": 1,
+        "steps": STEPS[part],
+        "seed": seed,
+        "input": system.split(", ")[1],
+        "trained_on": [c.name for c in train],
+        "pixels": SIZE[part],
         "command": "python benchmarks/normalisation_sites.py --parts prostate",
-    }  # fmt: skip
+    }
     models.save(weights(part, system, seed), model, card)
     if part == "prostate" and seed == 0 and system.startswith("FCN"):
         models.save(ROOT / "data" / "checkpoints" / "drozdzal_prostate.safetensors", model, card, half=True)
@@ -240,15 +261,7 @@ def run_prostate(seeds) -> None:
             rows = score_prostates(model, test, standardised)
             seconds = round(time.process_time() - began)
             store("gain", louder, system=system, seed=seed)
-            store(
-                "prostate",
-                rows,
-                system=system,
-                seed=seed,
-                steps=STEPS["prostate"],
-                width=WIDTH["prostate"],
-                seconds=seconds,
-            )
+            store("prostate", rows, system=system, seed=seed, steps=STEPS["prostate"], width=WIDTH["prostate"], seconds=seconds)
             print(f"prostate, seed {seed}, {system}: {np.mean([r['dice'] for r in rows]):.3f}, {seconds} s", flush=True)
     if not all(weights("prostate", system, s).is_file() for system in SYSTEMS for s in range(SEEDS["prostate"])):
         return
@@ -273,10 +286,7 @@ def run_liver(seeds) -> None:
             ]
             seconds = round(time.process_time() - began)
             store("liver", rows, system=system, seed=seed, steps=STEPS["liver"], width=WIDTH["liver"], seconds=seconds)
-            print(
-                f"liver, seed {seed}, {system}: {np.mean([r['dice_lesion'] for r in rows]):.3f}, {seconds} s",
-                flush=True,
-            )
+            print(f"liver, seed {seed}, {system}: {np.mean([r['dice_lesion'] for r in rows]):.3f}, {seconds} s", flush=True)
 
 
 def run_volumes(seeds) -> None:
@@ -289,26 +299,13 @@ def run_volumes(seeds) -> None:
             model = train_volumes(system, seed, train, validation, steps=STEPS["volumes"])
             rows = score_prostates(model, test, standardised)
             seconds = round(time.process_time() - began)
-            store(
-                "volumes",
-                rows,
-                system=system,
-                seed=seed,
-                steps=STEPS["volumes"],
-                width=WIDTH["volumes"],
-                seconds=seconds,
-            )
+            store("volumes", rows, system=system, seed=seed, steps=STEPS["volumes"], width=WIDTH["volumes"], seconds=seconds)
             print(f"volumes, seed {seed}, {system}: {np.mean([r['dice'] for r in rows]):.3f}, {seconds} s", flush=True)
 
 
 def table(frame: pd.DataFrame, digits: int = 3) -> str:
-    rows = [
-        f"| {' | '.join([frame.index.name or '', *map(str, frame.columns)])} |",
-        "|" + "---|" * (len(frame.columns) + 1),
-    ]
-    rows += [
-        f"| {name} | {' | '.join(f'{v:.{digits}f}' for v in row)} |" for name, row in zip(frame.index, frame.values)
-    ]
+    rows = [f"| {' | '.join([frame.index.name or '', *map(str, frame.columns)])} |", "|" + "---|" * (len(frame.columns) + 1)]
+    rows += [f"| {name} | {' | '.join(f'{v:.{digits}f}' for v in row)} |" for name, row in zip(frame.index, frame.values)]
     return "\n".join(rows) + "\n\n"
 
 
@@ -326,9 +323,7 @@ def report() -> str:
         f"patients at A, B, C to train on; {single.patient.nunique()} others, each at every site, to test. Dice by site:\n\n"
     )
     out.write(table(single.pivot_table(index="system", columns="site", values="dice", sort=False)))
-    out.write(
-        "All sites: Dice, average boundary distance (mm), volume difference (%); then of the largest component:\n\n"
-    )
+    out.write("All sites: Dice, average boundary distance (mm), volume difference (%); then of the largest component:\n\n")
     names = ["dice", "distance", "volume", "dice_largest", "distance_largest", "volume_largest"]
     out.write(table(single.groupby("system", sort=False)[names].mean(), 2))
     sites = single.assign(known=single.site != "D")
@@ -338,9 +333,7 @@ def report() -> str:
     out.write("Dice lost at D, per patient (mean of A, B, C, less D, averaged over seeds), learned − standardised: ")
     out.write(f"{paired_t_test(cost[learned], cost[standard])}\n\n")
     for seed, rows in single.groupby("seed"):
-        one = rows.assign(known=rows.site != "D").pivot_table(
-            index=["system", "patient"], columns="known", values="dice"
-        )
+        one = rows.assign(known=rows.site != "D").pivot_table(index=["system", "patient"], columns="known", values="dice")
         one = (one[True] - one[False]).unstack("system")
         out.write(f"* seed {seed} alone: {paired_t_test(one[learned], one[standard])}\n")
     out.write("\nDice at A, B, C, learned − raw: ")
@@ -352,9 +345,7 @@ def report() -> str:
     gain = pd.read_csv(TABLES["gain"])
     here = single[(single.site == "D") & single.patient.isin(gain.patient)].assign(gain=1.0)
     out.write("Dice at D when intensities are multiplied by a gain:\n\n")
-    out.write(
-        table(pd.concat([gain, here]).pivot_table(index="system", columns="gain", values="dice").loc[list(SYSTEMS)])
-    )
+    out.write(table(pd.concat([gain, here]).pivot_table(index="system", columns="gain", values="dice").loc[list(SYSTEMS)]))
     if TABLES["liver"].is_file():
         liver = pd.read_csv(TABLES["liver"])
         out.write(

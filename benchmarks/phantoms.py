@@ -48,10 +48,11 @@ def real_cases() -> list[Case]:
     return [
         read_case(
             {"flair": f / "Flair_subtrMeanDivStd.nii.gz", "t1c": f / "T1c_subtrMeanDivStd.nii.gz"},
-            label=f / "OTMultiClass.nii.gz", mask=f / "brainmask.nii.gz",
+            label=f / "OTMultiClass.nii.gz",
+            mask=f / "brainmask.nii.gz",
         )
         for f in folders
-    ]  # fmt: skip
+    ]
 
 
 def z_of_class(cases: list[Case], channel: str, label: int) -> np.ndarray:

@@ -42,10 +42,7 @@ WAYS = {
     "torch.compile": {"compiled": True},
 }
 # Updates of a whole training, and what the papers report of it.
-PAPERS = {
-    "deepmedic": (70_000, "a day on a Titan X"),
-    "kayalibay_unet3d": (11_000, "62 h on a K40, BRATS"),
-}
+PAPERS = {"deepmedic": (70_000, "a day on a Titan X"), "kayalibay_unet3d": (11_000, "62 h on a K40, BRATS")}
 
 
 def measure(network: str, way: str, steps: int) -> None:
@@ -55,9 +52,15 @@ def measure(network: str, way: str, steps: int) -> None:
         case = transforms.standardise(phantoms.brain(0, spacing=1 if gpu else 2))
         engine = {"precision": "float32"} | WAYS[way]
         model = recipes.of_network(network)(
-            [case], network=network, steps=steps, validate_every=steps, device=device, engine=engine, progress=False,
+            [case],
+            network=network,
+            steps=steps,
+            validate_every=steps,
+            device=device,
+            engine=engine,
+            progress=False,
             **NETWORKS[network][gpu],
-        )  # fmt: skip
+        )
         seconds = float(model.history["seconds"].diff().iloc[2:].median())
         peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
         if distributed.number() == 0:
@@ -67,9 +70,7 @@ def measure(network: str, way: str, steps: int) -> None:
 def measure_case(network: str) -> None:
     """A whole volume through the network and, for DeepMedic, the CRF after it; on a GPU."""
     case = transforms.standardise(phantoms.brain(0, spacing=1))
-    model = recipes.of_network(network)(
-        [case], network=network, steps=1, device="cuda", progress=False, **NETWORKS[network][1]
-    )
+    model = recipes.of_network(network)([case], network=network, steps=1, device="cuda", progress=False, **NETWORKS[network][1])
     seconds = []
     for _ in range(4):
         torch.cuda.synchronize()
@@ -95,9 +96,12 @@ def run(way: str, threads: int, *arguments: str) -> dict:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if two else []
     threads = str(max(threads // 2, 1) if two else threads)
     done = subprocess.run(
-        [sys.executable, *launch, __file__, *arguments], env=os.environ | {"OMP_NUM_THREADS": threads},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, *launch, __file__, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": threads},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
         reason = (done.stderr.strip() or "no output").splitlines()[-1]
@@ -133,8 +137,11 @@ def write(results: dict, cases: dict, options) -> None:
                 first = f", first update {found['first']:.0f} s" if "compile" in way else ""
                 cells.append(f"{found['seconds']:.3f}{ratio}{first}")
         lines.append(f"| {network} | " + " | ".join(cells) + " |")
-    lines += ["", "In brackets: how many times faster than one process in float32. Two processes share the batches of "
-              "an update, or each batch, so they gain where each has a GPU, or cores, of its own."]  # fmt: skip
+    lines += [
+        "",
+        "In brackets: how many times faster than one process in float32. Two processes share the batches of "
+        "an update, or each batch, so they gain where each has a GPU, or cores, of its own.",
+    ]
     if options.busy:
         lines += [
             "",
@@ -156,9 +163,7 @@ def write(results: dict, cases: dict, options) -> None:
             updates, paper = PAPERS[network]
             volume = f"{found['volume']:.2f} s ({'×'.join(map(str, found['shape']))})"
             crf = f"{found['crf']:.2f} s" if "crf" in found else "–"
-            lines.append(
-                f"| {network} | {1 / seconds:.1f} | {updates * seconds / 3600:.1f} h | {paper} | {volume} | {crf} |"
-            )
+            lines.append(f"| {network} | {1 / seconds:.1f} | {updates * seconds / 3600:.1f} h | {paper} | {volume} | {crf} |")
         lines += [
             "",
             "The papers: less than 30 s a volume in one pass and 3 min for the CRF on a CPU (DeepMedic), 3 s a volume (Kayalibay).",
@@ -167,9 +172,13 @@ def write(results: dict, cases: dict, options) -> None:
         small = "; ".join(
             f"{n}: " + ", ".join(f"{k} {v}" for k, v in s[0].items()) for n, s in NETWORKS.items() if n in results
         )
-        lines += ["", f"Smaller than the papers' networks and samples ({small}).", "",
-                  "There is no GPU here, so nothing is said about one. On a machine that has one, the same command measures training at the "
-                  "papers' sizes, a whole volume and the CRF, beside the papers' own times."]  # fmt: skip
+        lines += [
+            "",
+            f"Smaller than the papers' networks and samples ({small}).",
+            "",
+            "There is no GPU here, so nothing is said about one. On a machine that has one, the same command measures training at the "
+            "papers' sizes, a whole volume and the CRF, beside the papers' own times.",
+        ]
     lines += ["", "Repeat it: `python benchmarks/scale.py`"]
     (HERE / "scale.md").write_text("\n".join(lines) + "\n")
 

@@ -131,10 +131,19 @@ def two_path(seed: int, *, steps: str = "two_path", name: str = "two_path_cnn", 
     patches = 64 if first is None else 32  # a cascade's patches have four times the area
     return network(
         recipes.havaei(
-            learning(), network=name, first=first, steps=updates, phase2_steps=updates2, width=0.2, init="he",
-            learning_rate=1e-3, batch_size=patches, seed=seed, **SETTINGS,
+            learning(),
+            network=name,
+            first=first,
+            steps=updates,
+            phase2_steps=updates2,
+            width=0.2,
+            init="he",
+            learning_rate=1e-3,
+            batch_size=patches,
+            seed=seed,
+            **SETTINGS,
         )
-    )  # fmt: skip
+    )
 
 
 def cascade(seed: int):
@@ -167,9 +176,15 @@ def kayalibay(seed: int):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     schedule = optimizers.HalveAt(optimizer, steps=[round(f * steps) for f in HALVINGS])
     training.fit(
-        model, sampler, steps=steps, optimizer=optimizer, loss=losses.jaccard_distance, schedule=schedule, seed=seed,
+        model,
+        sampler,
+        steps=steps,
+        optimizer=optimizer,
+        loss=losses.jaccard_distance,
+        schedule=schedule,
+        seed=seed,
         progress=False,
-    )  # fmt: skip
+    )
     return network(model)
 
 
@@ -198,11 +213,15 @@ def mlynarski_a(seed: int):
     """Half of the budget for three 2D networks, half for the 3D network that takes their scores."""
     flat = {
         plane: recipes.mlynarski(
-            [context.facing(c, plane) for c in learning()], steps=STEPS["context_2d"], flip=plane != "sagittal",
-            seed=seed, **FLAT, **SETTINGS,
+            [context.facing(c, plane) for c in learning()],
+            steps=STEPS["context_2d"],
+            flip=plane != "sagittal",
+            seed=seed,
+            **FLAT,
+            **SETTINGS,
         )
         for plane in context.PLANES
-    }  # fmt: skip
+    }
     folder = RUNS / f"scores_{seed}"
 
     def told(cases: Sequence[Case]) -> list[Case]:
@@ -249,9 +268,7 @@ def keep(path: Path, rows: pd.DataFrame, system: str, seed: int) -> None:
         rows.round(4).to_csv(temporary, index=False)
     order = {name: n for n, name in enumerate([*TRAINED, *COMBINED])}
     table = pd.concat([pd.read_csv(p) for p in sorted(folder.glob(f"[a-z]*_{path.name}"))])
-    table = table.sort_values(
-        ["system", "seed"], key=lambda c: c.map(order) if c.name == "system" else c, kind="stable"
-    )
+    table = table.sort_values(["system", "seed"], key=lambda c: c.map(order) if c.name == "system" else c, kind="stable")
     with paths.atomic_write(path) as temporary:
         table.to_csv(temporary, index=False)
 
@@ -378,9 +395,14 @@ def combine() -> None:
         parts = runs.set_index(["system", "seed"]).loc[members]
         seconds = parts.seconds.sum() + np.median(clocks)
         note(
-            system, 0, train_seconds=parts.train_seconds.sum(), seconds=seconds, parameters=int(parts.parameters.sum()),
-            budgets=len(members), members=about,
-        )  # fmt: skip
+            system,
+            0,
+            train_seconds=parts.train_seconds.sum(),
+            seconds=seconds,
+            parameters=int(parts.parameters.sum()),
+            budgets=len(members),
+            members=about,
+        )
         says(system, 0, table, parts.train_seconds.sum(), seconds)
 
 

@@ -38,9 +38,7 @@ def timed(function, repeats: int) -> float:
 def split(cut, patches, labels):
     """57³ patches to the inputs and labels that the network is trained on."""
     parts = [cut(p) for p in patches]
-    return [torch.stack([p[n] for p in parts]) for n in range(2)], torch.stack(
-        [label[24:33, 24:33, 24:33] for label in labels]
-    )
+    return [torch.stack([p[n] for p in parts]) for n in range(2)], torch.stack([label[24:33, 24:33, 24:33] for label in labels])
 
 
 def monai_sampler(case, cut, cached: bool):
@@ -68,13 +66,14 @@ def torchio_queue(cases, cut) -> float:
     import torchio as tio
 
     subjects = [
-        tio.Subject(image=tio.ScalarImage(tensor=torch.from_numpy(c.image)), label=tio.LabelMap(tensor=torch.from_numpy((c.label > 0).astype(np.uint8))[None]))
+        tio.Subject(
+            image=tio.ScalarImage(tensor=torch.from_numpy(c.image)),
+            label=tio.LabelMap(tensor=torch.from_numpy((c.label > 0).astype(np.uint8))[None]),
+        )
         for c in cases
-    ]  # fmt: skip
+    ]
     sampler = tio.LabelSampler(patch_size=57, label_name="label", label_probabilities={0: 0.5, 1: 0.5})
-    queue = tio.Queue(
-        tio.SubjectsDataset(subjects), max_length=160, samples_per_volume=80, sampler=sampler, num_workers=0
-    )
+    queue = tio.Queue(tio.SubjectsDataset(subjects), max_length=160, samples_per_volume=80, sampler=sampler, num_workers=0)
     batches = 2 * 160 // BATCH  # two fillings of the queue, which is where its time goes
     start = time.perf_counter()
     for _, batch in zip(range(batches), tio.SubjectsLoader(queue, batch_size=BATCH, num_workers=0)):

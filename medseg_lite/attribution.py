@@ -191,8 +191,7 @@ def strongest_patches(
             image = np.array(padded_region(case.image, start, stop))
             found.append(Patch(case.name, float(values[index]), position, start, image, label))
             near = (
-                slice(max(0, math.ceil(i - s / 2 / t)), int(i + s / 2 / t) + 1)
-                for i, s, t in zip(index, side, maps.stride)
+                slice(max(0, math.ceil(i - s / 2 / t)), int(i + s / 2 / t) + 1) for i, s, t in zip(index, side, maps.stride)
             )
             values[tuple(near)] = -np.inf
     return sorted(found, key=lambda patch: -patch.value)[:count]
@@ -273,15 +272,11 @@ def grad_cam(
                 raise ValueError(f"the output does not depend on layer {layer!r}; choose a layer before it")
             axes = [0, *range(2, gradient.ndim)]
             total = total + gradient.sum(dim=axes).double().cpu().numpy()
-    (maps,) = capture(
-        model, case, layer, region=tuple(slice(a, b) for a, b in zip(start, stop)), progress=False
-    ).values()
+    (maps,) = capture(model, case, layer, region=tuple(slice(a, b) for a, b in zip(start, stop)), progress=False).values()
     weights = total / maps.data[0].size
     cam = np.maximum(np.tensordot(weights, maps.data.astype(np.float32), axes=1), 0)[None]
     # Weights are means over many voxels, far below what half precision can tell from zero.
-    return FeatureMaps(
-        f"{name} for class {target}", cam.astype(np.float32), maps.offset, maps.stride, maps.every, maps.field
-    )
+    return FeatureMaps(f"{name} for class {target}", cam.astype(np.float32), maps.offset, maps.stride, maps.every, maps.field)
 
 
 def position_explained(maps: FeatureMaps, mask: np.ndarray | None = None, *, degree: int = 2) -> np.ndarray:

@@ -13,19 +13,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from . import (
-    __version__,
-    context,
-    datasets,
-    distributed,
-    ensembles,
-    inference,
-    metrics,
-    models,
-    phantoms,
-    recipes,
-    statistics,
-)
+from . import __version__, context, datasets, distributed, ensembles, inference, metrics, models, phantoms, recipes, statistics
 from .paths import atomic_write
 from .recipes import named
 from .training import BEST
@@ -88,9 +76,7 @@ def _train(options) -> None:
     held = [c for c in cases if c.name in options.hold_out]
     missing = set(options.hold_out) - {c.name for c in held}
     if missing:
-        raise ValueError(
-            f"--hold-out {', '.join(sorted(missing))}: no such case; there are {', '.join(c.name for c in cases)}"
-        )
+        raise ValueError(f"--hold-out {', '.join(sorted(missing))}: no such case; there are {', '.join(c.name for c in cases)}")
     cases = [c for c in cases if c.name not in options.hold_out]
     if not cases:
         raise ValueError("every case is held out; leave at least one to train on")
@@ -106,15 +92,19 @@ def _train(options) -> None:
     for member in range(options.ensemble):
         folder = out / f"member{member}" if options.ensemble > 1 else out
         model = recipes.of_network(options.network)(
-            cases, network=options.network, folder=folder, classes=options.classes, width=options.width,
-            validation=held if options.validate_every else (), validate_every=options.validate_every or 500,
-            device=device, seed=options.seed + member, engine=_engine(options), **settings,
-        )  # fmt: skip
-        card = model.card | {
-            "normalise": options.normalise,
-            "held_out": [c.name for c in held],
-            "command": options.typed,
-        }
+            cases,
+            network=options.network,
+            folder=folder,
+            classes=options.classes,
+            width=options.width,
+            validation=held if options.validate_every else (),
+            validate_every=options.validate_every or 500,
+            device=device,
+            seed=options.seed + member,
+            engine=_engine(options),
+            **settings,
+        )
+        card = model.card | {"normalise": options.normalise, "held_out": [c.name for c in held], "command": options.typed}
         if options.plane:
             card["plane"] = options.plane
         if not first:
@@ -145,30 +135,41 @@ def _cross_validate(options) -> None:
             raise ValueError("--plane is a part of the recipe's name")
     else:
         if not options.classes:
-            raise ValueError(
-                "--folds of a network by itself needs --classes, the number of classes with the background"
-            )
+            raise ValueError("--folds of a network by itself needs --classes, the number of classes with the background")
         cases = _cohort(options, label=True)
         channels = [c.split("=")[0] for c in options.channels] if options.channels else cases[0].channels
         recipe = {
-            "name": options.network, "network": options.network, "settings": {}, "channels": channels,
-            "classes": options.classes, "normalise": "standardise", "regions": recipes.regions_of(options.classes),
+            "name": options.network,
+            "network": options.network,
+            "settings": {},
+            "channels": channels,
+            "classes": options.classes,
+            "normalise": "standardise",
+            "regions": recipes.regions_of(options.classes),
             "plane": options.plane or "axial",
-        }  # fmt: skip
+        }
     recipe |= {"normalise": options.normalise} if options.normalise else {}
     if options.network in models.NETWORKS and options.plane == "sagittal":
         settings["flip"] = False  # slices that have no left and right
     settings |= {"validate_every": options.validate_every} if options.validate_every else {}
     settings |= {"width": options.width} if options.width != 1 else {}
     if distributed.number() == 0:
-        print(
-            f"{options.network}: {len(cases)} cases in {options.folds or recipe['folds']} folds, on {_where(options.device)}"
-        )
+        print(f"{options.network}: {len(cases)} cases in {options.folds or recipe['folds']} folds, on {_where(options.device)}")
     recipes.cross_validate(
-        recipe, cases, options.out, folds=options.folds, fold=options.fold, stored=options.store, scores=options.scores,
-        members=options.ensemble if options.ensemble > 1 else None, seed=options.seed, device=options.device,
-        engine=_engine(options), command=options.typed, **settings,
-    )  # fmt: skip
+        recipe,
+        cases,
+        options.out,
+        folds=options.folds,
+        fold=options.fold,
+        stored=options.store,
+        scores=options.scores,
+        members=options.ensemble if options.ensemble > 1 else None,
+        seed=options.seed,
+        device=options.device,
+        engine=_engine(options),
+        command=options.typed,
+        **settings,
+    )
 
 
 def _recipes(options) -> None:
@@ -181,8 +182,9 @@ def _recipes(options) -> None:
         if recipe["reported"]:
             scores = "; ".join(
                 f"{metric} " + ", ".join(f"{region} {value:g}" for region, value in row.items())
-                for metric, row in recipe["reported"].items() if metric != "where"
-            )  # fmt: skip
+                for metric, row in recipe["reported"].items()
+                if metric != "where"
+            )
             print(f"  the paper, {recipe['reported']['where']}: {scores}")
         print()
 
@@ -195,9 +197,12 @@ def _short(value) -> str:
 def _engine(options) -> dict:
     """How the machine at hand is to be used."""
     return {
-        "precision": options.precision, "compiled": options.compile, "channels_last": options.channels_last,
-        "workers": options.workers, "tensorboard": options.tensorboard,
-    }  # fmt: skip
+        "precision": options.precision,
+        "compiled": options.compile,
+        "channels_last": options.channels_last,
+        "workers": options.workers,
+        "tensorboard": options.tensorboard,
+    }
 
 
 def _where(device: str) -> str:
@@ -301,15 +306,23 @@ def _download(options) -> None:
 
 # Settings of recipes that can be given on the command line; not every recipe has every one.
 _SETTINGS = (
-    "steps", "phase2_steps", "halvings", "output", "crop", "batch_size", "learning_rate", "start", "first", "shift",
-    "conv_dropout", "patience",
-)  # fmt: skip
+    "steps",
+    "phase2_steps",
+    "halvings",
+    "output",
+    "crop",
+    "batch_size",
+    "learning_rate",
+    "start",
+    "first",
+    "shift",
+    "conv_dropout",
+    "patience",
+)
 _KNOWN = ("brats2013_deepmedic", "phantoms")  # --data that is not a folder, whatever the recipe
 # --data that stands for the place where `datasets` looks for it by itself.
 _LOADERS = {
-    **{
-        name: getattr(datasets, name) for name in ("brats2013_deepmedic", "brats2015", "brats2017", "lits", "promise12")
-    },
+    **{name: getattr(datasets, name) for name in ("brats2013_deepmedic", "brats2015", "brats2017", "lits", "promise12")},
     **{name: partial(datasets.msd, name) for name in ("msd03_liver", "msd04_hippocampus", "msd05_prostate")},
     "msd01_brain": partial(datasets.msd, "msd01_brain", as_brats=True),
 }
@@ -328,9 +341,7 @@ def _cohort(options, *, label: bool) -> Sequence[Case]:
         return phantoms.brain_cohort(options.count, spacing=options.spacing, progress=distributed.number() == 0)
     else:
         if not options.channels:
-            raise ValueError(
-                "--channels is needed to read a folder, for example --channels flair t1c or 'flair=*flair.nii.gz'"
-            )
+            raise ValueError("--channels is needed to read a folder, for example --channels flair t1c or 'flair=*flair.nii.gz'")
         pairs = (c.split("=", 1) if "=" in c else (c, f"{c}.nii.gz") for c in options.channels)
         folder = Path(options.data)
         return datasets.nifti_folder(
@@ -380,9 +391,11 @@ def _positive(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m medseg_lite", description="Train, use and judge networks that segment medical images.",
-        epilog=EXAMPLES, formatter_class=raw,
-    )  # fmt: skip
+        prog="python -m medseg_lite",
+        description="Train, use and judge networks that segment medical images.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
     parser.add_argument("--version", action="version", version=f"medseg_lite {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -400,17 +413,14 @@ def _parser() -> argparse.ArgumentParser:
         )
         group.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="only these cases")
         group.add_argument(
-            "--channels", nargs="+", metavar="NAME[=PATTERN]",
+            "--channels",
+            nargs="+",
+            metavar="NAME[=PATTERN]",
             help="the sequences to read from each case's folder, in this order; PATTERN finds the file (default NAME.nii.gz)",
-        )  # fmt: skip
-        group.add_argument(
-            "--label", metavar="PATTERN", help="finds the file with the true classes (default label.nii.gz)"
         )
+        group.add_argument("--label", metavar="PATTERN", help="finds the file with the true classes (default label.nii.gz)")
         group.add_argument(
-            "--classes",
-            type=_positive,
-            metavar="K",
-            help="labels must lie in 0 to K - 1 (default: whatever the files hold)",
+            "--classes", type=_positive, metavar="K", help="labels must lie in 0 to K - 1 (default: whatever the files hold)"
         )
         group.add_argument(
             "--mask",
@@ -427,15 +437,21 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, or auto (a GPU if there is one)")
 
     train = command(
-        "train", _train,
+        "train",
+        _train,
         "Train a network. The run is kept in --out: last.pt to go on from (the same command resumes), history.csv, and "
         "model.safetensors at the end. Defaults are the paper's; they take a GPU a day. On a CPU try --steps 500.",
-    )  # fmt: skip
+    )
     networks = [name for name in models.NETWORKS if name != "fcn_preprocessor"]  # which does not segment
     train.add_argument(
-        "network", choices=[*networks, *named.RECIPES], metavar="NETWORK",
-        help="a recipe of a paper on a data set: " + ", ".join(named.RECIPES) + "; or a network by itself: " + ", ".join(networks),
-    )  # fmt: skip
+        "network",
+        choices=[*networks, *named.RECIPES],
+        metavar="NETWORK",
+        help="a recipe of a paper on a data set: "
+        + ", ".join(named.RECIPES)
+        + "; or a network by itself: "
+        + ", ".join(networks),
+    )
     train.add_argument("--out", required=True, help="folder of the run")
     data(train)
     train.add_argument(
@@ -456,13 +472,18 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("--steps", type=_positive, help="updates (DeepMedic's 70000)")
     settings.add_argument("--phase2-steps", type=int, help="of Havaei's second phase, 0 to leave it out")
     settings.add_argument(
-        "--halvings", type=float, nargs="*", metavar="FRACTION",
+        "--halvings",
+        type=float,
+        nargs="*",
+        metavar="FRACTION",
         help="fractions of the run after which the learning rate is halved (DeepMedic: the published schedule); short runs do better with .6 .8 .9",
-    )  # fmt: skip
+    )
     settings.add_argument(
-        "--block", dest="output", type=_positive,
+        "--block",
+        dest="output",
+        type=_positive,
         help="side of the block predicted at a time; 9 is DeepMedic's (25³ segments), 21 costs less than half as much per labelled voxel",
-    )  # fmt: skip
+    )
     settings.add_argument(
         "--crop",
         type=_positive,
@@ -477,9 +498,7 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("--shift", type=float, help="random intensity shift; .1 for brain injuries")
     settings.add_argument("--conv-dropout", type=float, help="dropout on convolutions; .02 for brain injuries")
     settings.add_argument(
-        "--patience",
-        type=_positive,
-        help="stop when the score has not risen for this many validations (with --validate-every)",
+        "--patience", type=_positive, help="stop when the score has not risen for this many validations (with --validate-every)"
     )
     train.add_argument(
         "--ensemble", type=_positive, default=1, help="train this many networks that differ by their seed (paper: 3)"
@@ -497,60 +516,58 @@ def _parser() -> argparse.ArgumentParser:
         help="zero mean and unit variance inside the mask, divide by the median, or leave as is (default: the recipe's, or standardise)",
     )
     train.add_argument("--seed", type=int, default=0, help="of weights, segments and dropout")
-    settings.add_argument(
-        "--plane", choices=tuple(context.PLANES), help="whose slices mlynarski_2d is trained on (axial)"
-    )
+    settings.add_argument("--plane", choices=tuple(context.PLANES), help="whose slices mlynarski_2d is trained on (axial)")
     machine = train.add_argument_group("the machine")
     machine.add_argument(
-        "--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: bfloat16 on a GPU that has it"
-    )  # fmt: skip
+        "--precision",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="auto: bfloat16 on a GPU that has it",
+    )
     machine.add_argument("--compile", action="store_true", help="through torch.compile")
     machine.add_argument("--channels-last", action="store_true", help="another memory layout, faster on some machines")
     machine.add_argument("--workers", type=_positive, default=1, help="threads that prepare batches (1)")
     machine.add_argument("--tensorboard", action="store_true", help="also log to OUT/tensorboard, if it is installed")
     device(train)
 
-    command(
-        "recipes", _recipes, "List the named recipes. With their papers, data, settings and the papers' own scores."
-    )
+    command("recipes", _recipes, "List the named recipes. With their papers, data, settings and the papers' own scores.")
 
     scores = command(
-        "scores", _scores,
+        "scores",
+        _scores,
         "Write the class scores of three 2D networks for every case. One file for each case and plane, to be given to "
         "mlynarski_3d with --scores. What is there already is not computed again.",
-    )  # fmt: skip
-    scores.add_argument(
-        "--model", nargs=3, required=True, metavar=("AXIAL", "CORONAL", "SAGITTAL"), help="model.safetensors"
     )
+    scores.add_argument("--model", nargs=3, required=True, metavar=("AXIAL", "CORONAL", "SAGITTAL"), help="model.safetensors")
     scores.add_argument("--out", required=True, help="folder for the scores")
     data(scores)
     device(scores)
 
     segment = command(
-        "segment", _segment,
+        "segment",
+        _segment,
         "Segment cases with a trained network, or with the average of several. Writes one NIfTI file of classes per case, on "
         "the grid of the case's own files. Images are normalised as the network's card says.",
-    )  # fmt: skip
+    )
     segment.add_argument("--model", nargs="+", required=True, help="model.safetensors; several are averaged")
     segment.add_argument("--out", required=True, help="folder for the results")
     data(segment)
+    segment.add_argument("--probabilities", action="store_true", help="also write the class probabilities as a 4-D file")
     segment.add_argument(
-        "--probabilities", action="store_true", help="also write the class probabilities as a 4-D file"
+        "--tile",
+        type=_positive,
+        help="side of the block predicted at a time (default: as memory allows; the result is the same)",
     )
-    segment.add_argument(
-        "--tile", type=_positive, help="side of the block predicted at a time (default: as memory allows; the result is the same)"
-    )  # fmt: skip
     segment.add_argument("--compile", action="store_true", help="through torch.compile; for many cases of one size")
     device(segment)
 
     evaluate = command(
-        "evaluate", _evaluate,
+        "evaluate",
+        _evaluate,
         "Score segmentations against the truth: Dice, precision, sensitivity, specificity, average and Hausdorff surface "
         "distance for each region and case, and their mean and standard deviation.",
-    )  # fmt: skip
-    evaluate.add_argument(
-        "--predictions", required=True, help="folder with CASE.nii.gz files, as `segment` writes them"
     )
+    evaluate.add_argument("--predictions", required=True, help="folder with CASE.nii.gz files, as `segment` writes them")
     data(evaluate)
     evaluate.add_argument(
         "--regions", choices=sorted(metrics.regions), help="default: BRATS 2015 for five classes, else each class"
@@ -571,8 +588,6 @@ def _parser() -> argparse.ArgumentParser:
         "Download a public data set. Into the cache, checked by checksum; see data/README.md for its licence.",
     )
     download.add_argument("dataset", choices=sorted(datasets.downloads))
-    download.add_argument(
-        "--unverified", action="store_true", help="accept what arrives where no checksum is known (isbi2012)"
-    )
+    download.add_argument("--unverified", action="store_true", help="accept what arrives where no checksum is known (isbi2012)")
     download.add_argument("--folder", help="where to put it instead of the cache or MEDSEG_DATA_DIR")
     return parser

@@ -93,9 +93,7 @@ def with_scores(case: Case, folder: str | Path, *, planes: Sequence[str] = tuple
     for plane in planes:
         path = _path(Path(folder), case, plane)
         if not path.exists():
-            raise FileNotFoundError(
-                f"{path} does not exist; call extract_scores with {case.name} and the {plane} network"
-            )
+            raise FileNotFoundError(f"{path} does not exist; call extract_scores with {case.name} and the {plane} network")
         origin = _origin(path)
         if origin is None or origin["case"] != _identity(case):
             raise ValueError(f"{path} was not made from this image of {case.name}; call extract_scores again")

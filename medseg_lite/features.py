@@ -491,9 +491,7 @@ def capture(
     _check_memory(stores, memory, case)
 
     with _evaluating(model):
-        for tile in tqdm(
-            tiles, desc=f"features of {case.name}", disable=not progress or len(tiles) == 1, dynamic_ncols=True
-        ):
+        for tile in tqdm(tiles, desc=f"features of {case.name}", disable=not progress or len(tiles) == 1, dynamic_ncols=True):
             x = _input(case, tile, dims, device)
             missing = set(names)
 
@@ -529,9 +527,7 @@ class _Store:
         self.stride = [a.stride for a in axes]
         self.shift = [a.offset for a in axes]  # of the first voxel's centre from a patch's first voxel
         # Voxels are counted on one lattice, from the first one whose extent reaches into the region.
-        low = [
-            math.floor((a - 0.5 - o - s) / d - 0.5) + 1 for a, o, s, d in zip(start, origin, self.shift, self.stride)
-        ]
+        low = [math.floor((a - 0.5 - o - s) / d - 0.5) + 1 for a, o, s, d in zip(start, origin, self.shift, self.stride)]
         # Behind the last voxel of a coarse layer nothing follows: it stands for what is left of the volume.
         final = [
             math.floor((e - n - o) / d + m - 1 + 1e-6)
@@ -599,9 +595,7 @@ def _find_region(region: Sequence[slice | int] | None, case: Case) -> tuple[list
             part = slice(part % n, part % n + 1)
         a, b, step = part.indices(n)
         if step != 1 or b <= a:
-            raise ValueError(
-                f"region={region!r} holds no voxels of {case.name} of {case.shape} voxels, or leaves some out"
-            )
+            raise ValueError(f"region={region!r} holds no voxels of {case.name} of {case.shape} voxels, or leaves some out")
         start.append(a)
         stop.append(b)
     return start, stop

@@ -265,9 +265,7 @@ class RandomForest:
             if case.label is None:
                 raise ValueError(f"{case.name} has no label; training needs one")
             if case.channels != cases[0].channels:
-                raise ValueError(
-                    f"{case.name} has channels {case.channels} but {cases[0].name} has {cases[0].channels}"
-                )
+                raise ValueError(f"{case.name} has channels {case.channels} but {cases[0].name} has {cases[0].channels}")
         features = self.features or BoxFeatures(len(cases[0].channels), seed=self.seed)
         table, classes = [], []
         for number, case in enumerate(cases):
@@ -319,9 +317,7 @@ class RandomForest:
         slabs = list(_slabs(bounding_box(mask), min(SLAB, int(WORKSPACE / (4 * len(self.features))))))
         with ThreadPoolExecutor(self.jobs) as pool:
             done = pool.map(partial(self._predict_slab, integrals, mask, result), slabs)
-            for _ in tqdm(
-                done, desc=f"segmenting {case.name}", total=len(slabs), disable=not progress, dynamic_ncols=True
-            ):
+            for _ in tqdm(done, desc=f"segmenting {case.name}", total=len(slabs), disable=not progress, dynamic_ncols=True):
                 pass
         return result
 

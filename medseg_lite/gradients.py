@@ -53,9 +53,7 @@ class Gradients:
         if compiled:
             network = _Compiled(network)
         if self.processes > 1:
-            network = DistributedDataParallel(
-                network, broadcast_buffers=False, find_unused_parameters=forward is not None
-            )
+            network = DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=forward is not None)
         self.network = network
 
     def numbers(self, first: int, last: int) -> Iterator[int]:

@@ -267,8 +267,6 @@ def _autocast(precision: str, device: torch.device) -> torch.autocast:
     dtype = types[precision]
     if device.type != "cuda":
         if dtype != torch.float32:
-            raise ValueError(
-                f"{precision} is for CUDA devices; on the {device.type} use float32, which is faster there"
-            )
+            raise ValueError(f"{precision} is for CUDA devices; on the {device.type} use float32, which is faster there")
         return torch.autocast("cpu", enabled=False)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

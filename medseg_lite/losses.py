@@ -12,11 +12,7 @@ from .models.layers import convolutions
 
 
 def cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    mask: Tensor | None = None,
-    class_weights: Tensor | Sequence[float] | None = None,
+    logits: Tensor, target: Tensor, *, mask: Tensor | None = None, class_weights: Tensor | Sequence[float] | None = None
 ) -> Tensor:
     """Mean of −log p over all predicted voxels of all segments of the batch, or over those inside `mask`.
 
@@ -35,9 +31,7 @@ def cross_entropy(
     if class_weights is not None:
         weights = torch.as_tensor(class_weights, dtype=logits.dtype, device=logits.device)
         if weights.shape != logits.shape[1:2] or bool((weights < 0).any()):
-            raise ValueError(
-                f"class_weights={class_weights}; expected {logits.shape[1]} numbers, none of them negative"
-            )
+            raise ValueError(f"class_weights={class_weights}; expected {logits.shape[1]} numbers, none of them negative")
     if mask is None:
         return F.cross_entropy(logits, target, weights)
     if mask.shape != target.shape:
@@ -85,9 +79,7 @@ def deep_supervision(
     """
     logits, auxiliary = outputs
     if not 0 <= main <= 1 or not auxiliary:
-        raise ValueError(
-            f"main={main} with {len(auxiliary)} auxiliary outputs; expected 0 to 1 and at least one of them"
-        )
+        raise ValueError(f"main={main} with {len(auxiliary)} auxiliary outputs; expected 0 to 1 and at least one of them")
     share = (1 - main) / len(auxiliary)
     return main * loss(logits, target) + share * sum(loss(other, target) for other in auxiliary)
 

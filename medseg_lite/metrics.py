@@ -226,7 +226,7 @@ def evaluate_cohort(predictions: Iterable, cases: Iterable[Case], *, use_mask: b
         try:
             table = evaluate(
                 prediction, case.label, spacing=case.spacing, mask=case.mask if use_mask else None, case=case.name, **options
-            )  # fmt: skip
+            )
         except ValueError as error:
             raise ValueError(f"{case.name}: {error}") from error
         tables.append(table)
@@ -301,9 +301,7 @@ _SURFACE = {
 def _surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing) -> tuple[np.ndarray, np.ndarray]:
     spacing = np.asarray(spacing, float)
     if spacing.shape != (truth.ndim,) or not np.isfinite(spacing).all() or (spacing <= 0).any():
-        raise ValueError(
-            f"spacing is {spacing.tolist()}; expected {truth.ndim} positive voxel sizes in mm, one per axis"
-        )
+        raise ValueError(f"spacing is {spacing.tolist()}; expected {truth.ndim} positive voxel sizes in mm, one per axis")
     if not (prediction.any() and truth.any()):
         return np.empty(0), np.empty(0)
     box = bounding_box(prediction | truth)
@@ -362,19 +360,11 @@ def _partition_scores(prediction, truth) -> list[tuple[float, float]]:
     thresholds = (0.0,) if prediction.dtype == bool else THRESHOLDS
     if not np.isfinite(prediction).all() or prediction.min() < 0 or prediction.max() > 1:
         raise ValueError(f"the prediction reaches from {prediction.min()} to {prediction.max()}; expected 0 to 1")
-    slices = (
-        [(prediction, truth)]
-        if truth.ndim == 2
-        else list(zip(np.moveaxis(prediction, -1, 0), np.moveaxis(truth, -1, 0)))
-    )
+    slices = [(prediction, truth)] if truth.ndim == 2 else list(zip(np.moveaxis(prediction, -1, 0), np.moveaxis(truth, -1, 0)))
     if not all(t.any() for _, t in slices):
-        raise ValueError(
-            "a slice of the truth has no cells (no 1); is it a membrane map that must be turned into 1 - map?"
-        )
+        raise ValueError("a slice of the truth has no cells (no 1); is it a membrane map that must be turned into 1 - map?")
     true_cells = [ndimage.label(t)[0] for _, t in slices]
-    scores = [
-        [_partition_score(_thinned(p > th), cells) for (p, _), cells in zip(slices, true_cells)] for th in thresholds
-    ]
+    scores = [[_partition_score(_thinned(p > th), cells) for (p, _), cells in zip(slices, true_cells)] for th in thresholds]
     return [tuple(np.mean(of_slices, axis=0).tolist()) for of_slices in scores]
 
 

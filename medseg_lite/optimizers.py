@@ -29,15 +29,7 @@ class RMSpropNesterov(torch.optim.Optimizer):
     Source: Kamnitsas et al. 2017, appendix B, and its code for ρ, ε and the (1 − m) factor.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable,
-        *,
-        lr: float = 1e-3,
-        momentum: float = 0.6,
-        rho: float = 0.9,
-        eps: float = 1e-4,
-    ):
+    def __init__(self, parameters: Iterable, *, lr: float = 1e-3, momentum: float = 0.6, rho: float = 0.9, eps: float = 1e-4):
         if lr < 0 or eps <= 0 or not 0 <= momentum < 1 or not 0 <= rho < 1:
             raise ValueError(
                 f"lr={lr}, momentum={momentum}, rho={rho}, eps={eps}; expected lr >= 0, eps > 0, "
@@ -210,13 +202,9 @@ class HalveOnSlowLoss:
     Source: Mlynarski et al. 2019, section 2.4.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, *, window: int = 200, ratio: float = 0.98, minimum: float = 0.001
-    ):
+    def __init__(self, optimizer: torch.optim.Optimizer, *, window: int = 200, ratio: float = 0.98, minimum: float = 0.001):
         if window < 2 or window % 2 or ratio <= 0 or minimum < 0:
-            raise ValueError(
-                f"window={window}, ratio={ratio}, minimum={minimum}; expected an even window and positive numbers"
-            )
+            raise ValueError(f"window={window}, ratio={ratio}, minimum={minimum}; expected an even window and positive numbers")
         self.optimizer, self.window, self.ratio, self.minimum = optimizer, window, ratio, minimum
         self.losses: list[float] = []
         self.slow = 0
@@ -270,13 +258,7 @@ class HalveOnPlateau(ReduceLROnPlateau):
         minimum: float = 0.0,
     ):
         super().__init__(
-            optimizer,
-            mode=mode,
-            factor=0.5,
-            patience=patience,
-            threshold=threshold,
-            threshold_mode="abs",
-            min_lr=minimum,
+            optimizer, mode=mode, factor=0.5, patience=patience, threshold=threshold, threshold_mode="abs", min_lr=minimum
         )
 
 

@@ -19,9 +19,7 @@ def shipped(*parts: str) -> Path:
     root = _CLONE / "data" if (_CLONE / "pyproject.toml").is_file() else _PACKAGE / "data"
     path = root.joinpath(*parts)
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing; it ships with medseg_lite: reinstall the package or restore the clone"
-        )
+        raise FileNotFoundError(f"{path} is missing; it ships with medseg_lite: reinstall the package or restore the clone")
     return path
 
 

@@ -115,9 +115,7 @@ def busiest_position(label: np.ndarray | None, shape: tuple[int, int, int]) -> t
 def default_window(volume: np.ndarray, mask: np.ndarray | None = None) -> tuple[float, float]:
     """Intensities shown as black and as white: the 0.5 and 99.5 percentiles, inside the mask where there is one."""
     values = volume[mask] if mask is not None and mask.any() else volume
-    values = values.reshape(-1)[
-        :: max(1, values.size // 1_000_000)
-    ]  # a million voxels tell the percentiles well enough
+    values = values.reshape(-1)[:: max(1, values.size // 1_000_000)]  # a million voxels tell the percentiles well enough
     low, high = (float(v) for v in np.percentile(values, (0.5, 99.5)))
     if low == high:
         low, high = float(volume.min()), float(volume.max())
@@ -161,9 +159,7 @@ def as_overlays(
                 "resample it, or pass the classes of one case without batch and channel axes"
             )
         if array.dtype.kind not in "biuf":
-            raise ValueError(
-                f"{what} holds {array.dtype}; expected class numbers (integers) or probabilities (floats in 0..1)"
-            )
+            raise ValueError(f"{what} holds {array.dtype}; expected class numbers (integers) or probabilities (floats in 0..1)")
         if array.dtype.kind == "f":
             if not np.isfinite(array).all():
                 raise ValueError(f"{what} has NaN or infinite values; replace them, for example with numpy.nan_to_num")
@@ -291,9 +287,7 @@ def slices(
                 channel, on = title, painted
                 if columns == "overlays":  # each stands alone, so classes can be filled
                     channel = channels[0]
-                    on = [
-                        o if o.style == "probability" else o._replace(style="area") for o in painted if o.name == title
-                    ]
+                    on = [o if o.style == "probability" else o._replace(style="area") for o in painted if o.name == title]
                 volume = shown.image[channels.index(channel)]
                 window = (windows or {}).get(channel) or default_window(volume, case.mask)
                 axes.imshow(
@@ -332,7 +326,12 @@ def check_position(position: Sequence[int], shape: tuple[int, int, int]) -> tupl
 
 
 def _write_letters(axes, edges: str) -> None:
-    places = [(0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"), (0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom")]  # fmt: skip
+    places = [
+        (0.02, 0.5, "left", "center"),
+        (0.98, 0.5, "right", "center"),
+        (0.5, 0.98, "center", "top"),
+        (0.5, 0.02, "center", "bottom"),
+    ]
     for letter, (x, y, horizontal, vertical) in zip(edges, places):
         axes.text(x, y, letter, transform=axes.transAxes, ha=horizontal, va=vertical, color="white", fontsize=8)
 
@@ -377,9 +376,7 @@ def history(frame: pd.DataFrame, *, size: float = 3.4) -> Figure:
             for column in columns:
                 curve = frame[["step", column]].dropna()
                 label = column.removeprefix(f"{name}_").replace("_", " ")
-                axes.plot(
-                    curve["step"], curve[column], label=label, marker="o" if len(curve) <= 25 else None, markersize=3
-                )
+                axes.plot(curve["step"], curve[column], label=label, marker="o" if len(curve) <= 25 else None, markersize=3)
             axes.set(xlabel="step", title=name)
             if name == "learning rate":
                 axes.set_yscale("log")
@@ -442,9 +439,7 @@ def intensities(
                 axes.grid(False)
         for axes in grid[-1]:
             axes.set_xlabel("intensity")
-        dashes = Line2D(
-            [], [], color="black", linestyle="--", label="normal distribution of the same mean and deviation"
-        )
+        dashes = Line2D([], [], color="black", linestyle="--", label="normal distribution of the same mean and deviation")
         figure.legend(handles=[dashes], loc="outside lower center", fontsize=9)
     return figure
 

@@ -116,9 +116,7 @@ class SegmentSampler:
         seed: int = 0,
     ):
         if augment is not None and (margin or cut is not None):
-            raise ValueError(
-                "augment= moves image and label together, so the network must predict all voxels that it sees"
-            )
+            raise ValueError("augment= moves image and label together, so the network must predict all voxels that it sees")
         if scheme not in SCHEMES:
             raise ValueError(f"scheme={scheme!r}; expected one of {', '.join(SCHEMES)}")
         if output < 1 or batch_size < 1:
@@ -133,8 +131,7 @@ class SegmentSampler:
         self._cases = [self._prepare(c) for c in cases]
         # For every group of voxels, the cases that have any.
         self._holders = [
-            np.array([n for n, case in enumerate(self._cases) if case.count(g)])
-            for g in range(len(self._cases[0].groups))
+            np.array([n for n, case in enumerate(self._cases) if case.count(g)]) for g in range(len(self._cases[0].groups))
         ]
         if scheme == "equal":  # a class that no case has cannot be drawn
             self._present = [g for g, holders in enumerate(self._holders) if len(holders)]
@@ -256,14 +253,10 @@ class VolumeSampler:
                         f"{case.name} is {'×'.join(map(str, case.shape))} voxels, smaller than the crop of {self.crop}; choose a smaller one"
                     )
         elif batch_size > 1 and len({case.shape for case in cases}) > 1:
-            raise ValueError(
-                "the cases are of different sizes, so whole volumes make no batch; use batch_size=1 or a crop"
-            )
+            raise ValueError("the cases are of different sizes, so whole volumes make no batch; use batch_size=1 or a crop")
         self.batch_size, self.augment, self.seed, self.device = batch_size, augment, seed, torch.device(device)
         self._sizes = [c.shape if self.crop else tuple(-(-n // multiple) * multiple for n in c.shape) for c in cases]
-        self._volumes = [
-            c if isinstance(c, StoredCase) else self._load(c, (0, 0, 0), s) for c, s in zip(cases, self._sizes)
-        ]
+        self._volumes = [c if isinstance(c, StoredCase) else self._load(c, (0, 0, 0), s) for c, s in zip(cases, self._sizes)]
 
     def batch(self, step: int) -> Batch:
         """Batch number `step`."""

@@ -49,9 +49,7 @@ class TTest:
         return line
 
 
-def paired_t_test(
-    a: Sequence[float], b: Sequence[float], *, alternative: str = "two-sided", nan: str = "raise"
-) -> TTest:
+def paired_t_test(a: Sequence[float], b: Sequence[float], *, alternative: str = "two-sided", nan: str = "raise") -> TTest:
     """Student's t-test for paired samples: two methods on the same cases, value i of both from case i.
 
     With d = a - b, t = mean(d) / (sd(d) / sqrt(n)) follows a t distribution with n - 1 degrees of freedom when d is
@@ -194,9 +192,18 @@ def pairwise(scores: pd.DataFrame, *, nan: str = "raise") -> pd.DataFrame:
     for a, b in combinations(scores.columns, 2):
         test, difference = paired_t_test(scores[a], scores[b], nan=nan), scores[a] - scores[b]
         rows.append(
-            {"a": a, "b": b, "mean": test.mean, "low": test.low, "high": test.high, "p": test.p,
-             "wins": int((difference > 0).sum()), "losses": int((difference < 0).sum()), "n": test.n}
-        )  # fmt: skip
+            {
+                "a": a,
+                "b": b,
+                "mean": test.mean,
+                "low": test.low,
+                "high": test.high,
+                "p": test.p,
+                "wins": int((difference > 0).sum()),
+                "losses": int((difference < 0).sum()),
+                "n": test.n,
+            }
+        )
     table = pd.DataFrame(rows)
     table.insert(6, "p_holm", holm(table["p"]))
     return table

@@ -111,9 +111,7 @@ class StoredCase(Case):
 
     def replace(self, **changes) -> Case:
         """A case in memory, with some attributes changed."""
-        return Case(
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(Case) if f.name not in changes}, **changes
-        )
+        return Case(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Case) if f.name not in changes}, **changes)
 
     def block(self, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
         """`image[:, start:stop]` `(C, *n)` float32; beyond the volume's border it is mirrored, as by `volume.padded_region`."""
@@ -233,9 +231,7 @@ def write(path: str | Path, case: Case, *, dtype: str = "float16", origin: objec
         raise ValueError(f"{case.name} has NaN or infinite voxels, or none; correct them before it is stored")
     largest = float(np.abs(case.image).max())
     if dtype == "float16" and largest > float(np.finfo(np.float16).max):
-        raise ValueError(
-            f"{case.name} has intensities up to {largest:g}, too large for float16; choose dtype='float32'"
-        )
+        raise ValueError(f"{case.name} has intensities up to {largest:g}, too large for float16; choose dtype='float32'")
     image = case.image.astype(np.dtype(dtype).newbyteorder("<"))
     whole = np.ones(case.shape, bool)
     mask = whole if case.mask is None else case.mask
@@ -255,13 +251,21 @@ def write(path: str | Path, case: Case, *, dtype: str = "float16", origin: objec
         counts[group] = int(np.count_nonzero(voxels))
         arrays[f"{group} starts"], arrays[f"{group} before"] = _runs(voxels)
     facts = {
-        "format": FORMAT, "name": case.name, "channels": case.channels, "shape": case.shape,
-        "box": [(s.start, s.stop) for s in box], "background": image[:, 0, 0, 0].astype(float).tolist(),
-        "affine": case.affine.tolist(), "native_axes": case.native_axes, "masked": case.mask is not None,
+        "format": FORMAT,
+        "name": case.name,
+        "channels": case.channels,
+        "shape": case.shape,
+        "box": [(s.start, s.stop) for s in box],
+        "background": image[:, 0, 0, 0].astype(float).tolist(),
+        "affine": case.affine.tolist(),
+        "native_axes": case.native_axes,
+        "masked": case.mask is not None,
         "header": None if case.header is None else base64.b64encode(case.header.binaryblock).decode(),
         "std": case.image[:, mask].std(axis=1, dtype=np.float64).tolist() if mask.any() else [0.0] * len(image),
-        "counts": counts, "info": case.info, "origin": origin,
-    }  # fmt: skip
+        "counts": counts,
+        "info": case.info,
+        "origin": origin,
+    }
     try:
         with atomic_write(path) as temporary:
             save_file(arrays, temporary, metadata={"case": json.dumps(facts, default=_plain)})
@@ -328,7 +332,21 @@ def _read_header(file, path: Path) -> tuple[int, dict[str, tuple[str, tuple[int,
         expected = 8 + length + max(e["data_offsets"][1] for e in entries.values())
         if expected != state[1]:
             raise ValueError(f"it has {state[1]} bytes, not {expected}")
-        missing = {"name", "channels", "shape", "box", "background", "affine", "native_axes", "masked", "header", "std", "counts", "info", "origin"} - set(facts)  # fmt: skip
+        missing = {
+            "name",
+            "channels",
+            "shape",
+            "box",
+            "background",
+            "affine",
+            "native_axes",
+            "masked",
+            "header",
+            "std",
+            "counts",
+            "info",
+            "origin",
+        } - set(facts)
         if missing or "image" not in arrays:
             raise ValueError(f"it lacks {', '.join(sorted(missing)) or 'an image'}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -119,13 +119,7 @@ def watched(model: nn.Module, dims: int, note: Callable[[str, nn.Module, Tensor]
 
     def hook(name: str) -> Callable:
         def call(module, inputs, output):
-            outputs = (
-                output.values()
-                if isinstance(output, dict)
-                else output
-                if isinstance(output, (tuple, list))
-                else [output]
-            )
+            outputs = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else [output]
             found = next((o for o in outputs if isinstance(o, Tensor) and o.ndim == dims + 2), None)
             calls[name] += 1
             if found is not None:
@@ -217,9 +211,7 @@ def _pooling(inputs, output, args, dims):
     # Only maxima have a dilation, which follows the padding.
     dilation = rest[0] if rest and not isinstance(rest[0], bool) and rest[0] else 1
     numbers = (_each(v, dims) for v in (kernel, stride or kernel, pad or 0, dilation))
-    return tuple(
-        _window(a, n, k, s, p, d) for a, n, k, s, p, d in zip(getattr(x, _KEY), output.shape[-dims:], *numbers)
-    )
+    return tuple(_window(a, n, k, s, p, d) for a, n, k, s, p, d in zip(getattr(x, _KEY), output.shape[-dims:], *numbers))
 
 
 def _resized(align_corners: bool, taps: int) -> Callable:
@@ -269,9 +261,7 @@ def _padding(mode: str | None) -> Callable:
         axes = list(getattr(x, _KEY))
         for n in range(min(len(pads) // 2, dims)):  # from the last axis backwards; what is beyond them pads channels
             (low, high), axis = pads[2 * n : 2 * n + 2], axes[dims - 1 - n]
-            first, last = (
-                a[max(-low, 0) : len(a) - max(-high, 0)] for a in (axis.first, axis.last)
-            )  # negative: cut off
+            first, last = (a[max(-low, 0) : len(a) - max(-high, 0)] for a in (axis.first, axis.last))  # negative: cut off
             wide = (max(low, 0), max(high, 0))
             if mode is None:
                 first, last = np.pad(first, wide, constant_values=EMPTY), np.pad(last, wide, constant_values=-EMPTY)

@@ -108,19 +108,23 @@ def fit(
     first = distributed.number() == 0
     device = next(model.parameters()).device
     gradients = Gradients(
-        model, loss, forward=forward, accumulate=accumulate, l1=l1, l2=l2, precision=precision, compiled=compiled,
-        channels_last=channels_last, seed=seed,
-    )  # fmt: skip
-    run = _Run(
-        model, optimizer, schedule, gradients.scaler, Path(folder) if folder else None, seed, accumulate, validate_every
+        model,
+        loss,
+        forward=forward,
+        accumulate=accumulate,
+        l1=l1,
+        l2=l2,
+        precision=precision,
+        compiled=compiled,
+        channels_last=channels_last,
+        seed=seed,
     )
+    run = _Run(model, optimizer, schedule, gradients.scaler, Path(folder) if folder else None, seed, accumulate, validate_every)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         done = run.resume()
         if done > steps:
-            raise ValueError(
-                f"{run.path} has {done} updates already, more than the {steps} asked for; use another folder"
-            )
+            raise ValueError(f"{run.path} has {done} updates already, more than the {steps} asked for; use another folder")
         log = _Log(run.path.parent if tensorboard and run.path and first else None, done)
         bar = tqdm(total=steps, initial=done, desc="training", disable=not (progress and first), dynamic_ncols=True)
         score = ""
@@ -140,12 +144,7 @@ def fit(
                         + (f". The state of update {run.saved} is kept in {run.path}" if run.saved else "")
                     )
                 gradients.update(optimizer)
-                row = {
-                    "step": step,
-                    "loss": number,
-                    "learning_rate": _rate(optimizer),
-                    "seconds": time.perf_counter() - clock,
-                }
+                row = {"step": step, "loss": number, "learning_rate": _rate(optimizer), "seconds": time.perf_counter() - clock}
                 run.history.append(row)
                 if hasattr(schedule, "observe"):
                     schedule.observe(number)
@@ -186,9 +185,7 @@ def fit(
     return pd.DataFrame(run.history)
 
 
-def validate_on(
-    cases: Sequence[Case], *, regions: str = "brats2015", **options
-) -> Callable[[nn.Module], dict[str, float]]:
+def validate_on(cases: Sequence[Case], *, regions: str = "brats2015", **options) -> Callable[[nn.Module], dict[str, float]]:
     """A validation for `fit`: segment `cases` and return the mean Dice of each region, `{"dice_whole": ...}`.
 
     Args:
@@ -272,9 +269,7 @@ class _Run:
                 f"{self.path} is not a training state: it is damaged or was not written by fit; remove it or choose another folder"
             ) from None
         if config != self.config:
-            raise ValueError(
-                f"{self.path} is of another run, {config}; this one is {self.config}: choose another folder"
-            )
+            raise ValueError(f"{self.path} is of another run, {config}; this one is {self.config}: choose another folder")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(rng["cpu"].cpu())

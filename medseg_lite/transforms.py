@@ -180,9 +180,7 @@ def _offset_from_symmetry_plane(mask: np.ndarray) -> np.ndarray:
     return np.arange(count) - (plane - 0.5)
 
 
-def drop_channels(
-    image: Tensor, label: Tensor, *, rng: np.random.Generator, probability: float
-) -> tuple[Tensor, Tensor]:
+def drop_channels(image: Tensor, label: Tensor, *, rng: np.random.Generator, probability: float) -> tuple[Tensor, Tensor]:
     """With this probability, an image of the batch has one of its channels, each equally likely, replaced by 0.
 
     What `complete` makes of a case that lacks a sequence; a network trained so has met it.
@@ -277,9 +275,7 @@ def distort(
     the grid and `warp` are those of the authors' published code, whose unit we took to be half the side.
     """
     if image.ndim != 4 or label.shape != (image.shape[0], *image.shape[2:]):
-        raise ValueError(
-            f"image {tuple(image.shape)} and label {tuple(label.shape)}; expected (B, C, H, W) and (B, H, W)"
-        )
+        raise ValueError(f"image {tuple(image.shape)} and label {tuple(label.shape)}; expected (B, C, H, W) and (B, H, W)")
     count, (height, width) = len(image), image.shape[2:]
     flips = rng.choice([-1.0, 1.0], (count, 2)) if flip else np.ones((count, 2))
     shears, turns = rng.uniform(-shear, shear, count), np.deg2rad(rng.uniform(-angle, angle, count))
@@ -290,9 +286,7 @@ def distort(
         rotation = np.array([[math.cos(t), -math.sin(t)], [math.sin(t), math.cos(t)]])
         linear = rotation @ np.array([[1, -math.sin(s)], [0, math.cos(s)]]) @ np.diag([fx, fy])
         matrix[:, :2] = linear * half / half[:, None]
-    grid = F.affine_grid(
-        torch.from_numpy(theta).to(image.device, torch.float32), [count, 1, height, width], align_corners=True
-    )
+    grid = F.affine_grid(torch.from_numpy(theta).to(image.device, torch.float32), [count, 1, height, width], align_corners=True)
     if warp:
         grid = grid + F.interpolate(bends, (height, width), mode="bicubic", align_corners=True).movedim(1, -1)
     options = {"padding_mode": "reflection", "align_corners": True}
@@ -330,6 +324,4 @@ def _inside(case: Case) -> np.ndarray:
 def _check_varies(case: Case, varies: np.ndarray) -> None:
     if not varies.all():
         flat = [c for c, v in zip(case.channels, varies) if not v]
-        raise ValueError(
-            f"{case.name}: {', '.join(flat)} is constant inside the mask, so it has no variance to divide by"
-        )
+        raise ValueError(f"{case.name}: {', '.join(flat)} is constant inside the mask, so it has no variance to divide by")

@@ -61,9 +61,7 @@ class Case:
                 "For a single 2-D slice use image[None, :, :, None]"
             )
         if len(self.channels) != self.image.shape[0]:
-            raise ValueError(
-                f"{self.name}: {self.image.shape[0]} channels but {len(self.channels)} names {self.channels}"
-            )
+            raise ValueError(f"{self.name}: {self.image.shape[0]} channels but {len(self.channels)} names {self.channels}")
         if self.affine.shape != (4, 4):
             raise ValueError(f"{self.name}: the affine has shape {self.affine.shape}; expected (4, 4)")
         for what in ("label", "mask"):
@@ -75,12 +73,7 @@ class Case:
                 )
 
     def __repr__(self) -> str:
-        parts = [
-            f"{self.name!r}",
-            f"{'+'.join(self.channels)}",
-            f"{_size(self.shape)} voxels",
-            f"{_size(self.spacing)} mm",
-        ]
+        parts = [f"{self.name!r}", f"{'+'.join(self.channels)}", f"{_size(self.shape)} voxels", f"{_size(self.spacing)} mm"]
         parts += ["label"] * self.labelled + ["mask"] * (self.mask is not None)
         return f"Case({', '.join(parts)})"
 
@@ -239,9 +232,19 @@ def _as_scan(array: np.ndarray, affine: np.ndarray, header: nibabel.Nifti1Header
 
 # MetaImage's names of types, without byte order.
 _METAIMAGE_TYPES = {
-    "MET_UCHAR": "u1", "MET_CHAR": "i1", "MET_USHORT": "u2", "MET_SHORT": "i2", "MET_UINT": "u4", "MET_INT": "i4",
-    "MET_ULONG": "u4", "MET_LONG": "i4", "MET_ULONG_LONG": "u8", "MET_LONG_LONG": "i8", "MET_FLOAT": "f4", "MET_DOUBLE": "f8",
-}  # fmt: skip
+    "MET_UCHAR": "u1",
+    "MET_CHAR": "i1",
+    "MET_USHORT": "u2",
+    "MET_SHORT": "i2",
+    "MET_UINT": "u4",
+    "MET_INT": "i4",
+    "MET_ULONG": "u4",
+    "MET_LONG": "i4",
+    "MET_ULONG_LONG": "u8",
+    "MET_LONG_LONG": "i8",
+    "MET_FLOAT": "f4",
+    "MET_DOUBLE": "f8",
+}
 
 
 def read_metaimage(path: str | Path) -> Scan:
@@ -280,9 +283,7 @@ def read_metaimage(path: str | Path) -> Scan:
     shape = tuple(int(n) for n in numbers("DimSize"))
     n = len(shape)
     if n != numbers("NDims")[0] or n not in (3, 4) or min(shape) < 1:
-        raise ValueError(
-            f"{path} has NDims = {fields['NDims']} and DimSize = {fields['DimSize']!r}; expected a 3-D volume"
-        )
+        raise ValueError(f"{path} has NDims = {fields['NDims']} and DimSize = {fields['DimSize']!r}; expected a 3-D volume")
     if fields.get("ElementNumberOfChannels", "1") != "1":
         raise ValueError(f"{path} has {fields['ElementNumberOfChannels']} numbers per voxel; expected one")
     if fields.get("ElementType") not in _METAIMAGE_TYPES:
@@ -297,9 +298,7 @@ def read_metaimage(path: str | Path) -> Scan:
         try:
             stored = unpack.decompress(stored, expected + 1)  # and no more, whatever the file claims to hold
         except zlib.error as error:
-            raise ValueError(
-                f"{source} cannot be unpacked ({error}); it is damaged: download or export it again"
-            ) from error
+            raise ValueError(f"{source} cannot be unpacked ({error}); it is damaged: download or export it again") from error
     elif "HeaderSize" in fields:
         skip = int(numbers("HeaderSize")[0])
         stored = stored[len(stored) - expected if skip < 0 and len(stored) > expected else max(skip, 0) :]
@@ -398,9 +397,7 @@ def read_case(
     name = name or first.path.parent.name
     for scan in scans.values():
         if scan.array.ndim != 3:
-            raise ValueError(
-                f"{scan.path} is 4-D ({_size(scan.array.shape)}); expected one 3-D volume per file and sequence"
-            )
+            raise ValueError(f"{scan.path} is 4-D ({_size(scan.array.shape)}); expected one 3-D volume per file and sequence")
         _check_same_grid(scan, first)
         _check_intensities(scan)
     image = np.stack([_as_native_float(s.array) for s in scans.values()])
@@ -414,13 +411,17 @@ def read_case(
         _check_same_grid(scan, first)
         mask_array = scan.array > 0.5
         if not mask_array.any():
-            raise ValueError(
-                f"{scan.path} is an empty mask: no value is above 0.5; make the mask again or leave it out"
-            )
+            raise ValueError(f"{scan.path} is an empty mask: no value is above 0.5; make the mask again or leave it out")
     return Case(
-        image=image, channels=tuple(scans), name=name, label=label_array, mask=mask_array,
-        affine=first.affine, native_axes=first.native_axes, header=first.header,
-    )  # fmt: skip
+        image=image,
+        channels=tuple(scans),
+        name=name,
+        label=label_array,
+        mask=mask_array,
+        affine=first.affine,
+        native_axes=first.native_axes,
+        header=first.header,
+    )
 
 
 def _read_channels(path: str | Path, channels: tuple[str, ...]) -> dict[str, Scan]:
@@ -457,8 +458,7 @@ def as_label(array: np.ndarray, labels: Iterable[int] | None = None, source: obj
         if np.abs(array - whole).max(initial=0) > 1e-3:
             odd = float(array[np.abs(array - whole) > 1e-3].flat[0])
             raise ValueError(
-                f"{source} holds {odd:g}, not a whole class number; it was interpolated: "
-                "resample labels with nearest neighbour"
+                f"{source} holds {odd:g}, not a whole class number; it was interpolated: resample labels with nearest neighbour"
             )
         array = whole
     found = np.unique(array)
@@ -497,9 +497,7 @@ def write_nifti(path: str | Path, array: np.ndarray, case: Case) -> Path:
         if array.min() < -(2**31) or array.max() >= 2**31:
             raise ValueError(f"the array holds {array.min()} to {array.max()}, which does not fit in 32 bits")
         array = array.astype(np.int32)
-    turn = orientations.ornt_transform(
-        orientations.axcodes2ornt(case.axes), orientations.axcodes2ornt(tuple(case.native_axes))
-    )
+    turn = orientations.ornt_transform(orientations.axcodes2ornt(case.axes), orientations.axcodes2ornt(tuple(case.native_axes)))
     affine = case.affine @ orientations.inv_ornt_aff(turn, case.shape)
     header = case.header.copy() if case.header is not None else nibabel.Nifti1Header()
     header.set_data_dtype(array.dtype)
@@ -594,9 +592,7 @@ def _check_same_grid(scan: Scan, first: Scan) -> None:
 def _check_intensities(scan: Scan) -> None:
     if scan.array.dtype.kind == "f" and not np.isfinite(scan.array).all():
         count = int((~np.isfinite(scan.array)).sum())
-        raise ValueError(
-            f"{scan.path} has {count} NaN or infinite voxels; replace them (numpy.nan_to_num) or export it again"
-        )
+        raise ValueError(f"{scan.path} has {count} NaN or infinite voxels; replace them (numpy.nan_to_num) or export it again")
     if scan.array.size and scan.array.min() == scan.array.max():
         raise ValueError(f"{scan.path} is {scan.array.flat[0]:g} everywhere: there is no image in it; export it again")
 

@@ -27,9 +27,7 @@ def execute(path: Path, scale: str) -> float:
     """Run one notebook in its own folder; the minutes it took."""
     notebook = nbformat.read(path, as_version=4)
     began = time.perf_counter()
-    NotebookClient(
-        notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": path.parent}}
-    ).execute()
+    NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()
     minutes = (time.perf_counter() - began) / 60
     header = notebook.cells[0]
     header.source = re.sub(r"(\*\*Last executed\*\*) .*", rf"\1 {date.today()}", header.source)
@@ -45,9 +43,7 @@ def execute(path: Path, scale: str) -> float:
         for key in ("execution", "collapsed"):
             cell.metadata.pop(key, None)
     with atomic_write(path) as temporary:
-        temporary.write_text(
-            json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
     return minutes
 
 

@@ -58,8 +58,11 @@ def test_ablation_nests_takes_values_and_ends_with_exceptions(model, noise_case)
 
 @pytest.mark.parametrize(
     ["layer", "channels", "message"],
-    [("middle", 0, "no layer 'middle'; its parts are normal"), ("low.3", 99, r"channels=\[99\]; layer 'low.3' has channels 0 to 3")],
-)  # fmt: skip
+    [
+        ("middle", 0, "no layer 'middle'; its parts are normal"),
+        ("low.3", 99, r"channels=\[99\]; layer 'low.3' has channels 0 to 3"),
+    ],
+)
 def test_ablation_rejects(model, noise_case, layer, channels, message):
     with pytest.raises(ValueError, match=message), ablate(model, layer, channels):
         predict(model, noise_case((6, 6, 6)))
@@ -85,13 +88,18 @@ def test_strongest_patches_against_brute_force(model, noise_case):
     cases = [noise_case((14, 12, 10), seed=s, name=f"case {s}", mask=True) for s in range(3)]
     found = strongest_patches(model, cases, "normal.2", 1, count=4, per_case=2, progress=False)
     assert [p.value for p in found] == sorted((p.value for p in found), reverse=True) and len(found) == 4
-    maps = {c.name: np.where(c.mask, capture(model, c, "normal.2", progress=False)["normal.2"].data[1].astype(float), -9) for c in cases}  # fmt: skip
+    maps = {
+        c.name: np.where(c.mask, capture(model, c, "normal.2", progress=False)["normal.2"].data[1].astype(float), -9)
+        for c in cases
+    }
     assert found[0].value == max(m.max() for m in maps.values())
     for patch in found:
         case = next(c for c in cases if c.name == patch.case)
         assert maps[patch.case][patch.position] == patch.value and patch.image.shape == (2, 7, 7, 7)
         stop = [a + 7 for a in patch.start]
-        assert (patch.image == padded_region(case.image, patch.start, stop)).all() and patch.image[0, 3, 3, 3] == case.image[(0, *patch.position)]  # fmt: skip
+        assert (patch.image == padded_region(case.image, patch.start, stop)).all() and patch.image[0, 3, 3, 3] == case.image[
+            (0, *patch.position)
+        ]
         assert (patch.label == padded_region(case.label, patch.start, stop)).all()
     for a in found:
         for b in found:
@@ -139,7 +147,9 @@ def test_grad_cam_of_predicted_voxels_in_two_dimensions(noise_case, stir):
 def test_grad_cam_of_a_network_that_pads(noise_case, monkeypatch):
     """The same in tiles as in one piece."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv3d(2, 4, 3, padding=1), torch.nn.ReLU(inplace=True), torch.nn.Conv3d(4, 2, 3, padding=1))  # fmt: skip
+    model = torch.nn.Sequential(
+        torch.nn.Conv3d(2, 4, 3, padding=1), torch.nn.ReLU(inplace=True), torch.nn.Conv3d(4, 2, 3, padding=1)
+    )
     case = noise_case((24, 20, 16))
     where = case.label == 1
     whole = grad_cam(model, case, "0", 1, where=where, region=np.s_[:, :, :]).data
@@ -167,14 +177,11 @@ def test_grad_cam_rejects(model, noise_case):
 def test_position_explained():
     d, h, w = np.indices((9, 8, 7)).astype(np.float16)
     noise = np.random.default_rng(0).normal(size=d.shape)
-    maps = FeatureMaps("x", np.stack([d - 0.3 * h + 0.1 * w**2, noise, d * 0 + 3, d + 3 * noise]).astype(np.float16), (0, 0, 0), (1, 1, 1))  # fmt: skip
-    explained = position_explained(maps)
-    assert (
-        explained[0] == pytest.approx(1, abs=1e-3)
-        and explained[1] < 0.06
-        and explained[2] == 0
-        and 0.2 < explained[3] < 0.8
+    maps = FeatureMaps(
+        "x", np.stack([d - 0.3 * h + 0.1 * w**2, noise, d * 0 + 3, d + 3 * noise]).astype(np.float16), (0, 0, 0), (1, 1, 1)
     )
+    explained = position_explained(maps)
+    assert explained[0] == pytest.approx(1, abs=1e-3) and explained[1] < 0.06 and explained[2] == 0 and 0.2 < explained[3] < 0.8
     mask = d < 4
     assert position_explained(maps, mask)[0] == pytest.approx(1, abs=1e-3)
     flat = FeatureMaps("x", maps.data[..., :1], (0, 0, 0), (1, 1, 1))  # one slice: no third direction

@@ -57,11 +57,7 @@ def test_deepmedic_both_pathways_against_plain_hooks(noise_case, stir):
     model = stir(models.deepmedic(in_channels=2, classes=3, width=0.1))
     case = noise_case((12, 15, 9))
     maps = capture(model, case, progress=False)
-    assert list(maps) == [f"{p}.{n}" for p in ("normal", "low") for n in range(8)] + [
-        "hidden.0",
-        "hidden.1",
-        "classifier",
-    ]
+    assert list(maps) == [f"{p}.{n}" for p in ("normal", "low") for n in range(8)] + ["hidden.0", "hidden.1", "classifier"]
     m = model.margin
     patch = padded_region(case.image, [-m] * 3, [n + m for n in case.shape])
     found = hooked(model, torch.from_numpy(patch)[None], maps)
@@ -83,9 +79,7 @@ def test_the_last_layer_of_every_network_is_what_it_predicts(name, noise_case):
     torch.manual_seed(0)
     model = getattr(models, name)(in_channels=2, classes=3, width=0.1).train()
     for module in model.modules():
-        module.momentum = (
-            1.0  # one batch makes the statistics of batch normalisation, which deep residual networks need
-        )
+        module.momentum = 1.0  # one batch makes the statistics of batch normalisation, which deep residual networks need
     with torch.no_grad():
         model(torch.randn(4, 2, *(2 * model.multiple + 2 * model.margin,) * model.spatial_dims))
     model.eval()
@@ -99,12 +93,18 @@ def test_the_last_layer_of_every_network_is_what_it_predicts(name, noise_case):
 
 
 @pytest.mark.parametrize(
-    "build", [lambda: models.deepmedic(in_channels=2, classes=3, width=0.1), lambda: models.dm2d_seg(in_channels=2, classes=3, width=0.1),
-              lambda: models.two_path_cnn(in_channels=2, classes=3, width=0.05, init="he"),
-              lambda: models.local_cascade_cnn(in_channels=2, classes=3, width=0.05),
-              lambda: models.kayalibay_unet3d(in_channels=2, classes=3, width=0.25, blocks=1, maps=1), Padded, Padded3d],
+    "build",
+    [
+        lambda: models.deepmedic(in_channels=2, classes=3, width=0.1),
+        lambda: models.dm2d_seg(in_channels=2, classes=3, width=0.1),
+        lambda: models.two_path_cnn(in_channels=2, classes=3, width=0.05, init="he"),
+        lambda: models.local_cascade_cnn(in_channels=2, classes=3, width=0.05),
+        lambda: models.kayalibay_unet3d(in_channels=2, classes=3, width=0.25, blocks=1, maps=1),
+        Padded,
+        Padded3d,
+    ],
     ids=["deepmedic", "dm2d", "havaei", "cascade", "unet", "padded 2-D", "padded 3-D"],
-)  # fmt: skip
+)
 def test_tiles_change_nothing(build, noise_case, stir, monkeypatch):
     torch.manual_seed(0)
     model = stir(build())
@@ -121,7 +121,11 @@ def test_tiles_change_nothing(build, noise_case, stir, monkeypatch):
         np.testing.assert_allclose(one.data, other.data, atol=2e-3, rtol=2e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("build", [lambda: models.deepmedic(in_channels=2, classes=3, width=0.1), Padded3d, Padded], ids=["deepmedic", "padded 3-D", "padded 2-D"])  # fmt: skip
+@pytest.mark.parametrize(
+    "build",
+    [lambda: models.deepmedic(in_channels=2, classes=3, width=0.1), Padded3d, Padded],
+    ids=["deepmedic", "padded 3-D", "padded 2-D"],
+)
 def test_a_region_is_the_same_part_of_the_whole(build, noise_case, stir):
     torch.manual_seed(0)
     model, case = stir(build()), noise_case((24, 20, 16))
@@ -143,17 +147,16 @@ def test_a_region_is_the_same_part_of_the_whole(build, noise_case, stir):
 def test_the_last_slices_of_a_coarse_layer(noise_case):
     """Centres of a strided, padded layer lie at 0, 4, 8, …: its last voxel stands for the rest of the volume."""
     torch.manual_seed(0)
-    model, case = (
-        models.kayalibay_unet3d(in_channels=2, classes=2, width=0.2, blocks=2, maps=1),
-        noise_case((16, 16, 16)),
-    )
+    model, case = (models.kayalibay_unet3d(in_channels=2, classes=2, width=0.2, blocks=2, maps=1), noise_case((16, 16, 16)))
     whole = capture(model, case, progress=False)
     assert whole["contracting.1.conv"].stride == (4, 4, 4) and whole["contracting.1.conv"].offset == (0, 0, 0)
     for index in range(16):
         for name, maps in capture(model, case, region=np.s_[:, :, index], progress=False).items():
             nearest = whole[name].index((0, 0, index))[2]
             own = maps.index((0, 0, index))[2]
-            np.testing.assert_allclose(maps.data[..., own], whole[name].data[..., nearest], atol=2e-3, rtol=2e-3, err_msg=f"{name} {index}")  # fmt: skip
+            np.testing.assert_allclose(
+                maps.data[..., own], whole[name].data[..., nearest], atol=2e-3, rtol=2e-3, err_msg=f"{name} {index}"
+            )
 
 
 def test_padded_networks_against_plain_hooks(noise_case):
@@ -184,9 +187,7 @@ def test_maps_lie_on_the_input(noise_case):
         where = np.array([maps.position(i) for i in change])
         assert len(where), name
         field = maps.field
-        assert (where - spot <= -np.array(field.first) + 0.01).all() and (
-            where - spot >= -np.array(field.last) - 0.01
-        ).all()
+        assert (where - spot <= -np.array(field.first) + 0.01).all() and (where - spot >= -np.array(field.last) - 0.01).all()
         if name in ("low.0", "low.1"):
             np.testing.assert_allclose(where.mean(0), spot, atol=3)
 
@@ -194,9 +195,7 @@ def test_maps_lie_on_the_input(noise_case):
 def test_index_position_and_sampling(noise_case):
     model, case = models.deepmedic(in_channels=2, classes=2, width=0.1), noise_case((12, 15, 9))
     low = capture(model, case, "low.3", progress=False)["low.3"]
-    assert (
-        low.position((1, 2, 0)) == (4, 7, 1) and low.index((4, 7, 1)) == (1, 2, 0) and low.index((5, 8, 2)) == (1, 2, 0)
-    )
+    assert low.position((1, 2, 0)) == (4, 7, 1) and low.index((4, 7, 1)) == (1, 2, 0) and low.index((5, 8, 2)) == (1, 2, 0)
     assert low.index((-50, 99, 0)) == (0, 4, 0)
     wide = low.laid_over(case.shape)
     assert wide.shape == (4, 12, 15, 9) and (low.laid_over(case.shape, 2) == wide[2]).all()
@@ -208,9 +207,7 @@ def test_largest_keeps_every_nth_voxel(noise_case):
     model, case = models.deepmedic(in_channels=2, classes=2, width=0.1), noise_case((24, 24, 18))
     full = capture(model, case, ["normal.2", "low.2"], progress=False)
     thin = capture(model, case, ["normal.2", "low.2"], largest=2000, progress=False)
-    assert (
-        thin["normal.2"].data.size <= 2000 and thin["normal.2"].every == (3, 3, 3) and thin["low.2"].every == (1, 1, 1)
-    )
+    assert thin["normal.2"].data.size <= 2000 and thin["normal.2"].every == (3, 3, 3) and thin["low.2"].every == (1, 1, 1)
     assert thin["normal.2"].offset == (1, 1, 1) and thin["normal.2"].stride == (3, 3, 3)
     assert (thin["normal.2"].data == full["normal.2"].data[:, 1::3, 1::3, 1::3]).all()
 
@@ -256,7 +253,10 @@ def test_layers_by_default_by_pattern_and_by_call():
 
 @pytest.mark.parametrize("layer", [None, "normal", "normal.4", "low", "low.3", "hidden.0"])
 def test_receptive_field_computed_is_measured(layer):
-    for model in (models.deepmedic(in_channels=1, classes=2, width=0.1), models.dm2d_seg(in_channels=1, width=0.1, centered=False)):  # fmt: skip
+    for model in (
+        models.deepmedic(in_channels=1, classes=2, width=0.1),
+        models.dm2d_seg(in_channels=1, width=0.1, centered=False),
+    ):
         assert receptive_field(model, layer) == measured_receptive_field(model, layer=layer)
 
 

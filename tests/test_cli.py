@@ -27,9 +27,7 @@ def folder(tmp_path):
         label[6:14, 5 + n : 12 + n, 5:13] = 1
         image = rng.standard_normal((2, *label.shape)) + 3.0 * label + 20
         affine = AFFINE @ np.diag([-1, -1, 1, 1])
-        case = Case(
-            image.astype(np.float32), ("flair", "t1c"), f"case{n}", label, np.ones(label.shape, bool), affine, "LPS"
-        )
+        case = Case(image.astype(np.float32), ("flair", "t1c"), f"case{n}", label, np.ones(label.shape, bool), affine, "LPS")
         write_case(tmp_path / "data" / case.name, case)
     return tmp_path / "data"
 
@@ -45,11 +43,7 @@ def test_train_segment_evaluate(folder, tmp_path, capsys):
     assert train(folder, out, "--hold-out", "case2", steps=80) == 0
     assert {"last.pt", "history.csv", "model.safetensors", "held_out.csv"} <= {p.name for p in out.iterdir()}
     card = models.load(out / "model.safetensors").card
-    assert (
-        card["channels"] == ["flair", "t1c"]
-        and card["held_out"] == ["case2"]
-        and card["trained_on"] == ["case0", "case1"]
-    )
+    assert card["channels"] == ["flair", "t1c"] and card["held_out"] == ["case2"] and card["trained_on"] == ["case0", "case1"]
 
     model = ["--model", str(out / "model.safetensors")]
     assert main(["segment", *model, "--data", str(folder), "--out", str(tmp_path / "pred"), "--probabilities"]) == 0
@@ -99,10 +93,7 @@ def test_ensemble(folder, tmp_path):
     paths = [str(out / f"member{n}" / "model.safetensors") for n in range(2)]
     first, second = (models.load(p) for p in paths)
     assert not np.array_equal(first.classifier.weight.detach(), second.classifier.weight.detach())
-    assert (
-        main(["segment", "--model", *paths, "--data", str(folder), "--cases", "case0", "--out", str(tmp_path / "p")])
-        == 0
-    )
+    assert main(["segment", "--model", *paths, "--data", str(folder), "--cases", "case0", "--out", str(tmp_path / "p")]) == 0
     assert [p.name for p in (tmp_path / "p").iterdir()] == ["case0.nii.gz"]
 
 
@@ -164,12 +155,15 @@ def test_help_teaches(capsys):
 # ------------------------------------------------------------------------------------------------- all the networks
 
 
-@pytest.mark.parametrize("network, options", [
-    ("kayalibay_unet3d", ["--crop", "16", "--learning-rate", "1e-3"]),
-    ("two_path_cnn", ["--phase2-steps", "1", "--batch-size", "4"]),
-    ("unet2d", ["--crop", "16", "--batch-size", "2", "--patience", "3", "--validate-every", "1", "--hold-out", "case0"]),
-    ("mlynarski_3d", ["--block", "4"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "network, options",
+    [
+        ("kayalibay_unet3d", ["--crop", "16", "--learning-rate", "1e-3"]),
+        ("two_path_cnn", ["--phase2-steps", "1", "--batch-size", "4"]),
+        ("unet2d", ["--crop", "16", "--batch-size", "2", "--patience", "3", "--validate-every", "1", "--hold-out", "case0"]),
+        ("mlynarski_3d", ["--block", "4"]),
+    ],
+)
 def test_every_paper_s_networks_train(folder, tmp_path, network, options):
     data = ["--data", str(folder), "--channels", "flair", "t1c", "--steps", "2", "--width", "0.1", "--device", "cpu"]
     assert main(["train", network, *data, *options, "--out", str(tmp_path / "run")]) == 0
@@ -177,11 +171,14 @@ def test_every_paper_s_networks_train(folder, tmp_path, network, options):
     assert model.config["builder"] == network == model.card["network"]
 
 
-@pytest.mark.parametrize("network, options, message", [
-    ("deepmedic", ["--crop", "16", "--patience", "2"], "--crop, --patience: the recipe of deepmedic has no such setting"),
-    ("kayalibay_unet3d", ["--block", "9"], "--block: the recipe of kayalibay_unet3d has no such setting"),
-    ("unet2d", ["--plane", "axial"], "--plane is for mlynarski_2d"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "network, options, message",
+    [
+        ("deepmedic", ["--crop", "16", "--patience", "2"], "--crop, --patience: the recipe of deepmedic has no such setting"),
+        ("kayalibay_unet3d", ["--block", "9"], "--block: the recipe of kayalibay_unet3d has no such setting"),
+        ("unet2d", ["--plane", "axial"], "--plane is for mlynarski_2d"),
+    ],
+)
 def test_settings_of_another_recipe(folder, tmp_path, capsys, network, options, message):
     data = ["--data", str(folder), "--channels", "flair", "t1c", "--out", str(tmp_path / "run")]
     assert main(["train", network, *data, *options]) == 1
@@ -199,17 +196,12 @@ def test_2d_networks_in_three_planes_help_a_3d_network(folder, tmp_path, capsys)
         paths.append(str(out / "model.safetensors"))
         assert models.load(paths[-1]).card.get("plane") == plane
     # A network of sagittal slices segments sagittal slices.
-    assert (
-        main(["segment", "--model", paths[2], "--data", str(folder), "--out", str(tmp_path / "s"), "--device", "cpu"])
-        == 0
-    )
+    assert main(["segment", "--model", paths[2], "--data", str(folder), "--out", str(tmp_path / "s"), "--device", "cpu"]) == 0
     network = models.load(paths[2])
     case = transforms.standardise(
         next(
             c
-            for c in nifti_folder(
-                folder, channels={n: f"{n}.nii.gz" for n in network.card["channels"]}, mask="mask.nii.gz"
-            )
+            for c in nifti_folder(folder, channels={n: f"{n}.nii.gz" for n in network.card["channels"]}, mask="mask.nii.gz")
             if c.name == "case1"
         )
     )
@@ -226,15 +218,7 @@ def test_2d_networks_in_three_planes_help_a_3d_network(folder, tmp_path, capsys)
     assert main(["train", "mlynarski_3d", *data, *short, "--block", "4", "--scores", scores, "--out", str(out)]) == 0
     model = models.load(out / "model.safetensors")
     assert model.config["variant"] == "a" and model.card["channels"][:3] == ["flair", "t1c", "axial 0"]
-    segment = [
-        "segment",
-        "--model",
-        str(out / "model.safetensors"),
-        "--data",
-        str(folder),
-        "--out",
-        str(tmp_path / "p"),
-    ]
+    segment = ["segment", "--model", str(out / "model.safetensors"), "--data", str(folder), "--out", str(tmp_path / "p")]
     assert main([*segment, "--scores", scores]) == 0
     assert (tmp_path / "p" / "case2.nii.gz").exists()
     capsys.readouterr()
@@ -257,60 +241,32 @@ def test_named_recipe_on_folders_of_the_reader(folder, tmp_path, capsys):
     assert set(table["region"]) == {"whole", "core", "enhancing"} and len(table) == 9
     card = models.load(tmp_path / "run" / "fold2" / "model.safetensors").card
     assert card["recipe"] == "deepmedic-brats2015" and card["steps"] == 2 and "train" in card["command"]
-    segment = [
-        "segment",
-        "--model",
-        str(tmp_path / "run" / "fold0" / "model.safetensors"),
-        "--device",
-        "cpu",
-        "--tile",
-        "9",
-    ]
+    segment = ["segment", "--model", str(tmp_path / "run" / "fold0" / "model.safetensors"), "--device", "cpu", "--tile", "9"]
     assert main([*segment, *data[:-2], "--out", str(tmp_path / "again")]) == 0
     assert len(list((tmp_path / "again").iterdir())) == 3
 
 
 def test_folds_of_a_network(folder, tmp_path):
     data = ["--data", str(folder), "--channels", "flair", "t1c", "--classes", "2", "--device", "cpu"]
-    options = [
-        "--steps",
-        "2",
-        "--width",
-        "0.1",
-        "--folds",
-        "3",
-        "--fold",
-        "1",
-        "--precision",
-        "bfloat16",
-        "--channels-last",
-    ]
-    assert (
-        main(["train", "deep_plus", *data, *options, "--out", str(tmp_path / "run"), "--store", str(tmp_path / "s")])
-        == 0
-    )
-    assert [p.name for p in sorted((tmp_path / "run").iterdir())] == [
-        "evaluation.csv",
-        "fold1",
-        "predictions",
-        "run.json",
-    ]
+    options = ["--steps", "2", "--width", "0.1", "--folds", "3", "--fold", "1", "--precision", "bfloat16", "--channels-last"]
+    assert main(["train", "deep_plus", *data, *options, "--out", str(tmp_path / "run"), "--store", str(tmp_path / "s")]) == 0
+    assert [p.name for p in sorted((tmp_path / "run").iterdir())] == ["evaluation.csv", "fold1", "predictions", "run.json"]
     assert len(list((tmp_path / "s").glob("*.safetensors"))) == 3
 
 
-@pytest.mark.parametrize("network, options, message", [
-    ("kayalibay-hands", [], "which has no reader of its own: say how the files are named with --channels t1=PATTERN"),
-    ("drozdzal-lits", ["--hold-out", "case0"], "with folds every case is held out once"),
-    ("deepmedic-brats2015", ["--crop", "9"], "--crop: the recipe of deepmedic-brats2015 has no such setting"),
-    ("deep_plus", ["--folds", "2", "--channels", "flair"], "needs --classes"),
-    ("deep_plus", ["--fold", "2", "--channels", "flair"], "--fold is one of --folds"),
-    ("deepmedic-brats2015", ["--channels", "flair", "--folds", "2"], "t1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "network, options, message",
+    [
+        ("kayalibay-hands", [], "which has no reader of its own: say how the files are named with --channels t1=PATTERN"),
+        ("drozdzal-lits", ["--hold-out", "case0"], "with folds every case is held out once"),
+        ("deepmedic-brats2015", ["--crop", "9"], "--crop: the recipe of deepmedic-brats2015 has no such setting"),
+        ("deep_plus", ["--folds", "2", "--channels", "flair"], "needs --classes"),
+        ("deep_plus", ["--fold", "2", "--channels", "flair"], "--fold is one of --folds"),
+        ("deepmedic-brats2015", ["--channels", "flair", "--folds", "2"], "t1"),
+    ],
+)
 def test_mistakes_with_recipes(folder, tmp_path, capsys, network, options, message):
-    assert (
-        main(["train", network, "--data", str(folder), *options, "--device", "cpu", "--out", str(tmp_path / "run")])
-        == 1
-    )
+    assert main(["train", network, "--data", str(folder), *options, "--device", "cpu", "--out", str(tmp_path / "run")]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -328,21 +284,7 @@ def test_two_processes_segment_and_train(folder, tmp_path):
     data = ["--data", str(folder), "--channels", "flair", "t1c", "--device", "cpu"]
     segment = ["segment", "--model", str(tmp_path / "one" / "model.safetensors"), *data[:2], "--device", "cpu"]
     assert main([*segment, "--out", str(tmp_path / "alone")]) == 0
-    cross = [
-        "train",
-        "deep_plus",
-        *data,
-        "--classes",
-        "2",
-        "--steps",
-        "2",
-        "--width",
-        "0.1",
-        "--folds",
-        "3",
-        "--fold",
-        "0",
-    ]
+    cross = ["train", "deep_plus", *data, "--classes", "2", "--steps", "2", "--width", "0.1", "--folds", "3", "--fold", "0"]
 
     def torchrun(*arguments):
         launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
@@ -357,9 +299,6 @@ def test_two_processes_segment_and_train(folder, tmp_path):
         assert np.array_equal(read_nifti(path).array, read_nifti(tmp_path / "alone" / path.name).array)
     done = torchrun(*cross, "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    assert (
-        done.stdout.count("deep_plus: 3 cases in 3 folds, on 2 processes") == 1
-        and done.stdout.count("mean (standard") == 1
-    )
+    assert done.stdout.count("deep_plus: 3 cases in 3 folds, on 2 processes") == 1 and done.stdout.count("mean (standard") == 1
     assert models.load(tmp_path / "run" / "fold0" / "model.safetensors").card["steps"] == 2
     assert len(pd.read_csv(tmp_path / "run" / "evaluation.csv")) == 1

@@ -18,9 +18,17 @@ from medseg_lite.widgets import CompareSegmentations
 
 def make() -> tuple[Case, dict[str, np.ndarray]]:
     d, h, w = np.indices((20, 24, 16))
-    label = ((d - 9) ** 2 + (h - 12) ** 2 + (w - 8) ** 2 < 30).astype(np.uint8) + 3 * ((d - 9) ** 2 + (h - 12) ** 2 + (w - 8) ** 2 < 8)  # fmt: skip
+    label = ((d - 9) ** 2 + (h - 12) ** 2 + (w - 8) ** 2 < 30).astype(np.uint8) + 3 * (
+        (d - 9) ** 2 + (h - 12) ** 2 + (w - 8) ** 2 < 8
+    )
     image = np.random.default_rng(0).normal(size=(2, *label.shape)).astype(np.float32) + label
-    case = Case(image=image, channels=("flair", "t1c"), name="ball", label=label.astype(np.uint8), info={"classes": {1: "shell", 4: "core"}})  # fmt: skip
+    case = Case(
+        image=image,
+        channels=("flair", "t1c"),
+        name="ball",
+        label=label.astype(np.uint8),
+        info={"classes": {1: "shell", 4: "core"}},
+    )
     moved, empty = np.roll(label, 2, axis=0), np.zeros_like(label)
     moved[2:6, 3:9, 2] = 1  # the worst slice
     return case, {"moved": moved, "nothing": empty}
@@ -68,8 +76,13 @@ def test_bad_input(change, message):
 
 @pytest.mark.parametrize(
     ["name", "value", "message"],
-    [("region", "x", "no region 'x'; there are 'all labels'"), ("sequence", "t2", "no channel 't2'"), ("position", 3, "three whole"), ("opacity", float("nan"), "NaN")],
-)  # fmt: skip
+    [
+        ("region", "x", "no region 'x'; there are 'all labels'"),
+        ("sequence", "t2", "no channel 't2'"),
+        ("position", 3, "three whole"),
+        ("opacity", float("nan"), "NaN"),
+    ],
+)
 def test_bad_state_is_refused(compare, name, value, message):
     before = getattr(compare, name)
     with pytest.raises(ValueError, match=message):

@@ -90,9 +90,7 @@ def test_one_case_is_in_memory_at_a_time(noise_case, tmp_path, stir):
     network = {"axial": stir(models.mlynarski_2d(in_channels=1, classes=2, width=0.05))}
 
     def peak(count: int) -> int:
-        cases = (
-            noise_case((32, 32, 16), seed=n, channels=("flair",)).replace(name=f"{count}-{n}") for n in range(count)
-        )
+        cases = (noise_case((32, 32, 16), seed=n, channels=("flair",)).replace(name=f"{count}-{n}") for n in range(count))
         tracemalloc.start()
         extract_scores(network, cases, tmp_path, progress=False)
         most = tracemalloc.get_traced_memory()[1]

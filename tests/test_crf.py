@@ -57,12 +57,9 @@ def lattice(features: torch.Tensor) -> torch.Tensor:
 
 def normalise(kernel: torch.Tensor, how: str = "symmetric") -> torch.Tensor:
     n = kernel.sum(1)
-    return {
-        "symmetric": kernel / (n[:, None] * n).sqrt(),
-        "before": kernel / n,
-        "after": kernel / n[:, None],
-        "none": kernel,
-    }[how]
+    return {"symmetric": kernel / (n[:, None] * n).sqrt(), "before": kernel / n, "after": kernel / n[:, None], "none": kernel}[
+        how
+    ]
 
 
 def mean_field(logits: torch.Tensor, kernels, *, iterations: int = 5, compatibility=None) -> torch.Tensor:
@@ -110,9 +107,7 @@ def compare_with_peer() -> pd.DataFrame:
         dims, channels = images.ndim - 2, images.shape[1]
         near, wide = stored["smoothness_sigma"][:dims], stored["appearance_sigma"][:dims]
         alike = stored["intensity_sigma"][:channels]
-        crf = DenseCRF(
-            **weights, smoothness_sigma=near, appearance_sigma=wide, intensity_sigma=alike, iterations=iterations
-        )
+        crf = DenseCRF(**weights, smoothness_sigma=near, appearance_sigma=wide, intensity_sigma=alike, iterations=iterations)
         with torch.no_grad():
             ours = crf(logits, images).softmax(1)
         exact = []
@@ -144,9 +139,7 @@ def test_as_good_as_pydensecrf2_against_brute_force():
     assert mean["ours agree where changed"] > max(0.95, mean["peer agree where changed"] - 0.01)
 
 
-@pytest.mark.parametrize(
-    ("shape", "sigma"), [((13, 12), 2.0), ((6, 8, 7), (0.4, 1.5, 4.0)), ((40,), 3.0), ((1, 9, 9), 2)]
-)
+@pytest.mark.parametrize(("shape", "sigma"), [((13, 12), 2.0), ((6, 8, 7), (0.4, 1.5, 4.0)), ((40,), 3.0), ((1, 9, 9), 2)])
 @pytest.mark.parametrize("labels", [2, 3, 5])
 def test_smoothness_is_exact(shape, sigma, labels):
     logits = torch.from_numpy(np.random.default_rng(labels).normal(size=(labels, *shape)))
@@ -175,13 +168,8 @@ def test_update_is_the_one_written(how, compatibility, labels, masked):
     if compatibility == "asymmetric":
         mu = torch.from_numpy(np.random.default_rng(1).normal(size=(labels, labels)))
     near, wide, alike = (1.0, 1.5, 0.7), (3.1, 2.3, 4.7), (1.0, 2.0)
-    kernels = [
-        smoothness(shape, near)[keep][:, keep],
-        lattice(features(image, wide, alike)[:, keep]),
-    ]
-    exact = mean_field(
-        logits.flatten(1)[:, keep], list(zip(weights, (normalise(k, how) for k in kernels))), compatibility=mu
-    )
+    kernels = [smoothness(shape, near)[keep][:, keep], lattice(features(image, wide, alike)[:, keep])]
+    exact = mean_field(logits.flatten(1)[:, keep], list(zip(weights, (normalise(k, how) for k in kernels))), compatibility=mu)
     crf = DenseCRF(
         smoothness_weight=weights[0],
         smoothness_sigma=near,
@@ -313,15 +301,11 @@ def test_gradients_of_the_smoothness_sigmas_are_exact():
     shape = (10, 12)
     logits, image = problem(shape)
     at = torch.from_numpy(np.random.default_rng(9).normal(size=logits.shape))
-    crf = DenseCRF(
-        smoothness_weight=1.2, smoothness_sigma=(0.8, 2.0), appearance_weight=0.0, learn=("sigmas",)
-    ).double()
+    crf = DenseCRF(smoothness_weight=1.2, smoothness_sigma=(0.8, 2.0), appearance_weight=0.0, learn=("sigmas",)).double()
     (at * crf(logits[None], image[None])[0].softmax(0)).sum().backward()
 
     def exact(sigma):
-        return float(
-            (at * mean_field(logits, [(crf.smoothness_weight.item(), normalise(smoothness(shape, sigma)))])).sum()
-        )
+        return float((at * mean_field(logits, [(crf.smoothness_weight.item(), normalise(smoothness(shape, sigma)))])).sum())
 
     expected = slopes(exact, crf.smoothness_sigma.tolist())
     np.testing.assert_allclose(crf.smoothness_sigma.grad, expected, rtol=1e-3, atol=1e-3 * abs(expected).max())
@@ -411,10 +395,7 @@ def test_parameters_are_only_what_is_to_be_learned():
     def learned(**options):
         return {name for name, p in DenseCRF(**options).named_parameters() if p.requires_grad}
 
-    weights, sigmas = (
-        {"smoothness_weight", "appearance_weight"},
-        {"smoothness_sigma", "appearance_sigma", "intensity_sigma"},
-    )
+    weights, sigmas = ({"smoothness_weight", "appearance_weight"}, {"smoothness_sigma", "appearance_sigma", "intensity_sigma"})
     assert learned() == weights  # a Potts matrix without `classes` is no parameter
     assert learned(classes=3) == weights | {"compatibility"}
     assert learned(learn=("sigmas",), classes=3) == sigmas
@@ -502,9 +483,7 @@ def test_gpu_as_cpu(labels):
     mask = torch.from_numpy(np.random.default_rng(0).random((16, 15, 14)) < 0.8)
     grads = []
     for device in ("cpu", "cuda"):
-        options = dict(
-            appearance_sigma=4.3, intensity_sigma=1.0, classes=labels, learn=("weights", "compatibility", "sigmas")
-        )
+        options = dict(appearance_sigma=4.3, intensity_sigma=1.0, classes=labels, learn=("weights", "compatibility", "sigmas"))
         crf = DenseCRF(**options).to(device)
         u = logits[None].to(device).requires_grad_()
         q = crf(u, image[None].to(device), mask[None].to(device)).softmax(1)
@@ -747,13 +726,9 @@ def test_shapes_that_do_not_fit():
         crf(logits[0, 0], image[0, 0])
     with pytest.raises(ValueError, match=r"mask has shape \(5, 4\); expected \(4, 5\)"):
         crf.prepare(image[0], torch.ones(5, 4))
-    with pytest.raises(
-        ValueError, match="smoothness_sigma has 3 values; expected one, or one for each of the 2 spatial axes"
-    ):
+    with pytest.raises(ValueError, match="smoothness_sigma has 3 values; expected one, or one for each of the 2 spatial axes"):
         DenseCRF(smoothness_sigma=(1, 2, 3))(logits, image)
-    with pytest.raises(
-        ValueError, match="intensity_sigma has 2 values; expected one, or one for each of the 1 channels"
-    ):
+    with pytest.raises(ValueError, match="intensity_sigma has 2 values; expected one, or one for each of the 1 channels"):
         DenseCRF(intensity_sigma=(1, 2))(logits, image)
     with pytest.raises(ValueError, match="compatibility matrix is for 2 classes, the segmentation has 3"):
         DenseCRF(classes=2)(logits, image)
@@ -809,15 +784,11 @@ def tumour_problem() -> tuple[np.ndarray, Case]:
 
 def test_whole_tumour():
     p, case = tumour_problem()
-    crf = DenseCRF(
-        smoothness_weight=2, smoothness_sigma=1.5, appearance_weight=2, appearance_sigma=5, intensity_sigma=0.5
-    )
+    crf = DenseCRF(smoothness_weight=2, smoothness_sigma=1.5, appearance_weight=2, appearance_sigma=5, intensity_sigma=0.5)
     before, labels = p.argmax(0), whole_tumour(crf, p, case)
     assert labels.dtype == np.uint8 and labels.shape == case.shape
     assert before[8, 9, 7] == 1 and labels[8, 9, 7] == 0  # lost
-    assert (
-        before[3, 5, 4] == 0 and labels[3, 5, 4] == 2
-    )  # gained: its most probable tumour class, though class 1 is around it
+    assert before[3, 5, 4] == 0 and labels[3, 5, 4] == 2  # gained: its most probable tumour class, though class 1 is around it
     untouched = np.ones(case.shape, bool)
     untouched[8, 9, 7] = untouched[3, 5, 4] = False
     assert np.array_equal(labels[untouched], before[untouched])
@@ -876,9 +847,7 @@ def test_search(cohort):
         assert found.table[name].between(low, high).all()
     # Weights are drawn for each trial, sigmas for each three.
     assert found.table["smoothness_weight"].nunique() == found.table["appearance_weight"].nunique() == 7
-    assert (
-        found.table["intensity_sigma"].tolist() == found.table["intensity_sigma"].iloc[[0, 0, 0, 3, 3, 3, 6]].tolist()
-    )
+    assert found.table["intensity_sigma"].tolist() == found.table["intensity_sigma"].iloc[[0, 0, 0, 3, 3, 3, 6]].tolist()
     assert found.table["intensity_sigma"].nunique() == 3
 
     table = found.table["dice"]
@@ -1017,9 +986,7 @@ def test_search_refuses(cohort):
 
 def test_whole_tumour_keeps_the_most_probable_class_outside_the_mask():
     probabilities = np.zeros((3, 4, 4, 4), np.float32)
-    probabilities[:] = np.array([0.4, 0.3, 0.3])[
-        :, None, None, None
-    ]  # background leads, though the tumour's sum is larger
+    probabilities[:] = np.array([0.4, 0.3, 0.3])[:, None, None, None]  # background leads, though the tumour's sum is larger
     mask = np.zeros((4, 4, 4), bool)
     mask[1:3, 1:3, 1:3] = True
     case = Case(np.zeros((1, 4, 4, 4), np.float32), ("flair",), "uniform", mask=mask)

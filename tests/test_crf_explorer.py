@@ -50,9 +50,7 @@ def test_fills_the_hole_and_removes_the_false_positive(explorer):
 def test_result_is_that_of_the_crf(classes):
     case, probabilities = make(classes)
     case = case.replace(mask=None)
-    values = dict(
-        smoothness_weight=1.3, smoothness_sigma=1.1, appearance_weight=2.0, appearance_sigma=4.0, intensity_sigma=0.7
-    )
+    values = dict(smoothness_weight=1.3, smoothness_sigma=1.1, appearance_weight=2.0, appearance_sigma=4.0, intensity_sigma=0.7)
     explorer = CRFExplorer(case, probabilities, plane="coronal", index=12, iterations=3, **values)
     foreground = torch.from_numpy(1 - probabilities[0, :, 12])  # (D, W)
     logits = torch.stack([1 - foreground, foreground]).clamp(1e-5).log()

@@ -213,9 +213,7 @@ def test_without_a_checksum_nothing_is_taken_up_again(server, tmp_path):
 def test_a_disk_without_room_is_told_before_and_a_full_one_during_the_download(server, tmp_path, monkeypatch):
     server.files["/a.nii.gz"] = LARGE
     monkeypatch.setattr(DOWNLOAD.shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * len(LARGE) - 1))
-    with pytest.raises(
-        OSError, match=r"a\.nii\.gz needs 0\.0 GB of room in .*but only 0\.0 GB are free; make room, or"
-    ):
+    with pytest.raises(OSError, match=r"a\.nii\.gz needs 0\.0 GB of room in .*but only 0\.0 GB are free; make room, or"):
         fetch(f"{server.url}/a.nii.gz", tmp_path / "case" / "a.nii.gz", sha256=LARGE_SHA256, room=2)
     assert list(tmp_path.iterdir()) == []
     fetch(f"{server.url}/a.nii.gz", tmp_path / "a.nii.gz", sha256=LARGE_SHA256, room=1)
@@ -297,45 +295,48 @@ FILES = {"Task/dataset.json": b"{}", "Task/imagesTr/a.nii.gz": GOOD}
 APPLE = {"Task/._dataset.json": b"Mac OS X", "__MACOSX/Task/._x": b"Mac OS X", "Task/.DS_Store": b"Mac OS X"}
 
 
-@pytest.mark.parametrize("content", [
-    tarball(FILES | APPLE), tarball(FILES, "w:gz"), zipped(FILES | APPLE),
-    tarball({"dataset.json": b"{}", "imagesTr/a.nii.gz": GOOD}),
-    tarball({"./Task": special("./Task", tarfile.DIRTYPE)} | {f"./{name}": data for name, data in FILES.items()}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        tarball(FILES | APPLE),
+        tarball(FILES, "w:gz"),
+        zipped(FILES | APPLE),
+        tarball({"dataset.json": b"{}", "imagesTr/a.nii.gz": GOOD}),
+        tarball({"./Task": special("./Task", tarfile.DIRTYPE)} | {f"./{name}": data for name, data in FILES.items()}),
+    ],
+)
 def test_an_archive_is_unpacked_without_its_top_folder(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)
     unpack(tmp_path / "a.tar", tmp_path / "sub" / "task")
-    files = {
-        p.relative_to(tmp_path / "sub" / "task").as_posix(): p for p in (tmp_path / "sub").rglob("*") if p.is_file()
-    }
-    assert {name: path.read_bytes() for name, path in files.items()} == {
-        "dataset.json": b"{}",
-        "imagesTr/a.nii.gz": GOOD,
-    }
+    files = {p.relative_to(tmp_path / "sub" / "task").as_posix(): p for p in (tmp_path / "sub").rglob("*") if p.is_file()}
+    assert {name: path.read_bytes() for name, path in files.items()} == {"dataset.json": b"{}", "imagesTr/a.nii.gz": GOOD}
     assert all(not path.stat().st_mode & 0o6111 for path in files.values()) or os.name == "nt"
 
 
 OUTSIDE, NO_FILE = "a name that leads outside its folder", "and not a file; nothing was unpacked"
 
 
-@pytest.mark.parametrize("content, match", [
-    (tarball(FILES | {"Task/../../evil": b"x"}), OUTSIDE),
-    (tarball(FILES | {"/tmp/evil": b"x"}), OUTSIDE),
-    (tarball(FILES | {"C:\\evil": b"x"}), OUTSIDE),
-    (tarball(FILES | {"l": special("Task/l", tarfile.SYMTYPE, "/etc/passwd")}), f"which is a link {NO_FILE}"),
-    (tarball(FILES | {"l": special("Task/l", tarfile.LNKTYPE, "Task/dataset.json")}), f"which is a link {NO_FILE}"),
-    (tarball(FILES | {"d": special("Task/d", tarfile.CHRTYPE)}), f"which is a device {NO_FILE}"),
-    (tarball(FILES | {"f": special("Task/f", tarfile.FIFOTYPE)}), f"which is a device {NO_FILE}"),
-    (zipped(FILES | {"../evil": b"x"}), OUTSIDE),
-    (zipped(FILES | {"/evil": b"x"}), OUTSIDE),
-    (zipped(FILES | {"Task/l": b"/etc/passwd"}, {"Task/l": 0o120777}), f"which is a link {NO_FILE}"),
-    (tarball(FILES | {"Task/./dataset.json": b"again"}), "holds 1 files twice"),
-    (tarball({}), "holds no files"),
-    (tarball(FILES)[:700], "is damaged or not a tar or zip archive"),
-    (zipped(FILES).replace(GOOD[20:30], b"0123456789"), "is damaged"),
-    (b"PK\x03\x04 something", "is damaged or not a tar or zip archive"),
-    (b"", "is damaged or not a tar or zip archive"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        (tarball(FILES | {"Task/../../evil": b"x"}), OUTSIDE),
+        (tarball(FILES | {"/tmp/evil": b"x"}), OUTSIDE),
+        (tarball(FILES | {"C:\\evil": b"x"}), OUTSIDE),
+        (tarball(FILES | {"l": special("Task/l", tarfile.SYMTYPE, "/etc/passwd")}), f"which is a link {NO_FILE}"),
+        (tarball(FILES | {"l": special("Task/l", tarfile.LNKTYPE, "Task/dataset.json")}), f"which is a link {NO_FILE}"),
+        (tarball(FILES | {"d": special("Task/d", tarfile.CHRTYPE)}), f"which is a device {NO_FILE}"),
+        (tarball(FILES | {"f": special("Task/f", tarfile.FIFOTYPE)}), f"which is a device {NO_FILE}"),
+        (zipped(FILES | {"../evil": b"x"}), OUTSIDE),
+        (zipped(FILES | {"/evil": b"x"}), OUTSIDE),
+        (zipped(FILES | {"Task/l": b"/etc/passwd"}, {"Task/l": 0o120777}), f"which is a link {NO_FILE}"),
+        (tarball(FILES | {"Task/./dataset.json": b"again"}), "holds 1 files twice"),
+        (tarball({}), "holds no files"),
+        (tarball(FILES)[:700], "is damaged or not a tar or zip archive"),
+        (zipped(FILES).replace(GOOD[20:30], b"0123456789"), "is damaged"),
+        (b"PK\x03\x04 something", "is damaged or not a tar or zip archive"),
+        (b"", "is damaged or not a tar or zip archive"),
+    ],
+)
 def test_archives_that_are_not_unpacked(tmp_path, content, match):
     (tmp_path / "a.tar").write_bytes(content)
     with pytest.raises(ValueError, match=match):
@@ -467,8 +468,14 @@ def test_a_label_outside_the_set_is_an_error(tmp_path):
 def test_downloads_by_name():
     assert datasets.downloads["brats2013_deepmedic"] is download_brats2013_deepmedic
     assert sorted(datasets.downloads) == [
-        "brats2013_deepmedic", "isbi2012", "msd01_brain", "msd03_liver", "msd04_hippocampus", "msd05_prostate", "promise12"
-    ]  # fmt: skip
+        "brats2013_deepmedic",
+        "isbi2012",
+        "msd01_brain",
+        "msd03_liver",
+        "msd04_hippocampus",
+        "msd05_prostate",
+        "promise12",
+    ]
     assert all(len(md5) == 32 for md5 in (PROMISE.MD5, *(md5 for _, md5 in MSD.TASKS.values())))
     for name, checksums in BRATS.SHA256.items():
         assert len(checksums) == len(BRATS.FILES) and all(len(c) == 64 for c in checksums), name
@@ -799,10 +806,7 @@ def test_isbi_downloads_only_on_an_explicit_word(challenge, server, tmp_path):
         (b"PK but no archive", "is not a complete zip archive"),
         (b"<html>sign in</html>", "answered with a web page"),
         (archive(**{"train-volume.tif": b"1"}), r"holds 0 files called train-labels\.tif, expected one"),
-        (
-            archive(**{"a__train-volume.tif": b"1", "b__train-volume.tif": b"2"}),
-            r"holds 2 files called train-volume\.tif",
-        ),
+        (archive(**{"a__train-volume.tif": b"1", "b__train-volume.tif": b"2"}), r"holds 2 files called train-volume\.tif"),
     ],
 )
 def test_isbi_download_of_something_else_leaves_nothing(challenge, tmp_path, content, match):
@@ -913,10 +917,7 @@ def test_promise12_defects_are_named(tmp_path, damage, error, match):
 
 
 def test_data_sets_that_are_not_there(tmp_path):
-    for function, match in (
-        (promise12, r"has no CaseNN\.mhd; it holds x"),
-        (lits, r"has no volume-N\.nii; it holds x"),
-    ):
+    for function, match in ((promise12, r"has no CaseNN\.mhd; it holds x"), (lits, r"has no volume-N\.nii; it holds x")):
         with pytest.raises(FileNotFoundError, match="is not a folder"):
             function(tmp_path / "no")
         (tmp_path / "x").touch()
@@ -960,9 +961,7 @@ def test_lits_reads_cases_in_the_order_of_their_numbers(tmp_path):
 
 def test_lits_volumes_without_an_affine(tmp_path):
     lits_case(tmp_path, 28, affine=np.eye(4))
-    with pytest.raises(
-        ValueError, match=r"volume-28\.nii has an identity affine.*volumes 28 to 47.*identity_affine=True"
-    ):
+    with pytest.raises(ValueError, match=r"volume-28\.nii has an identity affine.*volumes 28 to 47.*identity_affine=True"):
         lits(tmp_path)[0]
     assert lits(tmp_path, identity_affine=True)[0].spacing == (1, 1, 1)
 
@@ -1069,9 +1068,7 @@ def test_msd_defects_are_named(decathlon, tmp_path):
         FileNotFoundError, match=r"dataset\.json lists .*prostate_00\.nii\.gz, which does not exist \(prostate_01"
     ):
         msd(root)[0]
-    with pytest.raises(
-        FileNotFoundError, match=r"dataset\.json does not exist; .* holds Task05_Prostate: point at the task"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"dataset\.json does not exist; .* holds Task05_Prostate: point at the task"):
         msd(tmp_path)
 
 
@@ -1084,10 +1081,7 @@ def test_msd_defects_are_named(decathlon, tmp_path):
         (dict(labels={}), "is not a description"),
         (dict(labels={"0": "background", "999999999999": "much"}), "is not a description"),
         (dict(training=[]), "lists no training cases"),
-        (
-            dict(training=[{"image": "../a.nii.gz", "label": "b.nii.gz"}]),
-            r"lists '\.\./a\.nii\.gz', which lies outside",
-        ),
+        (dict(training=[{"image": "../a.nii.gz", "label": "b.nii.gz"}]), r"lists '\.\./a\.nii\.gz', which lies outside"),
         (dict(training=[{"image": "a.nii.gz", "label": "/etc/b.nii.gz"}]), "lists '/etc/b.nii.gz', which lies outside"),
     ],
 )
@@ -1141,19 +1135,21 @@ def test_msd_brain_in_the_numbers_of_brats(tmp_path):
 
 
 def test_only_the_brain_task_has_the_numbers_of_brats(decathlon):
-    with pytest.raises(
-        ValueError, match=r"as_brats=True is for Task01_BrainTumour; .* has channels t2, adc and classes"
-    ):
+    with pytest.raises(ValueError, match=r"as_brats=True is for Task01_BrainTumour; .* has channels t2, adc and classes"):
         msd(decathlon(), as_brats=True)
 
 
 @pytest.fixture
 def decathlon_server(server, tmp_path, monkeypatch):
     brain_task(tmp_path / "upstream" / "Task01_BrainTumour")
-    content = tarball({
-        p.relative_to(tmp_path / "upstream").as_posix(): p.read_bytes()
-        for p in sorted((tmp_path / "upstream").rglob("*")) if p.is_file()
-    } | {"Task01_BrainTumour/imagesTr/._BRATS_001.nii.gz": b"Mac OS X"})  # fmt: skip
+    content = tarball(
+        {
+            p.relative_to(tmp_path / "upstream").as_posix(): p.read_bytes()
+            for p in sorted((tmp_path / "upstream").rglob("*"))
+            if p.is_file()
+        }
+        | {"Task01_BrainTumour/imagesTr/._BRATS_001.nii.gz": b"Mac OS X"}
+    )
     server.files["/Task01_BrainTumour.tar"] = content
     monkeypatch.setattr(MSD, "URL", server.url)
     monkeypatch.setitem(MSD.TASKS, "msd01_brain", ("Task01_BrainTumour", hashlib.md5(content).hexdigest()))
@@ -1264,9 +1260,7 @@ def test_brats2015(tmp_path):
 def test_brats2015_defects(tmp_path):
     place = tmp_path / "HGG" / "p1"
     brats2015_case(place, 0, truth=False)
-    with pytest.raises(
-        ValueError, match=r"p1 has 0 files for the truth, expected one; .* holds VSD.*label_optional=True"
-    ):
+    with pytest.raises(ValueError, match=r"p1 has 0 files for the truth, expected one; .* holds VSD.*label_optional=True"):
         brats2015(tmp_path)[0]
     assert brats2015(tmp_path, label_optional=True)[0].label is None
     (flair,) = place.glob("*Flair*/*.mha")
@@ -1321,9 +1315,7 @@ def test_brats_of_later_years(tmp_path, year):
     np.testing.assert_array_equal(case.image, np.stack(arrays)[:, ::-1, ::-1])
     expected = np.where(label == 3, 4, label)[::-1, ::-1]
     np.testing.assert_array_equal(case.label, expected)
-    assert set(np.unique(case.label)) == {0, 1, 2, 4} and case.info["dataset"] == (
-        "brats2023" if year > 2022 else "brats2017"
-    )
+    assert set(np.unique(case.label)) == {0, 1, 2, 4} and case.info["dataset"] == ("brats2023" if year > 2022 else "brats2017")
     np.testing.assert_array_equal(case.mask, (np.stack(arrays) != 0).any(0)[::-1, ::-1])
 
 

@@ -41,19 +41,31 @@ def supervised(outputs, target):
 # Network, its options, the sampler's, and how it is trained. Batches of 3 and 3 batches cannot be shared evenly by two.
 RUNS = {
     "batch normalisation over a rolling window": (
-        "deepmedic", {"dropout": 0.0}, {"output": 3, "batch_size": 3}, {"l1": 1e-4, "l2": 1e-3},
+        "deepmedic",
+        {"dropout": 0.0},
+        {"output": 3, "batch_size": 3},
+        {"l1": 1e-4, "l2": 1e-3},
     ),
     "Dice of the batch": ("fc_resnet", {}, {"output": 32, "batch_size": 4, "spatial_dims": 2}, {"loss": losses.dice_loss}),
     "several batches of one": (
-        "mlynarski_3d", {}, {"output": 4, "batch_size": 1}, {"loss": balanced, "accumulate": 3, "l2": 0.1},
+        "mlynarski_3d",
+        {},
+        {"output": 4, "batch_size": 1},
+        {"loss": balanced, "accumulate": 3, "l2": 0.1},
     ),
     "several batches, each normalised by itself": (
-        "mlynarski_2d", {}, {"output": 32, "batch_size": 2, "spatial_dims": 2}, {"loss": supervised, "accumulate": 3},
+        "mlynarski_2d",
+        {},
+        {"output": 32, "batch_size": 2, "spatial_dims": 2},
+        {"loss": supervised, "accumulate": 3},
     ),
     "a shared batch with auxiliary outputs": (
-        "mlynarski_2d", {}, {"output": 16, "batch_size": 3, "spatial_dims": 2}, {"loss": supervised},
+        "mlynarski_2d",
+        {},
+        {"output": 16, "batch_size": 3, "spatial_dims": 2},
+        {"loss": supervised},
     ),
-}  # fmt: skip
+}
 
 
 def train(name: str, folder: Path | None = None, sampler=lambda s: s, steps: int = STEPS, **options):
@@ -79,15 +91,16 @@ def free_port() -> int:
 
 def start(process: int, port: int, *arguments: str) -> subprocess.Popen:
     environment = os.environ | {
-        "RANK": str(process), "LOCAL_RANK": str(process), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]),
-    }  # fmt: skip
+        "RANK": str(process),
+        "LOCAL_RANK": str(process),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     return subprocess.Popen(
-        [sys.executable, __file__, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, __file__, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

@@ -80,12 +80,15 @@ def test_no_members():
         Ensemble([])
 
 
-@pytest.mark.parametrize("other, what", [
-    (lambda: models.deepmedic(in_channels=2, classes=3, width=0.1), "spatial_dims"),
-    (lambda: models.large2d_seg(in_channels=2, classes=3, width=0.1), "margin are .24, 36"),
-    (lambda: models.dm2d_seg(in_channels=2, classes=4, width=0.1), "classes are .3, 4"),
-    (lambda: models.dm2d_seg(in_channels=1, classes=3, width=0.1), "in_channels are .2, 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "other, what",
+    [
+        (lambda: models.deepmedic(in_channels=2, classes=3, width=0.1), "spatial_dims"),
+        (lambda: models.large2d_seg(in_channels=2, classes=3, width=0.1), "margin are .24, 36"),
+        (lambda: models.dm2d_seg(in_channels=2, classes=4, width=0.1), "classes are .3, 4"),
+        (lambda: models.dm2d_seg(in_channels=1, classes=3, width=0.1), "in_channels are .2, 1"),
+    ],
+)
 def test_members_must_agree(members, other, what):
     with pytest.raises(ValueError, match=f"must agree, but their {what}"):
         Ensemble([members[0], other()])

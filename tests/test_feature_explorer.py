@@ -25,7 +25,15 @@ def make_case(shape=(24, 27, 18), channels=("flair", "t1c")) -> Case:
     rng = np.random.default_rng(0)
     image = rng.normal(size=(len(channels), *shape)).astype(np.float32) + ball
     mask = ((d - 12) / 11) ** 2 + ((h - 13) / 12) ** 2 + ((w - 9) / 8) ** 2 < 1
-    return Case(image=image, channels=channels, name="ball", label=ball, mask=mask, extra={"wm": (h / shape[1]).astype(np.float16)}, info={"classes": {4: "core"}})  # fmt: skip
+    return Case(
+        image=image,
+        channels=channels,
+        name="ball",
+        label=ball,
+        mask=mask,
+        extra={"wm": (h / shape[1]).astype(np.float16)},
+        info={"classes": {4: "core"}},
+    )
 
 
 @pytest.fixture
@@ -85,7 +93,7 @@ def test_selectivity_and_correlation_against_scipy(explorer):
         auc = mannwhitneyu(values[label == 4], values[label != 4]).statistic / ((label == 4).sum() * (label != 4).sum())
         assert table["selectivity: core"][c] == pytest.approx(2 * auc - 1, abs=0.02)
         assert table["correlation: wm"][c] == pytest.approx(np.corrcoef(values, wm)[0, 1], abs=2e-3)
-    for sort, column in [("activity", "activity"), ("selectivity", "selectivity: core"), ("correlation", "correlation: wm")]:  # fmt: skip
+    for sort, column in [("activity", "activity"), ("selectivity", "selectivity: core"), ("correlation", "correlation: wm")]:
         explorer.sort = sort
         ranked = table[column].abs().to_numpy()[list(explorer.order)]
         assert sorted(explorer.order) == list(range(4)) and (np.diff(ranked) <= 0).all()
@@ -150,9 +158,7 @@ def test_messages_that_ask_for_nothing_there_is_are_ignored(explorer):
 def test_layers_are_computed_once_then_all_in_one_run(model, monkeypatch):
     runs = []
     capture = features.capture
-    monkeypatch.setattr(
-        features, "capture", lambda m, c, names, **o: runs.append(list(names)) or capture(m, c, names, **o)
-    )
+    monkeypatch.setattr(features, "capture", lambda m, c, names, **o: runs.append(list(names)) or capture(m, c, names, **o))
     explorer = FeatureExplorer(model, make_case())
     explorer.maps()
     explorer.maps()
@@ -246,7 +252,14 @@ def test_snapshot_and_mimebundle(explorer):
     assert "channel 0 of layer normal.0 over flair" in metadata["image/png"]["alt"]
     assert explorer._ipython_display_ is None
     before = explorer.snapshot()
-    for name, value in [("layer", "classifier"), ("position", (12, 12, 9)), ("plane", "sagittal"), ("sort", "activity"), ("scale", "layer"), ("colours", "sequential")]:  # fmt: skip
+    for name, value in [
+        ("layer", "classifier"),
+        ("position", (12, 12, 9)),
+        ("plane", "sagittal"),
+        ("sort", "activity"),
+        ("scale", "layer"),
+        ("colours", "sequential"),
+    ]:
         setattr(explorer, name, value)
         after = explorer.snapshot()
         assert after != before, name

@@ -1,6 +1,6 @@
 """The first five updates of every recipe give the losses that are stored: a refactoring must not change what is trained.
 
-    python tests/test_first_losses.py    # writes tests/data/first_losses.json anew, after a change that is meant to change them
+python tests/test_first_losses.py    # writes tests/data/first_losses.json anew, after a change that is meant to change them
 """
 
 import json
@@ -83,7 +83,8 @@ RUNS = {
     "drozdzal plain": (drozdzal, {"network": "unet2d", "augment": False, "scheme": "foreground"}),
     "mlynarski 2d": (mlynarski, {"network": "mlynarski_2d"}),
     "mlynarski 2d, model 2, pre-trained": (
-        mlynarski, {"network": "mlynarski_2d", "subnets": 2, "pretrain_steps": 2, "drop": 0.5},
+        mlynarski,
+        {"network": "mlynarski_2d", "subnets": 2, "pretrain_steps": 2, "drop": 0.5},
     ),
     "mlynarski 3d": (mlynarski, {"network": "mlynarski_3d"}),
     "mlynarski 3d, variant c": (mlynarski, {"network": "mlynarski_3d", "scores": True, "variant": "c"}),

@@ -62,15 +62,18 @@ def test_features_equal_loops_over_boxes(spaced, spacing):
     assert (stop < 0).any() and (np.array(first) > case.shape).any() and (np.array(count) > 3).any()
 
 
-@pytest.mark.parametrize("offset, size, spacing, voxels", [
-    (0, 0, 2, [0]),
-    (0, 6, 2, [-1, 0, 1]),
-    (10, 6, 2, [4, 5, 6]),
-    (-10, 2, 2, [-5]),
-    (20, 20, 4, [3, 4, 5, 6, 7]),
-    (3, 4, 2, [1, 2]),
-    (0, 1, 2.5, [0]),  # thinner than a voxel
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "offset, size, spacing, voxels",
+    [
+        (0, 0, 2, [0]),
+        (0, 6, 2, [-1, 0, 1]),
+        (10, 6, 2, [4, 5, 6]),
+        (-10, 2, 2, [-5]),
+        (20, 20, 4, [3, 4, 5, 6, 7]),
+        (3, 4, 2, [1, 2]),
+        (0, 1, 2.5, [0]),  # thinner than a voxel
+    ],
+)
 def test_boxes_are_placed_in_mm(offset, size, spacing, voxels):
     """The image is 1 at one voxel: its box means tell from which voxels it is seen."""
     image = np.zeros((1, 41, 1, 1))
@@ -138,12 +141,15 @@ def test_the_draw():
     assert len(BoxFeatures(4, count=2)) == 2
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"channels": 0}, "channels=0"),
-    ({"count": 0}, "count=0"),
-    ({"reach_mm": 0.0}, "reach_mm=0"),
-    ({"reach_mm": float("nan")}, "reach_mm=nan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"channels": 0}, "channels=0"),
+        ({"count": 0}, "count=0"),
+        ({"reach_mm": 0.0}, "reach_mm=0"),
+        ({"reach_mm": float("nan")}, "reach_mm=nan"),
+    ],
+)
 def test_features_refuse(options, message):
     with pytest.raises(ValueError, match=message):
         BoxFeatures(**options)

@@ -30,9 +30,7 @@ class Network(nn.Module):
 
 def dice(outputs, target):
     logits, (other,) = outputs
-    return losses.dice_loss(logits, target) + 0.3 * losses.balanced_cross_entropy(
-        other, target, target_weights=(0.3, 0.7)
-    )
+    return losses.dice_loss(logits, target) + 0.3 * losses.balanced_cross_entropy(other, target, target_weights=(0.3, 0.7))
 
 
 def batches(count: int = 2, samples: int = 5):
@@ -43,14 +41,7 @@ def batches(count: int = 2, samples: int = 5):
 
 
 def gradients_of(model, *, loss=dice, accumulate=2, **options) -> tuple[float, dict]:
-    settings = {
-        "forward": None,
-        "l1": 0.0,
-        "l2": 1e-2,
-        "precision": "float32",
-        "compiled": False,
-        "channels_last": False,
-    }
+    settings = {"forward": None, "l1": 0.0, "l2": 1e-2, "precision": "float32", "compiled": False, "channels_last": False}
     gradients = Gradients(model, loss, accumulate=accumulate, seed=0, **settings | options)
     with gradients.together():
         number = gradients(batches(accumulate), 1)
@@ -113,13 +104,9 @@ def test_dropout_is_the_same_in_both_passes_of_a_part():
 
 
 def test_what_cannot_be_halved(capsys):
-    with pytest.raises(
-        MemoryError, match="normalises by whole batches, which cannot be halved: choose a smaller batch"
-    ):
+    with pytest.raises(MemoryError, match="normalises by whole batches, which cannot be halved: choose a smaller batch"):
         gradients_of(Network(room=4, norm=True))
-    with pytest.raises(
-        MemoryError, match=r"Tried to allocate 3 GiB\); a single sample is too large: choose a smaller crop"
-    ):
+    with pytest.raises(MemoryError, match=r"Tried to allocate 3 GiB\); a single sample is too large: choose a smaller crop"):
         gradients_of(Network(room=0))
     capsys.readouterr()
 
@@ -181,9 +168,17 @@ def test_channels_last(dims, layout):
         label = (x[:, 0] > 0).long()[(slice(None), *(slice(model.margin, n - model.margin) for n in size[2:]))]
         model.register_forward_pre_hook(lambda m, given: seen.append(given[0].is_contiguous(memory_format=layout)))
         gradients = Gradients(
-            model, losses.cross_entropy, forward=None, accumulate=1, l1=0.0, l2=0.0, precision="float32",
-            compiled=False, channels_last=channels_last, seed=0,
-        )  # fmt: skip
+            model,
+            losses.cross_entropy,
+            forward=None,
+            accumulate=1,
+            l1=0.0,
+            l2=0.0,
+            precision="float32",
+            compiled=False,
+            channels_last=channels_last,
+            seed=0,
+        )
         with gradients.together():
             return gradients(iter([(x, label)]), 1), {n: p.grad for n, p in model.named_parameters()}
 

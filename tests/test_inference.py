@@ -90,10 +90,7 @@ def test_little_memory_means_small_tiles_and_the_same_result(network, noise_case
     monkeypatch.setattr(inference, "_workspace", lambda device: 1e5)
     tiles = list(
         inference._tiles(
-            [0] * 3,
-            [21, 24, 19],
-            inference._tile_size(model, [0] * 3, [21, 24, 19], None, torch.device("cpu")),
-            case.shape,
+            [0] * 3, [21, 24, 19], inference._tile_size(model, [0] * 3, [21, 24, 19], None, torch.device("cpu")), case.shape
         )
     )
     assert len(tiles) > 4
@@ -325,9 +322,7 @@ def test_a_padded_network_gets_the_whole_volume(network, noise_case, merge, shap
     assert not inside[:, ~case.mask].any()
 
 
-@pytest.mark.parametrize(
-    "blocks, shape, tile", [(1, (43, 21, 10), 4), (2, (90, 14, 9), (8, 4, 100)), (3, (200, 9, 8), 8)]
-)
+@pytest.mark.parametrize("blocks, shape, tile", [(1, (43, 21, 10), 4), (2, (90, 14, 9), (8, 4, 100)), (3, (200, 9, 8), 8)])
 def test_tiles_of_a_padded_network_have_a_halo(network, noise_case, monkeypatch, blocks, shape, tile):
     """No tile sees the whole volume, and yet the result is that of the whole volume."""
     model, case = network("kayalibay_unet3d", init="xavier", blocks=blocks, maps=blocks), noise_case(shape)
@@ -381,10 +376,13 @@ class Full(torch.nn.Module):
         return self.model(x)
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more"),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9000000 bytes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9000000 bytes"),
+    ],
+)
 def test_out_of_memory_is_answered_with_smaller_tiles(noise_case, stir, capsys, error):
     torch.manual_seed(0)
     model = stir(models.deep_plus(in_channels=2, classes=2, width=0.1))

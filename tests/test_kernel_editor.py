@@ -185,7 +185,16 @@ def test_bad_input(image, options, message):
         KernelEditor(image, **options)
 
 
-@pytest.mark.parametrize("image", [np.zeros((6, 7)), np.eye(8, dtype=bool), np.arange(48, dtype=np.uint8).reshape(6, 8), np.asfortranarray(IMAGE), torch.tensor(IMAGE)])  # fmt: skip
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((6, 7)),
+        np.eye(8, dtype=bool),
+        np.arange(48, dtype=np.uint8).reshape(6, 8),
+        np.asfortranarray(IMAGE),
+        torch.tensor(IMAGE),
+    ],
+)
 def test_pictures_of_any_number_type(image):
     editor = KernelEditor(image)
     assert (editor.image == np.asarray(image)).all() and editor.snapshot()

@@ -256,18 +256,14 @@ def test_balanced_cross_entropy_by_hand():
     logits, target = table()  # true classes 0, 2, 1: one voxel each
     weights = (0.6, 0.3, 0.1)
     expected = 0.6 * NEGATIVE_LOG[0] + 0.1 * NEGATIVE_LOG[1] + 0.3 * NEGATIVE_LOG[2]
-    assert losses.balanced_cross_entropy(logits, target, target_weights=weights).item() == pytest.approx(
-        expected, abs=1e-5
-    )
+    assert losses.balanced_cross_entropy(logits, target, target_weights=weights).item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_weights_of_a_batch_sum_to_one_and_absent_classes_add_nothing():
     torch.manual_seed(0)
     uniform, t = torch.zeros(2, 4, 6, 5), (0.4, 0.3, 0.2, 0.1)  # -log p is log 4 everywhere
     target = torch.randint(4, (2, 6, 5))
-    assert losses.balanced_cross_entropy(uniform, target, target_weights=t).item() == pytest.approx(
-        math.log(4), rel=1e-5
-    )
+    assert losses.balanced_cross_entropy(uniform, target, target_weights=t).item() == pytest.approx(math.log(4), rel=1e-5)
     target[target == 1] = 0
     found = losses.balanced_cross_entropy(uniform, target, target_weights=t)
     assert found.item() == pytest.approx(0.7 * math.log(4), rel=1e-5)
@@ -292,9 +288,7 @@ def test_deep_supervision():
     torch.manual_seed(0)
     main, *auxiliary = torch.randn(6, 1, 4, 3, 3)
     target = torch.randint(4, (1, 3, 3))
-    expected = 0.75 * losses.cross_entropy(main, target) + 0.05 * sum(
-        losses.cross_entropy(a, target) for a in auxiliary
-    )
+    expected = 0.75 * losses.cross_entropy(main, target) + 0.05 * sum(losses.cross_entropy(a, target) for a in auxiliary)
     torch.testing.assert_close(losses.deep_supervision((main, auxiliary), target), expected)
     only = losses.deep_supervision((main, auxiliary), target, main=1.0, loss=losses.dice_loss)
     torch.testing.assert_close(only, losses.dice_loss(main, target))

@@ -114,24 +114,14 @@ def test_overlap_agrees_with_monai():
     assert metrics.jaccard(p, t) == pytest.approx(monai.compute_iou(*tensors).item())
     counts = monai.get_confusion_matrix(*tensors)
     for metric in ("precision", "sensitivity", "specificity"):
-        assert getattr(metrics, metric)(p, t) == pytest.approx(
-            monai.compute_confusion_matrix_metric(metric, counts).item()
-        )
+        assert getattr(metrics, metric)(p, t) == pytest.approx(monai.compute_confusion_matrix_metric(metric, counts).item())
 
 
 # ---------------------------------------------------------------------------------------------------------- surface
 
 
 def test_surface_of_a_block_with_a_bay():
-    block = np.array(
-        [
-            [1, 1, 1, 1, 1],
-            [1, 1, 1, 1, 0],
-            [1, 1, 1, 1, 1],
-            [1, 1, 1, 1, 1],
-        ],
-        bool,
-    )
+    block = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]], bool)
     # Row 1, columns 1 and 2, and row 2, columns 1 to 3 have all four neighbours inside; the array's border counts as outside.
     inner = {(1, 1), (1, 2), (2, 1), (2, 2), (2, 3)}
     assert {tuple(map(int, i)) for i in np.argwhere(block & ~metrics.surface(block))} == inner
@@ -275,9 +265,8 @@ def test_regions_hold_the_right_labels():
 def test_evaluate_equals_the_metrics_one_by_one():
     p, t, spacing = labels(0), labels(1), (1.0, 2.0, 0.5)
     table = metrics.evaluate(
-        torch.tensor(p), t, spacing=spacing, case="x",
-        metrics=(*OVERLAP, *SURFACE, "hausdorff95", "volume_difference"),
-    )  # fmt: skip
+        torch.tensor(p), t, spacing=spacing, case="x", metrics=(*OVERLAP, *SURFACE, "hausdorff95", "volume_difference")
+    )
     assert list(table.columns) == ["case", "region", *OVERLAP, *SURFACE, "hausdorff95", "volume_difference"]
     assert list(table.region) == ["whole", "core", "enhancing"]
     assert set(table.case) == {"x"}

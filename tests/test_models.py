@@ -64,9 +64,7 @@ HAVAEI = [
     *CASCADES,
 ]
 VALID = NETWORKS + HAVAEI  # networks of valid convolutions: dense output is that of the patches around each voxel
-KAYALIBAY = [
-    Network("kayalibay_unet3d", {(4, 5): 410_072, (1, 5): 409_424, (4, 2): 409_736}, 73, init="normal", slope=0.25)
-]
+KAYALIBAY = [Network("kayalibay_unet3d", {(4, 5): 410_072, (1, 5): 409_424, (4, 2): 409_736}, 73, init="normal", slope=0.25)]
 DROZDZAL = [
     Network("fcn_preprocessor", {(1, 1): 1_832_145}, 220, example=(1, 1)),
     Network("fc_resnet", {(1, 1): 11_042_273, (1, 2): 11_042_306}, 1152, example=(1, 1)),
@@ -99,9 +97,12 @@ def patch(model: nn.Module, *, batch: int = 1, out: int | None = None, seed: int
 
 
 def test_the_table_is_complete():
-    assert {n.name for n in NETWORKS} == set(models.NETWORKS) == set(models.__all__) - {
-        "DEEPMEDIC", "DROZDZAL", "HAVAEI", "KAYALIBAY", "MLYNARSKI", "NETWORKS", "load", "removable", "save", "without",
-    }  # fmt: skip
+    assert (
+        {n.name for n in NETWORKS}
+        == set(models.NETWORKS)
+        == set(models.__all__)
+        - {"DEEPMEDIC", "DROZDZAL", "HAVAEI", "KAYALIBAY", "MLYNARSKI", "NETWORKS", "load", "removable", "save", "without"}
+    )
     for paper in ("DEEPMEDIC", "HAVAEI", "KAYALIBAY", "DROZDZAL", "MLYNARSKI"):
         assert {n.name for n in globals()[paper]} == set(getattr(models, paper))
 
@@ -222,9 +223,7 @@ def test_save_and_load(network, tmp_path, stir):
     assert torch.equal(model(x), again(x))
     assert not again.training and again.card == card and again.config == model.config
     norms = (RollingBatchNorm, nn.modules.batchnorm._BatchNorm)
-    assert sum("running_var" in n for n, _ in again.named_buffers()) == sum(
-        isinstance(m, norms) for m in model.modules()
-    )
+    assert sum("running_var" in n for n, _ in again.named_buffers()) == sum(isinstance(m, norms) for m in model.modules())
     assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
 
 
@@ -316,12 +315,15 @@ def test_impossible_channels_and_classes(build, options):
 # ----------------------------------------------------------------------------------------------- what papers differ in
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("deeper2d_seg", [30, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43, 45, 46, 47, 49, 50]),
-    ("large2d_seg", [45, 48, 51, 55, 58, 61, 64, 67, 70, 74, 77, 80]),
-    ("wider2d_seg", [60, 60, 80, 80, 80, 80, 100, 100]),
-    ("deepmedic", [30, 30, 40, 40, 40, 40, 50, 50]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("deeper2d_seg", [30, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43, 45, 46, 47, 49, 50]),
+        ("large2d_seg", [45, 48, 51, 55, 58, 61, 64, 67, 70, 74, 77, 80]),
+        ("wider2d_seg", [60, 60, 80, 80, 80, 80, 100, 100]),
+        ("deepmedic", [30, 30, 40, 40, 40, 40, 50, 50]),
+    ],
+)
 def test_feature_maps(name, expected):
     model = getattr(models, name)()
     assert [c.out_channels for c in convolutions(model.normal)] == expected
@@ -435,9 +437,10 @@ def test_fields_of_the_pathways(layers, field):
     assert measured_receptive_field(model, layer=part).side == (field, field)
 
 
-@pytest.mark.parametrize("name, sides, joined", [
-    ("input_cascade_cnn", (65, 33), 9), ("local_cascade_cnn", (56, 24), 69), ("mf_cascade_cnn", (53, 21), 229),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, sides, joined",
+    [("input_cascade_cnn", (65, 33), 9), ("local_cascade_cnn", (56, 24), 69), ("mf_cascade_cnn", (53, 21), 229)],
+)
 def test_where_the_first_network_enters(name, sides, joined, stir):
     """Sizes as in the paper: the first network's input and output, and the channels where they are joined."""
     model = stir(getattr(models, name)())
@@ -455,9 +458,7 @@ def test_where_the_first_network_enters(name, sides, joined, stir):
     features = features_by_hand(second, inner, maps)
     if second.joins == "output":
         features = torch.cat([features, maps], 1)
-    torch.testing.assert_close(
-        model(x), F.conv2d(features, second.output.weight, second.output.bias), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(model(x), F.conv2d(features, second.output.weight, second.output.bias), rtol=1e-4, atol=1e-5)
 
 
 @by_name(CASCADES)
@@ -467,11 +468,7 @@ def test_the_first_network_is_copied_frozen_and_saved(network, tmp_path, stir):
     with torch.no_grad():
         first.output.bias += 1
     assert not torch.equal(model.first.output.bias, first.output.bias)
-    assert (
-        model.second.training
-        and not model.first.training
-        and not any(p.requires_grad for p in model.first.parameters())
-    )
+    assert model.second.training and not model.first.training and not any(p.requires_grad for p in model.first.parameters())
     again = models.load(models.save(tmp_path / "net.safetensors", model, {}))
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     assert not any(p.requires_grad for p in again.first.parameters()) and all(
@@ -483,9 +480,7 @@ def test_the_first_network_is_copied_frozen_and_saved(network, tmp_path, stir):
 @by_name(CASCADES)
 def test_cascades_refuse_another_first_network(network):
     for first in (models.two_path_cnn(classes=3, width=0.1), models.local_path_cnn(width=0.1), nn.Conv2d(4, 5, 3)):
-        with pytest.raises(
-            ValueError, match=f"first is .* {network.name} needs .*'builder': 'two_path_cnn'.*'width': 0.1"
-        ):
+        with pytest.raises(ValueError, match=f"first is .* {network.name} needs .*'builder': 'two_path_cnn'.*'width': 0.1"):
             network(first=first)
 
 
@@ -570,9 +565,7 @@ def test_without_a_block_its_shortcut_is_left(stir):
 def test_without_several_layers(stir):
     model = stir(models.unet2d(width=0.05)).eval()
     x = torch.randn(1, 1, 32, 32)
-    assert models.removable(model) == [
-        f"{part}.{n}.2" for part, count in (("down", 5), ("up", 4)) for n in range(count)
-    ]
+    assert models.removable(model) == [f"{part}.{n}.2" for part, count in (("down", 5), ("up", 4)) for n in range(count)]
     copy_ = copy.deepcopy(model)
     for name in ("down.1.2", "up.0.2"):
         nn.init.dirac_(copy_.get_submodule(name).weight), nn.init.zeros_(copy_.get_submodule(name).bias)
@@ -680,9 +673,10 @@ def test_impossible_sizes(name):
 # ----------------------------------------------------------------------------- subnetworks, and 2D features for 3D networks
 
 
-@pytest.mark.parametrize("variant, features, parameters", [
-    ("standard", 0, 1_330_372), ("a", 12, 1_340_740), ("b", 12, 1_340_740), ("c", 12, 2_673_060),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "variant, features, parameters",
+    [("standard", 0, 1_330_372), ("a", 12, 1_340_740), ("b", 12, 1_340_740), ("c", 12, 2_673_060)],
+)
 def test_variants_of_the_3d_network(variant, features, parameters, stir):
     model = models.mlynarski_3d(variant=variant)
     assert sum(p.numel() for p in model.parameters()) == parameters and model.in_channels == 4 + features
@@ -748,9 +742,7 @@ def test_training_a_subnetwork_trains_the_whole():
     optimiser = torch.optim.SGD(alone.parameters(), lr=0.1)
     alone(torch.randn(2, 1, 16, 16)).square().sum().backward()
     optimiser.step()
-    changed = {
-        n.split(".")[0] + "." + n.split(".")[1] for n, p in model.named_parameters() if not torch.equal(p, before[n])
-    }
+    changed = {n.split(".")[0] + "." + n.split(".")[1] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {"subnetworks.2", "auxiliary.2"}
 
 
@@ -943,8 +935,13 @@ def test_feature_maps_of_the_unet():
     assert [c.stride[0] for c in path] == [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 1, 1]
     assert [c.in_channels for c in path[7:]] == [32, 64, 32, 32, 16, 16]
     assert [(c.in_channels, c.out_channels) for c in convolutions(model) if c.kernel_size == (1, 1, 1)] == [
-        (64, 32), (64, 32), (32, 16), (64, 5), (32, 5), (16, 5),
-    ]  # fmt: skip
+        (64, 32),
+        (64, 32),
+        (32, 16),
+        (64, 5),
+        (32, 5),
+        (16, 5),
+    ]
     deeper = models.kayalibay_unet3d(in_channels=1, blocks=4)
     assert deeper.multiple == 16 and deeper.contracting[-1].conv.out_channels == 128
     assert deeper.expanding[0].conv[0].in_channels == 128 and len(deeper.heads) == 3

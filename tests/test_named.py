@@ -41,12 +41,20 @@ def cases(folder):
 
 
 RECIPE = {
-    "name": "tiny", "network": "deep_plus", "channels": ("flair", "t1c"), "label_map": {4: 1}, "classes": 3,
-    "normalise": "standardise", "regions": {"inner": [1], "all": [1, 2]}, "folds": 2,
+    "name": "tiny",
+    "network": "deep_plus",
+    "channels": ("flair", "t1c"),
+    "label_map": {4: 1},
+    "classes": 3,
+    "normalise": "standardise",
+    "regions": {"inner": [1], "all": [1, 2]},
+    "folds": 2,
     "settings": {"steps": 3, "width": 0.1, "batch_size": 4},
-    "paper": "Nobody et al.", "data": "five blocks", "departs": "there is no such paper",
+    "paper": "Nobody et al.",
+    "data": "five blocks",
+    "departs": "there is no such paper",
     "reported": {"where": "Table 0, on other blocks", "dice": {"all": 0.91}},
-}  # fmt: skip
+}
 
 
 def run(cases, out, recipe=RECIPE, **options):
@@ -60,8 +68,20 @@ def run(cases, out, recipe=RECIPE, **options):
 def test_recipes_are_complete(name):
     """Every setting is one of the paper's recipe or its network, and regions, classes and labels fit each other."""
     recipe = named.recipe_of(name)
-    assert {"paper", "data", "loader", "channels", "classes", "normalise", "network", "settings", "folds", "regions", "reported",
-            "departs"} <= set(recipe)  # fmt: skip
+    assert {
+        "paper",
+        "data",
+        "loader",
+        "channels",
+        "classes",
+        "normalise",
+        "network",
+        "settings",
+        "folds",
+        "regions",
+        "reported",
+        "departs",
+    } <= set(recipe)
     assert recipe["network"] in models.NETWORKS and recipe["folds"] > 1
     known = {
         *inspect.signature(recipes.of_network(recipe["network"])).parameters,
@@ -75,9 +95,7 @@ def test_recipes_are_complete(name):
     else:
         assert regions in ("cells", *metrics.regions)
     if recipe["reported"]:
-        wanted = (
-            {"cells"} if regions == "cells" else set(regions if isinstance(regions, dict) else metrics.regions[regions])
-        )
+        wanted = {"cells"} if regions == "cells" else set(regions if isinstance(regions, dict) else metrics.regions[regions])
         for metric, row in recipe["reported"].items():
             assert metric == "where" or (
                 set(row) <= wanted and all(0 < value <= 1 or metric == "boundary_distance" for value in row.values())
@@ -107,31 +125,24 @@ def test_a_recipe_for_slices_takes_slices(tmp_path, monkeypatch, noise_case):
     slices = named.cases_of("drozdzal-isbi2012", tmp_path)
     assert [s.name for s in slices] == [f"isbi2012-train-{n:02}" for n in range(12)]
     assert np.array_equal(slices[7].image, stack.image[..., 7:8]) and slices[7].shape == (8, 9, 1)
-    assert [s.name for s in named.cases_of("drozdzal-isbi2012", tmp_path, cases=["isbi2012-train-03"])] == [
-        "isbi2012-train-03"
-    ]
+    assert [s.name for s in named.cases_of("drozdzal-isbi2012", tmp_path, cases=["isbi2012-train-03"])] == ["isbi2012-train-03"]
     with pytest.raises(ValueError, match="isbi2012-train-99: no such slice"):
         named.cases_of("drozdzal-isbi2012", tmp_path, cases=["isbi2012-train-99"])
-    with pytest.raises(
-        ValueError, match=r"kayalibay-hands is for .* no reader of its own: say .* --channels t1=PATTERN"
-    ):
+    with pytest.raises(ValueError, match=r"kayalibay-hands is for .* no reader of its own: say .* --channels t1=PATTERN"):
         named.cases_of("kayalibay-hands", tmp_path)
     with pytest.raises(ValueError, match="recipe 'deepmedic-moon'; expected one of deepmedic-brats2015"):
         named.recipe_of("deepmedic-moon")
 
 
-@pytest.mark.parametrize("name, options", [
-    ("deepmedic-msd-brain", {"as_brats": True}), ("drozdzal-promise12", {}), ("deepmedic-brats2015", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options", [("deepmedic-msd-brain", {"as_brats": True}), ("drozdzal-promise12", {}), ("deepmedic-brats2015", {})]
+)
 def test_loaders_are_given_the_folder(name, options, tmp_path, monkeypatch):
     loader, calls = named.RECIPES[name]["loader"], []
     monkeypatch.setattr(datasets, loader, lambda root, **given: calls.append((root, given)))
     named.cases_of(name, tmp_path)
     named.cases_of(name, loader, cases=["a"])
-    assert calls == [
-        (tmp_path, {"cases": None, **options}),
-        ("msd" if loader == "msd" else None, {"cases": ["a"], **options}),
-    ]
+    assert calls == [(tmp_path, {"cases": None, **options}), ("msd" if loader == "msd" else None, {"cases": ["a"], **options})]
 
 
 def test_prepared(cases):
@@ -168,18 +179,12 @@ def test_cross_validation(cases, folder, tmp_path, capsys):
     parts = named.folds_of(cases.names, 2)
     assert json.loads((out / "run.json").read_text())["folds"] == parts
     facts = json.loads((out / "run.json").read_text())
-    assert (
-        facts["settings"] == RECIPE["settings"]
-        and facts["command"] == "python -m …"
-        and facts["paper"] == "Nobody et al."
-    )
+    assert facts["settings"] == RECIPE["settings"] and facts["command"] == "python -m …" and facts["paper"] == "Nobody et al."
     assert sorted(table["case"].unique()) == cases.names and set(table["region"]) == {"inner", "all"}
     pd.testing.assert_frame_equal(pd.read_csv(out / "evaluation.csv"), table)
     for k, part in enumerate(parts):
         model = models.load(out / f"fold{k}" / "model.safetensors")
-        assert model.card["held_out"] == part and sorted(model.card["trained_on"]) == sorted(
-            set(cases.names) - set(part)
-        )
+        assert model.card["held_out"] == part and sorted(model.card["trained_on"]) == sorted(set(cases.names) - set(part))
         assert set(table.loc[table["fold"] == k, "case"]) == set(part)
         for name in part:
             case = named.prepared(cases[name], channels=("flair", "t1c"), label_map={4: 1})
@@ -221,9 +226,7 @@ def test_members_validation_and_early_stopping(cases, tmp_path):
     held = named.folds_of(cases.names, 2)[0]
     networks = [models.load(tmp_path / "fold0" / f"member{m}" / "model.safetensors") for m in range(2)]
     seen = [set(n.card["trained_on"]) for n in networks]
-    assert (
-        seen[0] == seen[1] and not seen[0] & set(held) and len(seen[0]) + len(held) == 4
-    )  # one case decides when to stop
+    assert seen[0] == seen[1] and not seen[0] & set(held) and len(seen[0]) + len(held) == 4  # one case decides when to stop
     assert not np.array_equal(*[next(n.parameters()).detach() for n in networks])
     history = pd.read_csv(tmp_path / "fold0" / "member0" / "history.csv")
     assert history["dice_class_1"].notna().sum() >= 2
@@ -254,16 +257,17 @@ def test_cells_are_scored_by_partitions(tmp_path, noise_case):
     slices = [noise_case((32, 32, 1), channels=("em",), seed=n, name=f"s{n}") for n in range(3)]
     settings = {"steps": 1, "width": 0.1, "crop": 32, "batch_size": 2}
     recipe = RECIPE | {
-        "network": "unet2d", "channels": ("em",), "label_map": None, "classes": 1, "regions": "cells", "settings": settings,
+        "network": "unet2d",
+        "channels": ("em",),
+        "label_map": None,
+        "classes": 1,
+        "regions": "cells",
+        "settings": settings,
         "folds": 3,
-    }  # fmt: skip
+    }
     table = run(slices, tmp_path, recipe)
-    assert (
-        table.columns.tolist() == ["case", "region", "v_rand", "v_info", "fold"] and table["v_rand"].between(0, 1).all()
-    )
-    assert "v_rand" in crossvalidation.report(
-        table, recipe | {"reported": {"where": "Table IV", "v_rand": {"cells": 0.981}}}
-    )
+    assert table.columns.tolist() == ["case", "region", "v_rand", "v_info", "fold"] and table["v_rand"].between(0, 1).all()
+    assert "v_rand" in crossvalidation.report(table, recipe | {"reported": {"where": "Table IV", "v_rand": {"cells": 0.981}}})
 
 
 def test_what_a_recipe_needs(cases, tmp_path):

@@ -47,13 +47,16 @@ def descend(optimizer_of, start: float, steps: int) -> list[float]:
     return path
 
 
-@pytest.mark.parametrize("options", [
-    {},
-    {"lr": 1e-2},
-    {"lr": 0.05, "momentum": 0.0},
-    {"lr": 0.02, "momentum": 0.9, "rho": 0.5, "eps": 1e-2},
-    {"lr": 0.02, "rho": 0.0},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lr": 1e-2},
+        {"lr": 0.05, "momentum": 0.0},
+        {"lr": 0.02, "momentum": 0.9, "rho": 0.5, "eps": 1e-2},
+        {"lr": 0.02, "rho": 0.0},
+    ],
+)
 @pytest.mark.parametrize("start", [1.5, -0.7, 1e-3])
 def test_against_the_scalar_reference(options, start):
     ours = descend(lambda p: RMSpropNesterov(p, **options), start, 12)

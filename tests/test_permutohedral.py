@@ -253,9 +253,7 @@ def test_lattice_on_a_gpu(far):
     lattice = Permutohedral(features.cuda())
     for transpose in (False, True):
         found = lattice.filter(signal.cuda(), transpose=transpose).cpu()
-        torch.testing.assert_close(
-            found, Permutohedral(features).filter(signal, transpose=transpose), rtol=0, atol=1e-4
-        )
+        torch.testing.assert_close(found, Permutohedral(features).filter(signal, transpose=transpose), rtol=0, atol=1e-4)
 
 
 # --- The Gaussian on the grid ---------------------------------------------------------------------------------------------
@@ -293,9 +291,7 @@ def test_grid_gaussian_is_exact(name, part):
     assert ((found - exact).abs() / exact).max() < 1e-4
     signed = signal - 0.5
     exact = signed.double() @ gaussian_matrix(index, shape, torch.tensor(sigma))
-    assert (
-        GridGaussian(index, shape, torch.tensor(sigma)).filter(signed) - exact
-    ).abs().max() < 1e-4 * exact.abs().max()
+    assert (GridGaussian(index, shape, torch.tensor(sigma)).filter(signed) - exact).abs().max() < 1e-4 * exact.abs().max()
 
 
 def test_grid_gaussian_in_float64():

@@ -55,9 +55,7 @@ def test_spline_matrix_is_the_cubic_b_spline():
     weights = spline_matrix(np.array([0.0, 2.0]), 4.0, (0.0, 8.0))
     assert weights.shape == (2, 5)
     np.testing.assert_allclose(weights[0], np.array([1, 4, 1, 0, 0]) / 18**0.5, atol=1e-6)  # at a knot: 1/6 4/6 1/6
-    np.testing.assert_allclose(
-        weights[1], np.array([1, 23, 23, 1, 0]) / 1060**0.5, atol=1e-6
-    )  # halfway: 1 23 23 1 / 48
+    np.testing.assert_allclose(weights[1], np.array([1, 23, 23, 1, 0]) / 1060**0.5, atol=1e-6)  # halfway: 1 23 23 1 / 48
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -122,9 +120,7 @@ def test_signals_follow_the_equations():
     table = mri.signals(site, ("t1", "flair"), still, np.random.default_rng(1))
     gm, wm, csf = (list(mri.TISSUES).index(t) for t in ("gm", "wm", "csf"))
     (t1g, t2g, pdg, *_), (t1w, t2w, pdw, *_) = mri.TISSUES["gm"], mri.TISSUES["wm"]
-    expected = (pdg * (1 - np.exp(-600 / t1g)) * np.exp(-12 / t2g)) / (
-        pdw * (1 - np.exp(-600 / t1w)) * np.exp(-12 / t2w)
-    )
+    expected = (pdg * (1 - np.exp(-600 / t1g)) * np.exp(-12 / t2g)) / (pdw * (1 - np.exp(-600 / t1w)) * np.exp(-12 / t2w))
     assert table[0, gm] == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(table[:, wm], 1, rtol=1e-6)
     assert table[1, csf] < 0.4 < table[1, gm]  # FLAIR suppresses fluid
@@ -148,9 +144,7 @@ def test_slices_average_and_interpolate():
     assert down.shape == (13, 64) and up.shape == (64, 13)
     np.testing.assert_allclose(down.sum(1), 1, atol=1e-6)
     np.testing.assert_allclose(up.sum(1), 1, atol=1e-6)
-    np.testing.assert_allclose(
-        down[6, 29:35], [0.1, 0.2, 0.2, 0.2, 0.2, 0.1], atol=1e-6
-    )  # the middle slice, 5 mm thick
+    np.testing.assert_allclose(down[6, 29:35], [0.1, 0.2, 0.2, 0.2, 0.2, 0.1], atol=1e-6)  # the middle slice, 5 mm thick
     line = np.arange(64.0)
     np.testing.assert_allclose((up @ (down @ line))[7:-7], line[7:-7], atol=1e-4)
 
@@ -297,9 +291,7 @@ def test_mirrored_brain_is_healthy_and_symmetric(cohort):
     twin = 2 * left[index[:, 1], index[:, 2]] - 1 - index[:, 0]
     np.testing.assert_array_equal(case.image[:, *index.T], case.image[:, twin, index[:, 1], index[:, 2]])
     # The bright oedema is gone.
-    assert np.percentile(z_scores(case, "flair")[case.mask], 99.5) < np.percentile(
-        z_scores(ill, "flair")[ill.mask], 99.5
-    )
+    assert np.percentile(z_scores(case, "flair")[case.mask], 99.5) < np.percentile(z_scores(ill, "flair")[ill.mask], 99.5)
 
 
 # -------------------------------------------------------------------------------------------------------- other lesions

@@ -108,22 +108,8 @@ def test_paint_blends_areas_probabilities_and_outlines():
 
 
 def test_outline_against_hand_drawn_masks():
-    classes = np.array(
-        [
-            [1, 1, 1, 0, 0, 0],
-            [1, 1, 1, 0, 2, 2],
-            [1, 1, 1, 1, 2, 2],
-            [1, 1, 1, 1, 0, 0],
-        ]
-    )
-    drawn = np.array(
-        [
-            [1, 1, 1, 0, 0, 0],
-            [1, 0, 1, 0, 1, 1],
-            [1, 0, 0, 1, 1, 1],
-            [1, 1, 1, 1, 0, 0],
-        ]
-    )
+    classes = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 2, 2], [1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 0, 0]])
+    drawn = np.array([[1, 1, 1, 0, 0, 0], [1, 0, 1, 0, 1, 1], [1, 0, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
     assert (outline(classes) == drawn.astype(bool)).all()
     row = np.ones((1, 12), int)
     assert outline(row, "dashes")[0].astype(int).tolist() == [1, 1, 1, 1, 0, 0] * 2
@@ -135,8 +121,13 @@ def test_as_overlays_gives_every_overlay_its_style():
     given = {"a": truth, "b": truth > 0, "c": truth.astype(int), "d": truth + 7.0, "p": truth + 0.5}
     found = as_overlays(given, (2, 2, 2), label=truth)
     assert [(o.name, o.style) for o in found] == [
-        ("truth", "area"), ("a", "line"), ("b", "dashes"), ("c", "dots"), ("d", "dots"), ("p", "probability"),
-    ]  # fmt: skip
+        ("truth", "area"),
+        ("a", "line"),
+        ("b", "dashes"),
+        ("c", "dots"),
+        ("d", "dots"),
+        ("p", "probability"),
+    ]
     assert found[2].array.dtype == np.uint8 and found[4].array.max() == 7
     assert [o.name for o in as_overlays(truth, (2, 2, 2))] == ["prediction"]
     assert as_overlays(None, (2, 2, 2)) == []
@@ -247,7 +238,9 @@ def test_history_groups_curves_and_skips_gaps():
     assert figure.axes[1].get_yscale() == "log"
 
 
-@pytest.mark.parametrize("frame", [pd.DataFrame({"loss": [1.0]}), pd.DataFrame({"step": [1]}), pd.DataFrame({"step": [1], "note": ["a"]})])  # fmt: skip
+@pytest.mark.parametrize(
+    "frame", [pd.DataFrame({"loss": [1.0]}), pd.DataFrame({"step": [1]}), pd.DataFrame({"step": [1], "note": ["a"]})]
+)
 def test_history_rejects(frame):
     with pytest.raises(ValueError, match="'step'"):
         plotting.history(frame)

@@ -51,6 +51,4 @@ def test_the_real_em_stack_and_its_phantom_are_alike():
     assert phantom.image.mean() == pytest.approx(real.image.mean(), rel=0.2)
     assert phantom.image.std() == pytest.approx(real.image.std(), rel=0.2)
     for k in (0, 1):  # mean grey value of cells and of membranes
-        assert phantom.image[0][phantom.label == k].mean() == pytest.approx(
-            real.image[0][real.label == k].mean(), rel=0.2
-        )
+        assert phantom.image[0][phantom.label == k].mean() == pytest.approx(real.image[0][real.label == k].mean(), rel=0.2)

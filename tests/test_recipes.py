@@ -182,9 +182,7 @@ def test_regions(classes, names):
 
 def test_kayalibay(cases, tmp_path):
     options = {"width": 0.1, "crop": 16, "learning_rate": 1e-2, "progress": False}
-    model = recipes.kayalibay(
-        cases, steps=4, halvings=(0.5,), merge="sum", validation=cases[1:], validate_every=2, **options
-    )
+    model = recipes.kayalibay(cases, steps=4, halvings=(0.5,), merge="sum", validation=cases[1:], validate_every=2, **options)
     assert model.history["learning_rate"].tolist() == [1e-2, 1e-2, 5e-3, 5e-3]
     assert model.history["dice_lesion"].notna().tolist() == [False, True, False, True]
     assert model.config["merge"] == "sum" and model.card["loss"] == "jaccard" and not model.training
@@ -230,9 +228,7 @@ def test_mlynarski_in_two_steps(tmp_path):
     ]
     short = {"steps": 2, "width": 0.1, "accumulate": 2, "progress": False}
     flat = {
-        plane: recipes.mlynarski(
-            [context.facing(c, plane) for c in cases], output=16, batch_size=2, flip=False, **short
-        )
+        plane: recipes.mlynarski([context.facing(c, plane) for c in cases], output=16, batch_size=2, flip=False, **short)
         for plane in context.PLANES
     }
     assert flat["axial"].history["loss"][0] == pytest.approx(np.log(3), rel=0.5)
@@ -293,8 +289,12 @@ def test_incomplete_cases_reach_the_network_through_its_subnetworks(gappy, tmp_p
     assert helped.card["pretrained_on"] == ["no t1", "no flair"] and helped.card["trained_on"] == ["whole"]
     assert not plain.history["loss"].equals(helped.history["loss"]) and len(helped.history) == 2
     assert {p.name for p in tmp_path.iterdir()} == {
-        "last.pt", "history.csv", "subnetwork_flair", "subnetwork_t1", "subnetwork_t1c"
-    }  # fmt: skip
+        "last.pt",
+        "history.csv",
+        "subnetwork_flair",
+        "subnetwork_t1",
+        "subnetwork_t1c",
+    }
     again = recipes.mlynarski(gappy[:1], incomplete=gappy[1:], pretrain_steps=2, folder=tmp_path, **options)
     assert all(same(helped, again).values())
 

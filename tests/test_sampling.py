@@ -43,13 +43,16 @@ def check_segment(patch: np.ndarray, label: np.ndarray, case: Case, margin: int,
 
 
 @pytest.mark.parametrize("scheme", ["foreground", "uniform", "equal"])
-@pytest.mark.parametrize("shape, output, margin, dims", [
-    ((14, 11, 12), 3, 2, 3),
-    ((14, 11, 12), 4, 5, 3),
-    ((4, 9, 5), 4, 24, 3),  # smaller than the receptive field: mirrored several times
-    ((14, 11, 6), 3, 4, 2),
-    ((7, 9, 1), 6, 8, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, output, margin, dims",
+    [
+        ((14, 11, 12), 3, 2, 3),
+        ((14, 11, 12), 4, 5, 3),
+        ((4, 9, 5), 4, 24, 3),  # smaller than the receptive field: mirrored several times
+        ((14, 11, 6), 3, 4, 2),
+        ((7, 9, 1), 6, 8, 2),
+    ],
+)
 def test_label_and_patch_belong_together(grid_case, scheme, shape, output, margin, dims):
     case, mirrored = grid_case(shape), []
     sampler = SegmentSampler([case], output=output, margin=margin, spatial_dims=dims, scheme=scheme, batch_size=20)
@@ -306,11 +309,8 @@ def test_errors(noise_case):
             "none of the 2 cases has a labelled voxel inside its mask; scheme='foreground'",
         ),
         (lambda: SegmentSampler([case.replace(label=dark + 1)], output=3), "none of the 1 cases has a background voxel"),
-        (
-            lambda: SegmentSampler([case.replace(mask=dark > 0)], output=3, scheme="uniform"),
-            "noise: the mask is empty",
-        ),
-    ]  # fmt: skip
+        (lambda: SegmentSampler([case.replace(mask=dark > 0)], output=3, scheme="uniform"), "noise: the mask is empty"),
+    ]
     for call, message in checks:
         with pytest.raises(ValueError, match=message):
             call()

@@ -28,8 +28,7 @@ def test_by_hand():
 
 
 @given(
-    pairs=st.lists(st.tuples(*[st.floats(-100, 100)] * 2), min_size=2, max_size=20),
-    alternative=st.sampled_from(ALTERNATIVES),
+    pairs=st.lists(st.tuples(*[st.floats(-100, 100)] * 2), min_size=2, max_size=20), alternative=st.sampled_from(ALTERNATIVES)
 )
 @settings(max_examples=150, deadline=None)
 def test_agrees_with_scipy(pairs, alternative):

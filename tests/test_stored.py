@@ -32,9 +32,15 @@ def brain(seed: int = 0, shape=(19, 23, 17), *, mask: bool = True) -> Case:
     label = np.where(inside, rng.choice([0, 1, 2, 4], shape, p=[0.8, 0.1, 0.06, 0.04]), 0)
     label[1, 2, 3] = 2
     return Case(
-        image.astype(np.float32), ("flair", "t1c"), f"brain{seed}", label.astype(np.uint8), inside if mask else None,
-        np.diag([-2.0, 1, 3, 1]), "LPS", info={"classes": ("a", "b"), "site": np.int64(3)},
-    )  # fmt: skip
+        image.astype(np.float32),
+        ("flair", "t1c"),
+        f"brain{seed}",
+        label.astype(np.uint8),
+        inside if mask else None,
+        np.diag([-2.0, 1, 3, 1]),
+        "LPS",
+        info={"classes": ("a", "b"), "site": np.int64(3)},
+    )
 
 
 def kept(tmp_path, case: Case, **options) -> StoredCase:
@@ -55,12 +61,7 @@ def test_a_case_comes_back(tmp_path, mask, dtype):
     assert found.image.dtype == np.float32 and found.image.flags.writeable
     np.testing.assert_array_equal(found.label, case.label)
     assert found.mask is None if not mask else np.array_equal(found.mask, case.mask)
-    assert (found.channels, found.shape, found.native_axes, found.name) == (
-        case.channels,
-        case.shape,
-        "LPS",
-        case.name,
-    )
+    assert (found.channels, found.shape, found.native_axes, found.name) == (case.channels, case.shape, "LPS", case.name)
     np.testing.assert_array_equal(found.affine, case.affine)
     assert found.info == {"classes": ("a", "b"), "site": 3}
     assert found.highest_label == 4 and found.labelled
@@ -244,8 +245,7 @@ def test_a_network_segments_a_stored_case(tmp_path):
     case = brain()
     model = models.deep_plus(in_channels=2, width=0.1).eval()
     ours, theirs = (
-        inference.predict(model, c, output="logits", progress=False)
-        for c in (kept(tmp_path, case, dtype="float32"), case)
+        inference.predict(model, c, output="logits", progress=False) for c in (kept(tmp_path, case, dtype="float32"), case)
     )
     np.testing.assert_array_equal(ours, theirs)
 
@@ -415,13 +415,25 @@ def test_errors(tmp_path, raw):
     for call, error, match in [
         (lambda: datasets.store([case, case], tmp_path, progress=False), ValueError, "two cases are called brain0"),
         (lambda: datasets.store([case.replace(name="a/b")], tmp_path, progress=False), ValueError, "no slashes"),
-        (lambda: datasets.store([case], tmp_path, normalise=shifted), ValueError, "uses variables of the function around it.*partial"),
-        (lambda: datasets.store([big], tmp_path, normalise=None, progress=False), ValueError, "too large for float16; choose dtype='float32'"),
+        (
+            lambda: datasets.store([case], tmp_path, normalise=shifted),
+            ValueError,
+            "uses variables of the function around it.*partial",
+        ),
+        (
+            lambda: datasets.store([big], tmp_path, normalise=None, progress=False),
+            ValueError,
+            "too large for float16; choose dtype='float32'",
+        ),
         (lambda: datasets.store([nan], tmp_path, normalise=None, progress=False), ValueError, "has NaN or infinite voxels"),
-        (lambda: datasets.store([case], tmp_path, dtype="int8", progress=False), ValueError, "dtype is 'int8'; expected 'float16' or 'float32'"),
+        (
+            lambda: datasets.store([case], tmp_path, dtype="int8", progress=False),
+            ValueError,
+            "dtype is 'int8'; expected 'float16' or 'float32'",
+        ),
         (lambda: datasets.stored(tmp_path / "none"), FileNotFoundError, "holds no stored case; make them with datasets.store"),
         (lambda: write(tmp_path / "a.npy", case), ValueError, r"must end in \.safetensors"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(error, match=match):
             call()
     datasets.store(raw(cases=["p0"]), tmp_path / "s", progress=False)

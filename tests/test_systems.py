@@ -56,6 +56,4 @@ def test_stored_segmentations_score_what_is_stored(scores):
         found[tuple(slice(s, s + n) for s, n in zip(arrays["113_start"], box.shape))] = box
         dice = metrics.evaluate(found, case.label, metrics=["dice"]).set_index("region").dice
         rows = scores[(scores.system == name) & (scores.seed == 0) & (scores.case == case.name)].set_index("region")
-        np.testing.assert_allclose(
-            dice, rows.dice[dice.index], atol=0.02
-        )  # of probabilities kept as float16: near ties flip
+        np.testing.assert_allclose(dice, rows.dice[dice.index], atol=0.02)  # of probabilities kept as float16: near ties flip

@@ -30,15 +30,21 @@ CASES = {
     "chain": nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(3, 2), nn.ReLU(inplace=True), nn.Conv2d(2, 2, 2, dilation=2)),
     "padded": nn.Sequential(nn.Conv2d(1, 2, 5, stride=2, padding=2), nn.AvgPool2d(3, stride=2, padding=1)),
     "transposed": nn.Sequential(nn.Conv2d(1, 2, 3, stride=2, padding=1), nn.ConvTranspose2d(2, 2, 4, stride=2, padding=1)),
-    "transposed 2": nn.Sequential(nn.MaxPool2d(2), nn.ConvTranspose2d(1, 2, 2, stride=2), nn.ConvTranspose2d(2, 1, 3, stride=2)),
+    "transposed 2": nn.Sequential(
+        nn.MaxPool2d(2), nn.ConvTranspose2d(1, 2, 2, stride=2), nn.ConvTranspose2d(2, 1, 3, stride=2)
+    ),
     "nearest": nn.Sequential(nn.Conv2d(1, 2, 3), nn.Upsample(scale_factor=3), nn.Conv2d(2, 1, 3)),
     "bilinear": nn.Sequential(nn.MaxPool2d(2), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(1, 1, 3)),
-    "corners": nn.Sequential(nn.Conv2d(1, 1, 1), nn.AvgPool2d(2), nn.Upsample(size=(17, 12), mode="bilinear", align_corners=True)),
+    "corners": nn.Sequential(
+        nn.Conv2d(1, 1, 1), nn.AvgPool2d(2), nn.Upsample(size=(17, 12), mode="bilinear", align_corners=True)
+    ),
     "bicubic": nn.Sequential(nn.Conv2d(1, 1, 1), nn.AvgPool2d(2), nn.Upsample(scale_factor=2, mode="bicubic")),
-    "pads": nn.Sequential(nn.ReflectionPad2d(2), nn.Conv2d(1, 1, 3), nn.ReplicationPad2d(1), nn.ZeroPad2d((1, 0, 2, -1)), nn.Conv2d(1, 2, 2)),
+    "pads": nn.Sequential(
+        nn.ReflectionPad2d(2), nn.Conv2d(1, 1, 3), nn.ReplicationPad2d(1), nn.ZeroPad2d((1, 0, 2, -1)), nn.Conv2d(1, 2, 2)
+    ),
     "adaptive": nn.Sequential(nn.Conv2d(1, 1, 3), nn.AdaptiveAvgPool2d((5, 4)), nn.AdaptiveMaxPool2d(3)),
     "joined": Joined(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -30,9 +30,7 @@ def setup(noise_case):
         torch.manual_seed(seed)
         model = models.dm2d_seg(in_channels=1, classes=2, width=0.1, **options)
         case = noise_case((18, 18, 4), channels=("flair",))
-        sampler = SegmentSampler(
-            [case], output=3, margin=model.margin, cut=model.cut, spatial_dims=2, batch_size=4, seed=1
-        )
+        sampler = SegmentSampler([case], output=3, margin=model.margin, cut=model.cut, spatial_dims=2, batch_size=4, seed=1)
         optimizer = RMSpropNesterov(model.parameters(), lr=lr)
         keywords = {"optimizer": optimizer, "progress": False, "validate_every": 4}
         if schedule is not None:
@@ -137,18 +135,14 @@ def test_only_the_second_pathway_sees_far():
 
 def test_validation_scores_are_in_the_history(setup):
     seen = []
-    calls = iter(
-        [{"dice_whole": 0.25, "dice_core": torch.tensor(0.5)}, {"dice_whole": np.float32(0.75), "dice_core": 1}]
-    )
+    calls = iter([{"dice_whole": 0.25, "dice_core": torch.tensor(0.5)}, {"dice_whole": np.float32(0.75), "dice_core": 1}])
 
     def validate(network):
         assert network is model and not network.training and not torch.is_grad_enabled()
         return next(calls)
 
     model, sampler, keywords = setup()
-    history = fit(
-        model, sampler, steps=8, validate=validate, on_validation=lambda *given: seen.append(given), **keywords
-    )
+    history = fit(model, sampler, steps=8, validate=validate, on_validation=lambda *given: seen.append(given), **keywords)
     assert seen == [(4, {"dice_whole": 0.25, "dice_core": 0.5}), (8, {"dice_whole": 0.75, "dice_core": 1.0})]
     assert history["dice_whole"].dropna().to_dict() == {3: 0.25, 7: 0.75}
     assert history["dice_core"].dropna().to_dict() == {3: 0.5, 7: 1.0}
@@ -298,12 +292,7 @@ def test_another_way_through_the_network(setup):
     model, sampler, keywords = setup()
     twin, _, other = setup()
     a = fit(
-        model,
-        sampler,
-        steps=3,
-        forward=lambda x: (model(x), 0),
-        loss=lambda y, t: losses.cross_entropy(y[0], t),
-        **keywords,
+        model, sampler, steps=3, forward=lambda x: (model(x), 0), loss=lambda y, t: losses.cross_entropy(y[0], t), **keywords
     )
     b = fit(twin, sampler, steps=3, **other)
     assert_same_history(a, b)
@@ -347,9 +336,14 @@ def test_ctrl_c_during_a_validation(setup, tmp_path):
     seen = []
     with pytest.raises(KeyboardInterrupt, match="stopped after update 4"):
         fit(
-            model, sampler, steps=9, folder=tmp_path, validate=lambda m: {"dice": 0.5},
-            on_validation=lambda *given: (press_ctrl_c(), seen.append(given)), **keywords,
-        )  # fmt: skip
+            model,
+            sampler,
+            steps=9,
+            folder=tmp_path,
+            validate=lambda m: {"dice": 0.5},
+            on_validation=lambda *given: (press_ctrl_c(), seen.append(given)),
+            **keywords,
+        )
     assert len(seen) == 1  # it was finished first
     assert pd.read_csv(tmp_path / "history.csv")["dice"].tolist()[-1] == 0.5
 
@@ -364,9 +358,7 @@ def test_a_second_ctrl_c_stops_at_once(setup, tmp_path):
     model, sampler, keywords = setup()
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt) as stopped:
-        fit(
-            model, sampler, steps=9, folder=tmp_path, loss=At(3, lambda v: press_ctrl_c() or press_ctrl_c()), **keywords
-        )
+        fit(model, sampler, steps=9, folder=tmp_path, loss=At(3, lambda v: press_ctrl_c() or press_ctrl_c()), **keywords)
     assert not str(stopped.value) and not (tmp_path / "last.pt").exists()
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -433,9 +425,7 @@ def test_death_while_writing_leaves_the_last_whole_state(setup, tmp_path, monkey
 def test_numpy_scalars_do_not_spoil_the_state(noise_case, tmp_path):
     torch.manual_seed(0)
     model = models.dm2d_seg(in_channels=np.int64(1), classes=np.int64(2), width=np.float64(0.1))
-    sampler = SegmentSampler(
-        [noise_case((9, 9, 2), channels=("flair",))], margin=model.margin, cut=model.cut, spatial_dims=2
-    )
+    sampler = SegmentSampler([noise_case((9, 9, 2), channels=("flair",))], margin=model.margin, cut=model.cut, spatial_dims=2)
     optimizer = RMSpropNesterov(model.parameters(), lr=np.float64(1e-3))
     fit(model, sampler, steps=1, optimizer=optimizer, folder=tmp_path, progress=False)
     assert len(fit(model, sampler, steps=2, optimizer=optimizer, folder=tmp_path, progress=False)) == 2
@@ -448,9 +438,7 @@ def test_numpy_scalars_do_not_spoil_the_state(noise_case, tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite(setup, tmp_path, value):
     model, sampler, keywords = setup()
-    with pytest.raises(
-        FloatingPointError, match=rf"loss became {value} at update 6 .*The state of update 4 is kept in"
-    ):
+    with pytest.raises(FloatingPointError, match=rf"loss became {value} at update 6 .*The state of update 4 is kept in"):
         fit(model, sampler, steps=9, folder=tmp_path, loss=At(6, lambda v: v * value), **keywords)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["history"][-1]["step"] == 4
     assert all(p.isfinite().all() for p in model.parameters())
@@ -465,9 +453,7 @@ def test_a_folder_of_another_run(setup, tmp_path):
     fit(model, sampler, steps=2, folder=tmp_path, **keywords)
     state = (tmp_path / "last.pt").read_bytes()
     other, sampler, others = setup(centered=False)
-    with pytest.raises(
-        ValueError, match=r"last\.pt is of another run, .*this one is .*centered.*choose another folder"
-    ):
+    with pytest.raises(ValueError, match=r"last\.pt is of another run, .*this one is .*centered.*choose another folder"):
         fit(other, sampler, steps=4, folder=tmp_path, **others)
     with pytest.raises(ValueError, match="of another run"):
         fit(model, sampler, steps=4, folder=tmp_path, seed=5, **keywords)
@@ -559,9 +545,14 @@ def test_the_best_network_is_kept_beside_the_last(setup, tmp_path):
         model, sampler, keywords = setup()
         due = itertools.count(first, 4)
         history = fit(
-            model, sampler, steps=steps, validate=lambda m: {"dice_whole": scores[next(due)]}, folder=folder, loss=loss,
+            model,
+            sampler,
+            steps=steps,
+            validate=lambda m: {"dice_whole": scores[next(due)]},
+            folder=folder,
+            loss=loss,
             **keywords,
-        )  # fmt: skip
+        )
         return model, history
 
     last, _ = run(tmp_path / "whole", 12)
@@ -571,9 +562,7 @@ def test_the_best_network_is_kept_beside_the_last(setup, tmp_path):
     for name, value in best.state_dict().items():
         if not name.endswith(("recent", "batches")):
             assert torch.equal(value, eight.state_dict()[name]), name
-    assert not torch.equal(
-        best.classifier.weight, last.classifier.weight
-    )  # without a patience the last one is returned
+    assert not torch.equal(best.classifier.weight, last.classifier.weight)  # without a patience the last one is returned
 
     with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path / "cut", 12, loss=At(11, crash))
@@ -582,23 +571,13 @@ def test_the_best_network_is_kept_beside_the_last(setup, tmp_path):
     assert models.load(tmp_path / "cut" / "best.safetensors").card["step"] == 8  # .5 at the end is no better
 
 
-@pytest.mark.parametrize(
-    "options", [{"workers": 3}, {"precision": "bfloat16"}, {"channels_last": True}, {"accumulate": 2}]
-)
+@pytest.mark.parametrize("options", [{"workers": 3}, {"precision": "bfloat16"}, {"channels_last": True}, {"accumulate": 2}])
 def test_options_resume_exactly(setup, tmp_path, options):
     whole, sampler, keywords = setup()
     history = fit(whole, sampler, steps=7, **options, **keywords)
     model, sampler, keywords = setup()
     with pytest.raises(RuntimeError, match="power cut"):
-        fit(
-            model,
-            sampler,
-            steps=7,
-            folder=tmp_path,
-            loss=At(6 * options.get("accumulate", 1), crash),
-            **options,
-            **keywords,
-        )
+        fit(model, sampler, steps=7, folder=tmp_path, loss=At(6 * options.get("accumulate", 1), crash), **options, **keywords)
     model, sampler, keywords = setup(seed=9)
     assert_same_history(fit(model, sampler, steps=7, folder=tmp_path, **options, **keywords), history)
     assert_same_network(whole, model)
@@ -645,9 +624,7 @@ def test_kill_while_writing_never_leaves_a_file_that_does_not_load(tmp_path):
     """A run that writes all the time is killed at odd moments, and every time the next one goes on from what is there."""
     rng, done, leftovers = np.random.default_rng(0), 0, 0
     for _ in range(3):
-        with subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        ) as process:
+        with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
             for _ in range(3):
                 assert process.stdout.readline(), "the run ended by itself"
             time.sleep(rng.uniform(0, 0.05))
@@ -678,9 +655,7 @@ def test_tensorboard(setup, tmp_path, monkeypatch, capsys):
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     model, sampler, keywords = setup()
-    history = fit(
-        model, sampler, steps=4, folder=tmp_path, tensorboard=True, validate=lambda m: {"dice": 0.5}, **keywords
-    )
+    history = fit(model, sampler, steps=4, folder=tmp_path, tensorboard=True, validate=lambda m: {"dice": 0.5}, **keywords)
     assert made == [(str(tmp_path / "tensorboard"), 1), "closed"]
     assert [r for r in rows if r[0] == "loss"] == [("loss", loss, n) for n, loss in enumerate(history["loss"], 1)]
     assert [r for r in rows if r[0] == "dice"] == [("dice", 0.5, 4)]

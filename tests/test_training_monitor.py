@@ -28,12 +28,18 @@ def run(noise_case):
         build = models.dm2d_seg if dims == 2 else models.deepmedic
         model = build(in_channels=2, classes=3, width=0.1)
         case = noise_case((18, 18, 6))
-        sampler = SegmentSampler([case], output=3, margin=model.margin, cut=model.cut, spatial_dims=dims, batch_size=2, seed=1)  # fmt: skip
+        sampler = SegmentSampler([case], output=3, margin=model.margin, cut=model.cut, spatial_dims=dims, batch_size=2, seed=1)
         monitor = TrainingMonitor(model, case, every=every, **options) if every else None
         history = fit(
-            model, sampler, steps=steps, optimizer=RMSpropNesterov(model.parameters(), lr=1e-2), progress=False,
-            validate=lambda m: {"dice_whole": 0.5}, validate_every=3, on_update=monitor,
-        )  # fmt: skip
+            model,
+            sampler,
+            steps=steps,
+            optimizer=RMSpropNesterov(model.parameters(), lr=1e-2),
+            progress=False,
+            validate=lambda m: {"dice_whole": 0.5},
+            validate_every=3,
+            on_update=monitor,
+        )
         return model, history, monitor
 
     return start
@@ -102,9 +108,7 @@ def test_frame_is_clamped(run):
 
 
 def test_static_forms(run, noise_case, tmp_path):
-    empty = TrainingMonitor(
-        models.dm2d_seg(in_channels=2, classes=2, width=0.1), noise_case((18, 18, 3), name="</script>")
-    )
+    empty = TrainingMonitor(models.dm2d_seg(in_channels=2, classes=2, width=0.1), noise_case((18, 18, 3), name="</script>"))
     data, metadata = empty._repr_mimebundle_()
     assert base64.b64decode(data["image/png"])[:4] == b"\x89PNG" and "no update yet" in metadata["image/png"]["alt"]
     assert empty.to_html().count("</script>") == 2
@@ -117,8 +121,13 @@ def test_static_forms(run, noise_case, tmp_path):
 
 @pytest.mark.parametrize(
     ["options", "message"],
-    [(dict(every=0), "every=0"), (dict(channel="t2"), "no channel 't2'"), (dict(plane="x"), "no plane 'x'"), (dict(index=99), "index=99; expected 0 to 2")],
-)  # fmt: skip
+    [
+        (dict(every=0), "every=0"),
+        (dict(channel="t2"), "no channel 't2'"),
+        (dict(plane="x"), "no plane 'x'"),
+        (dict(index=99), "index=99; expected 0 to 2"),
+    ],
+)
 def test_bad_input(noise_case, options, message):
     model = models.dm2d_seg(in_channels=2, classes=2, width=0.1)
     with pytest.raises(ValueError, match=message):

@@ -12,9 +12,7 @@ from medseg_lite.volume import Case
 
 def small(values, mask=None, channels=("flair",)) -> Case:
     image = np.asarray(values, np.float32).reshape(len(channels), 1, 1, -1)
-    return Case(
-        image=image, channels=channels, name="small", mask=None if mask is None else np.reshape(mask, (1, 1, -1))
-    )
+    return Case(image=image, channels=channels, name="small", mask=None if mask is None else np.reshape(mask, (1, 1, -1)))
 
 
 def test_by_hand():
@@ -219,8 +217,7 @@ def line(values, label, **options) -> Case:
 
 
 @pytest.mark.parametrize(
-    "label, expected",
-    [([0, 2, 0, 0, 0, 0], [0, 50, 40, 40, 50, 0]), ([0, 0, 0, 0, 4, 0], [0, 20, 30, 30, 20, 0])],
+    "label, expected", [([0, 2, 0, 0, 0, 0], [0, 50, 40, 40, 50, 0]), ([0, 0, 0, 0, 4, 0], [0, 20, 30, 30, 20, 0])]
 )
 def test_mirrored_by_hand(label, expected):
     case = line([0, 20, 30, 40, 50, 0], label, extra={"wm": np.arange(6.0).reshape(6, 1, 1)})
@@ -267,9 +264,7 @@ def test_mirroring_rejects(case, options, message):
 
 def test_median_normalisation():
     case = small([0, 2, 4, 6, 100], channels=("flair",))
-    np.testing.assert_allclose(
-        transforms.median_normalise(case).image.ravel(), np.array([0, 2, 4, 6, 100]) / 5
-    )  # of 4 and 6
+    np.testing.assert_allclose(transforms.median_normalise(case).image.ravel(), np.array([0, 2, 4, 6, 100]) / 5)  # of 4 and 6
     masked = small([0, 2, 4, 6, 100], mask=[False, True, True, True, False])
     np.testing.assert_allclose(transforms.median_normalise(masked, constant=100).image.ravel(), [0, 50, 100, 150, 2500])
     again = transforms.median_normalise(transforms.median_normalise(masked, constant=7), constant=100)
@@ -319,9 +314,7 @@ def test_shear_and_rotation_against_scipy(shear, angle):
     matrix = xy[::-1, ::-1]  # SciPy names the vertical axis first
     middle = (np.array(image.shape[2:]) - 1) / 2
     for channel in range(2):
-        expected = ndimage.affine_transform(
-            image[0, channel].numpy(), matrix, middle - matrix @ middle, order=1, mode="mirror"
-        )
+        expected = ndimage.affine_transform(image[0, channel].numpy(), matrix, middle - matrix @ middle, order=1, mode="mirror")
         np.testing.assert_allclose(moved[0, channel], expected, atol=1e-4)
     assert (moved - image).abs().max() > 0.05
 
@@ -329,9 +322,14 @@ def test_shear_and_rotation_against_scipy(shear, angle):
 def test_warp_is_smooth_and_as_large_as_asked():
     ramp = torch.stack(torch.meshgrid(torch.linspace(-1, 1, 65), torch.linspace(-1, 1, 65), indexing="ij"))
     moved, _ = transforms.distort(
-        ramp.expand(200, -1, -1, -1), torch.zeros(200, 65, 65, dtype=torch.long),
-        rng=np.random.default_rng(0), flip=False, shear=0, angle=0, warp=0.1,
-    )  # fmt: skip
+        ramp.expand(200, -1, -1, -1),
+        torch.zeros(200, 65, 65, dtype=torch.long),
+        rng=np.random.default_rng(0),
+        flip=False,
+        shear=0,
+        angle=0,
+        warp=0.1,
+    )
     shift = (moved - ramp)[..., 32, 32]  # at the grid's middle point, far from the mirrored border
     assert shift.std() == pytest.approx(0.1, rel=0.15) and abs(shift.mean()) < 0.02
     assert moved.diff(dim=-1).diff(dim=-1)[..., 20:44, 20:44].abs().max() < 0.02

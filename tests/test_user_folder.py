@@ -56,43 +56,20 @@ def in_the_world(path) -> np.ndarray:
     """Resampled by nibabel, which knows nothing of ours, to a grid of 1 mm."""
     image = nibabel.load(path)
     assert image.get_fdata().max() > 0
-    return (
-        resample_from_to(nibabel.Nifti1Image(image.get_fdata().round(), image.affine), WORLD, order=0).get_fdata() > 0
-    )
+    return resample_from_to(nibabel.Nifti1Image(image.get_fdata().round(), image.affine), WORLD, order=0).get_fdata() > 0
 
 
 def test_odd_axes_and_float_labels_from_training_to_a_segmentation_in_its_place(folder, tmp_path, capsys):
     data = ["--data", str(folder), "--channels", "t2=*_T2.nii.gz", "--mask", "all"]
-    train = [
-        *data,
-        "--label",
-        "*_lesion.nii.gz",
-        "--classes",
-        "2",
-        "--hold-out",
-        "cleo",
-        "--store",
-        str(tmp_path / "stored"),
-    ]
+    train = [*data, "--label", "*_lesion.nii.gz", "--classes", "2", "--hold-out", "cleo", "--store", str(tmp_path / "stored")]
     size = ["--width", "0.2", "--steps", "45", "--halvings", "0.8", "--batch-size", "6", "--device", "cpu"]
     assert main(["train", "deep_plus", *train, *size, "--out", str(tmp_path / "run")]) == 0, capsys.readouterr().err
     assert models.load(tmp_path / "run" / "model.safetensors").card["held_out"] == ["cleo"]
     assert datasets.stored(tmp_path / "stored").names == ["anna", "ben", "cleo"]
 
     model, out = str(tmp_path / "run" / "model.safetensors"), tmp_path / "out"
-    assert main(["segment", "--model", model, *data, "--out", str(out), "--device", "cpu"]) == 0, (
-        capsys.readouterr().err
-    )
-    scores = [
-        "evaluate",
-        "--predictions",
-        str(out),
-        *data,
-        "--label",
-        "*_lesion.nii.gz",
-        "--out",
-        str(tmp_path / "scores.csv"),
-    ]
+    assert main(["segment", "--model", model, *data, "--out", str(out), "--device", "cpu"]) == 0, capsys.readouterr().err
+    scores = ["evaluate", "--predictions", str(out), *data, "--label", "*_lesion.nii.gz", "--out", str(tmp_path / "scores.csv")]
     assert main(scores) == 0, capsys.readouterr().err
 
     for name, centre in CENTRES.items():

@@ -28,9 +28,7 @@ from medseg_lite.volume import (
 )
 
 SPACING = (0.9375, 1.25, 3.0)
-ORIENTATIONS = [
-    (axes, signs) for axes in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)
-]
+ORIENTATIONS = [(axes, signs) for axes in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)]
 
 
 def affine_of(axes=(0, 1, 2), signs=(1, 1, 1), spacing=SPACING, origin=(-90.5, 12.25, 33.0)) -> np.ndarray:
@@ -112,11 +110,7 @@ def test_oblique_scans_there_and_back(tmp_path, seed, codes):
     assert (int(after.header["sform_code"]), int(after.header["qform_code"])) == codes
 
 
-@given(
-    array=hnp.arrays(
-        st.sampled_from([np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.float32]), (2, 3, 4)
-    )
-)
+@given(array=hnp.arrays(st.sampled_from([np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.float32]), (2, 3, 4)))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_values_survive_writing(tmp_path, array):
     case = Case(image=np.zeros((1, 2, 3, 4), np.float32), channels=("t1",), native_axes="PIR")
@@ -160,9 +154,14 @@ def test_probabilities_are_written_with_classes_last(tmp_path):
 
 def test_a_case_written_as_a_folder_reads_the_same(tmp_path):
     case = Case(
-        image=noise((2, 3, 4, 5)), channels=("flair", "t1c"), name="p1", label=noise((3, 4, 5), np.uint8) % 5,
-        mask=noise((3, 4, 5)) > 0, affine=affine_of(), native_axes="LPS",
-    )  # fmt: skip
+        image=noise((2, 3, 4, 5)),
+        channels=("flair", "t1c"),
+        name="p1",
+        label=noise((3, 4, 5), np.uint8) % 5,
+        mask=noise((3, 4, 5)) > 0,
+        affine=affine_of(),
+        native_axes="LPS",
+    )
     folder = write_case(tmp_path / "p1", case)
     back = read_case(
         {c: folder / f"{c}.nii.gz" for c in case.channels}, label=folder / "label.nii.gz", mask=folder / "mask.nii.gz"
@@ -299,7 +298,11 @@ def test_four_dimensions_where_three_are_expected(tmp_path, image):
 def test_shapes_that_differ(tmp_path, image):
     other = save(tmp_path / "seg.nii.gz", noise((4, 5, 7), np.uint8))
     message = r"seg\.nii\.gz is 4×5×7 but flair\.nii\.gz is 4×5×6; .*share one grid"
-    for files in ({"images": {"a": image, "b": other}}, {"images": {"a": image}, "label": other}, {"images": {"a": image}, "mask": other}):  # fmt: skip
+    for files in (
+        {"images": {"a": image, "b": other}},
+        {"images": {"a": image}, "label": other},
+        {"images": {"a": image}, "mask": other},
+    ):
         with pytest.raises(ValueError, match=message):
             read_case(**files)
 
@@ -368,8 +371,7 @@ def test_an_image_with_nothing_in_it(tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    "kind, message",
-    [([("R", "u1"), ("G", "u1"), ("B", "u1")], "holds colour values"), (np.complex64, "holds complex values")],
+    "kind, message", [([("R", "u1"), ("G", "u1"), ("B", "u1")], "holds colour values"), (np.complex64, "holds complex values")]
 )
 def test_values_that_are_not_one_number(tmp_path, kind, message):
     path = save(tmp_path / "a.nii", np.zeros((4, 5, 6), kind))
@@ -510,12 +512,19 @@ def metaimage(path, array, *, matrix=IDENTITY, spacing=SPACING, offset=(7, -8, 9
         data = zlib.compress(data)
     local = path.suffix == ".mha"
     header = {
-        "ObjectType": "Image", "NDims": array.ndim, "BinaryData": True, "BinaryDataByteOrderMSB": big,
-        "CompressedData": compress, "TransformMatrix": " ".join(map(str, np.ravel(matrix))),
-        "Offset": " ".join(map(str, offset)), "ElementSpacing": " ".join(map(str, spacing)),
-        "DimSize": " ".join(map(str, array.shape)), "ElementType": types[array.dtype.name], **fields,
+        "ObjectType": "Image",
+        "NDims": array.ndim,
+        "BinaryData": True,
+        "BinaryDataByteOrderMSB": big,
+        "CompressedData": compress,
+        "TransformMatrix": " ".join(map(str, np.ravel(matrix))),
+        "Offset": " ".join(map(str, offset)),
+        "ElementSpacing": " ".join(map(str, spacing)),
+        "DimSize": " ".join(map(str, array.shape)),
+        "ElementType": types[array.dtype.name],
+        **fields,
         "ElementDataFile": "LOCAL" if local else fields.get("ElementDataFile", path.stem + (".zraw" if compress else ".raw")),
-    }  # fmt: skip
+    }
     text = "".join(f"{k} = {v}\n" for k, v in header.items() if v is not None).encode()
     path.write_bytes(text + data if local else text)
     if not local:
@@ -542,9 +551,7 @@ def test_metaimage_is_read_in_ras(tmp_path, ending, compress, big, dtype):
 def test_metaimage_and_nifti_of_one_scan_agree(tmp_path, axes, signs, angle):
     """In any orientation, oblique ones too: nibabel's reading of the same affine is the peer."""
     c, s = np.cos(angle), np.sin(angle)
-    directions = (
-        np.eye(3)[axes] * np.array(signs)[:, None] @ [[c, -s, 0], [s, c, 0], [0, 0, 1]]
-    )  # row i: of axis i, in LPS
+    directions = np.eye(3)[axes] * np.array(signs)[:, None] @ [[c, -s, 0], [s, c, 0], [0, 0, 1]]  # row i: of axis i, in LPS
     array = np.random.default_rng(1).normal(size=(3, 4, 5)).astype(np.float32)
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = directions.T * SPACING, (7, -8, 9)
@@ -620,10 +627,7 @@ def test_metaimage_headers_that_lie(tmp_path, fields, match):
         (b"just text", "is not a MetaImage: expected lines such as"),
         (b"NDims = 3\nDimSize = 2 2 2\n", "is not a MetaImage.*but after 2 there is b''"),
         (b"\0" * 9999, "is not a MetaImage"),
-        (
-            b"ElementDataFile = ../a.raw\n",
-            r"keeps its values in '\.\./a\.raw'; expected LOCAL or one file in the same folder",
-        ),
+        (b"ElementDataFile = ../a.raw\n", r"keeps its values in '\.\./a\.raw'; expected LOCAL or one file in the same folder"),
         (b"ElementDataFile = /etc/passwd\n", "expected LOCAL or one file in the same folder"),
         (b"ElementDataFile = LIST\n", "keeps its values in 'LIST'"),
         (b"ElementDataFile = s%03d.raw 1 9 1\n", "expected LOCAL or one file"),
@@ -638,9 +642,7 @@ def test_files_that_are_no_metaimages(tmp_path, content, match):
 def test_a_metaimage_without_its_values(tmp_path):
     path = metaimage(tmp_path / "a.mhd", np.ones((4, 5, 6), np.int16))
     (tmp_path / "a.raw").rename(tmp_path / "b.raw")
-    with pytest.raises(
-        FileNotFoundError, match=r"a\.raw, which holds the voxels of a\.mhd, does not exist; .* holds b\.raw"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"a\.raw, which holds the voxels of a\.mhd, does not exist; .* holds b\.raw"):
         read_metaimage(path)
     (tmp_path / "a.raw").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match=r"a\.raw is a Git-LFS pointer"):

@@ -23,10 +23,7 @@ def make_case(**changes) -> Case:
     d, h, w = np.indices((12, 10, 8))
     label = ((d - 3) ** 2 + (h - 5) ** 2 + (w - 3) ** 2 < 6).astype(np.uint8) * 4
     case = Case(
-        image=np.stack([d + 20.0 * label, h + w]).astype(np.float32),
-        channels=("flair", "t1c"),
-        name="ball",
-        label=label,
+        image=np.stack([d + 20.0 * label, h + w]).astype(np.float32), channels=("flair", "t1c"), name="ball", label=label
     )
     return case.replace(**changes)
 
@@ -165,7 +162,7 @@ NAN[0, 0, 0] = np.nan
         (np.zeros((3, 3, 3)), dict(spacing=(1, 0, 1)), "three positive numbers"),
         (np.zeros((3, 3, 3)), dict(spacing=2), "three positive numbers"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(source, options, message):
     with pytest.raises(ValueError, match=message):
         SliceViewer(source, **options)
@@ -182,7 +179,10 @@ def test_other_axes_are_shown_as_they_lie_without_letters():
     assert all(plane.edges == "" for plane in viewer._planes)
 
 
-@pytest.mark.parametrize("image", [np.zeros((4, 5, 6)), np.ones((4, 5, 6), bool), np.arange(120, dtype=np.uint8).reshape(4, 5, 6), np.zeros((1, 1, 1))])  # fmt: skip
+@pytest.mark.parametrize(
+    "image",
+    [np.zeros((4, 5, 6)), np.ones((4, 5, 6), bool), np.arange(120, dtype=np.uint8).reshape(4, 5, 6), np.zeros((1, 1, 1))],
+)
 def test_plain_images_of_any_number_type(image):
     viewer = SliceViewer(image)
     low, high = viewer._limits["image"]
@@ -230,10 +230,7 @@ def test_mimebundle_holds_view_text_and_picture(viewer):
     assert data["text/plain"] == repr(viewer)
     assert data["application/vnd.jupyter.widget-view+json"]["model_id"] == viewer.model_id
     assert base64.b64decode(data["image/png"]) == viewer.snapshot()
-    assert (
-        metadata["image/png"]["alt"]
-        == "Slices of ball, flair, through voxel (3, 5, 3) with 'truth', 'prediction', 'risk'"
-    )
+    assert metadata["image/png"]["alt"] == "Slices of ball, flair, through voxel (3, 5, 3) with 'truth', 'prediction', 'risk'"
     # Where ipywidgets 7 defines _ipython_display_, IPython would use it and never ask for this bundle.
     assert viewer._ipython_display_ is None
 

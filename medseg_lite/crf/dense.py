@@ -119,9 +119,7 @@ class DenseCRF(nn.Module):
         """
         _check_shapes(logits, image, mask)
         if prepared is None:
-            prepared = [
-                self.prepare(x, None if mask is None else mask[b], spacing=spacing) for b, x in enumerate(image)
-            ]
+            prepared = [self.prepare(x, None if mask is None else mask[b], spacing=spacing) for b, x in enumerate(image)]
         elif isinstance(prepared, Prepared):
             prepared = [prepared]
         if len(prepared) != len(logits):
@@ -146,9 +144,7 @@ class DenseCRF(nn.Module):
         device = self.smoothness_weight.device
         values = torch.as_tensor(np.asarray(probabilities))
         if tuple(values.shape[1:]) != case.shape:
-            raise ValueError(
-                f"probabilities have shape {tuple(values.shape)}; {case.name} needs (classes, *{case.shape})"
-            )
+            raise ValueError(f"probabilities have shape {tuple(values.shape)}; {case.name} needs (classes, *{case.shape})")
         if prepared is None:
             mask = torch.from_numpy(case.mask) if inside_mask and case.mask is not None else None
             prepared = self.prepare(torch.from_numpy(case.image).to(device), mask, spacing=case.spacing)
@@ -172,9 +168,7 @@ class DenseCRF(nn.Module):
         scale = image.new_ones(dims, dtype=torch.float32)
         if self.units == "mm":
             if spacing is None:
-                raise ValueError(
-                    'units="mm" needs the spacing of the voxels: give spacing=(...), in mm along each axis'
-                )
+                raise ValueError('units="mm" needs the spacing of the voxels: give spacing=(...), in mm along each axis')
             scale = torch.as_tensor(spacing, dtype=torch.float32, device=image.device)
             if scale.shape != (dims,) or not (scale > 0).all():
                 raise ValueError(f"spacing={tuple(spacing)}; expected {dims} positive numbers")
@@ -273,9 +267,7 @@ class Prepared:
         smoothness, appearance: kernels; calling one filters `(c, N)`.
     """
 
-    def __init__(
-        self, index, shape, intensities, smoothness_sigma, appearance_sigma, intensity_sigma, normalization
-    ) -> None:
+    def __init__(self, index, shape, intensities, smoothness_sigma, appearance_sigma, intensity_sigma, normalization) -> None:
         self.index, self.shape, self._intensities, self._normalization = index, shape, intensities, normalization
         self.dtype = intensities.dtype
         self._smoothness_sigma, self._appearance_sigma = smoothness_sigma, appearance_sigma
@@ -289,10 +281,7 @@ class Prepared:
     @functools.cached_property
     def appearance(self) -> Kernel:
         features = torch.empty(
-            len(self.shape) + len(self._intensities),
-            len(self.index),
-            dtype=self._intensities.dtype,
-            device=self.index.device,
+            len(self.shape) + len(self._intensities), len(self.index), dtype=self._intensities.dtype, device=self.index.device
         )
         positions = unravel(self.index, self.shape)
         sigmas = torch.cat([self._appearance_sigma, self._intensity_sigma])
@@ -366,9 +355,7 @@ class _LatticeFilter(torch.autograd.Function):
         return back, slope, None
 
 
-def whole_tumour(
-    crf: DenseCRF, probabilities: np.ndarray, case: Case, *, prepared: Prepared | None = None
-) -> np.ndarray:
+def whole_tumour(crf: DenseCRF, probabilities: np.ndarray, case: Case, *, prepared: Prepared | None = None) -> np.ndarray:
     """The paper's recipe for several tumour classes: refine tumour against background, and keep what kind of tumour it is.
 
     The class probabilities are merged into one "whole tumour" map, and the CRF refines that. Voxels that it takes away become
@@ -408,10 +395,7 @@ def _check_shapes(logits: Tensor, image: Tensor, mask: Tensor | None) -> None:
             f"logits {tuple(logits.shape)} and image {tuple(image.shape)}; expected (B, K, *space) and (B, C, *space)"
         )
     expected = (logits.shape[0], *logits.shape[2:])
-    for name, found in (
-        ("image", (image.shape[0], *image.shape[2:])),
-        ("mask", None if mask is None else tuple(mask.shape)),
-    ):
+    for name, found in (("image", (image.shape[0], *image.shape[2:])), ("mask", None if mask is None else tuple(mask.shape))):
         if found is not None and found != expected:
             raise ValueError(f"{name} is on the grid (batch, *space) = {found}; the logits are on {expected}")
 
@@ -428,9 +412,7 @@ def _check_finite(name: str, values: Tensor) -> None:
     values = values.detach()
     if not math.isfinite(float(values.sum())) and not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).sum())
-        raise ValueError(
-            f"{name}: {bad} of {values.numel()} values are NaN or infinite; repair or mask them before the CRF"
-        )
+        raise ValueError(f"{name}: {bad} of {values.numel()} values are NaN or infinite; repair or mask them before the CRF")
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

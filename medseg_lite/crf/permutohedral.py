@@ -176,9 +176,7 @@ def _connect(keys: Tensor, steps: list[int], cells: int) -> tuple[Tensor, list[t
         number = torch.full((cells,), -1, dtype=torch.int32, device=device)
         number.scatter_(0, unique, torch.arange(count, dtype=torch.int32, device=device))
         unique = unique.to(keys.dtype)
-        vertex = (
-            flat if flat.dtype == torch.int32 else flat.new_empty(len(flat), dtype=torch.int32)
-        )  # the keys are done with
+        vertex = flat if flat.dtype == torch.int32 else flat.new_empty(len(flat), dtype=torch.int32)  # the keys are done with
 
         def look_up(span: slice) -> None:
             vertex[span] = torch.index_select(number, 0, flat[span])

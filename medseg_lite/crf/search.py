@@ -169,16 +169,12 @@ def _dice(foreground: np.ndarray, case: Case) -> float:
 
 def _check(cases, probabilities, trials, weights_per_lattice, space, fixed) -> None:
     if not cases or len(cases) != len(probabilities):
-        raise ValueError(
-            f"{len(cases)} cases and {len(probabilities)} probability maps; expected one map for each case"
-        )
+        raise ValueError(f"{len(cases)} cases and {len(probabilities)} probability maps; expected one map for each case")
     for case, p in zip(cases, probabilities):
         if case.label is None:
             raise ValueError(f"{case.name} has no label; the search needs the truth")
         if np.shape(p)[1:] != case.shape or len(p) < 2:
-            raise ValueError(
-                f"probabilities of {case.name} have shape {np.shape(p)}; expected (classes, *{case.shape})"
-            )
+            raise ValueError(f"probabilities of {case.name} have shape {np.shape(p)}; expected (classes, *{case.shape})")
     if len(set(case.name for case in cases)) < len(cases):
         raise ValueError("two cases share one name; give each its own")
     if trials < 1 or weights_per_lattice < 1:

@@ -25,6 +25,21 @@ downloads = {
 }
 
 __all__ = [
-    "Cohort", "NiftiFolder", "brats2013_deepmedic", "brats2015", "brats2017", "download_brats2013_deepmedic",
-    "download_isbi2012", "download_msd", "download_promise12", "downloads", "isbi2012", "lits", "msd", "nifti_folder", "promise12", "store", "stored",
-]  # fmt: skip
+    "Cohort",
+    "NiftiFolder",
+    "brats2013_deepmedic",
+    "brats2015",
+    "brats2017",
+    "download_brats2013_deepmedic",
+    "download_isbi2012",
+    "download_msd",
+    "download_promise12",
+    "downloads",
+    "isbi2012",
+    "lits",
+    "msd",
+    "nifti_folder",
+    "promise12",
+    "store",
+    "stored",
+]

@@ -129,12 +129,7 @@ def _receive_some(url: str, part: Path, have: int, room: float, progress: bool) 
         if total is not None:
             check_room(part.parent, round(room * total) - have, url)
         bar = tqdm(
-            total=total,
-            initial=have,
-            unit="B",
-            unit_scale=True,
-            desc=part.name.removeprefix(".part-"),
-            disable=not progress,
+            total=total, initial=have, unit="B", unit_scale=True, desc=part.name.removeprefix(".part-"), disable=not progress
         )
         with bar, open(part, "ab" if have else "wb") as file:
             for chunk in answer.iter_content(CHUNK):
@@ -188,9 +183,7 @@ def _check_content(url: str, path: Path) -> None:
             "open the address in a browser to see what it says"
         )
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError(
-            f"{url} answered with a Git-LFS pointer instead of the file; clone its repository with git-lfs"
-        )
+        raise ValueError(f"{url} answered with a Git-LFS pointer instead of the file; clone its repository with git-lfs")
 
 
 # ------------------------------------------------------------------------------------------------------------ archives

@@ -101,9 +101,7 @@ def _cohort(paths: dict[str, Path]) -> Cohort:
 
 def _path(folder: Path, name: str) -> Path:
     if name != Path(name).name or name.startswith(".") or "\\" in name:
-        raise ValueError(
-            f"a case is called {name!r}; a name that becomes a file must have no slashes, nor begin with a dot"
-        )
+        raise ValueError(f"a case is called {name!r}; a name that becomes a file must have no slashes, nor begin with a dot")
     return folder / f"{name}{SUFFIX}"
 
 

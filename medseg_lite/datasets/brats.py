@@ -74,9 +74,7 @@ def brats2015(
     )
 
 
-def brats2017(
-    root: str | Path | None = None, *, label_optional: bool = False, cases: Iterable[str] | None = None
-) -> Cohort:
+def brats2017(root: str | Path | None = None, *, label_optional: bool = False, cases: Iterable[str] | None = None) -> Cohort:
     """Find the cases of BRATS 2017 or a later year; each is read when it is asked for.
 
     Args:

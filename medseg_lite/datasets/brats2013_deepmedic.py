@@ -75,11 +75,7 @@ SHA256 = {
 
 
 def brats2013_deepmedic(
-    folder: str | Path | None = None,
-    *,
-    cases: Iterable[str] | None = None,
-    download: bool = False,
-    unverified: bool = False,
+    folder: str | Path | None = None, *, cases: Iterable[str] | None = None, download: bool = False, unverified: bool = False
 ) -> list[Case]:
     """Read the cases into memory, about 90 MB each.
 

@@ -71,10 +71,14 @@ def isbi2012(
     affine = np.diag([PIXEL, PIXEL, THICKNESS, 1])
     affine[:2, 3] = corner
     return Case(
-        image=_turn(image).astype(np.float32)[None], channels=("em",), name=f"isbi2012-{split}",
-        label=None if membrane is None else _turn(membrane).astype(np.uint8), affine=affine, native_axes="LPS",
+        image=_turn(image).astype(np.float32)[None],
+        channels=("em",),
+        name=f"isbi2012-{split}",
+        label=None if membrane is None else _turn(membrane).astype(np.uint8),
+        affine=affine,
+        native_axes="LPS",
         info={"classes": CLASSES, "dataset": "isbi2012", "split": split, "licence": "challenge terms: research, cite"},
-    )  # fmt: skip
+    )
 
 
 def download_isbi2012(folder: str | Path | None = None, *, unverified: bool = False) -> Path:
@@ -111,9 +115,7 @@ def _members(archive: Path) -> dict[str, str]:
             sizes = {info.filename: info.file_size for info in file.infolist()}
             damaged = file.testzip()
     except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"{archive} is not a complete zip archive ({error}); remove it and download it again"
-        ) from error
+        raise ValueError(f"{archive} is not a complete zip archive ({error}); remove it and download it again") from error
     if damaged:
         raise ValueError(f"{archive} is damaged at {damaged}; remove it and download it again")
     found = {}
@@ -125,9 +127,7 @@ def _members(archive: Path) -> dict[str, str]:
             some = ", ".join(list(sizes)[:8]) or "nothing"
             raise ValueError(f"{archive} holds {len(matches)} files called {name}, expected one; it holds {some}")
         if sizes[matches[0]] > LARGEST:
-            raise ValueError(
-                f"{matches[0]} in {archive} unpacks to {sizes[matches[0]]} bytes; expected about 8 million"
-            )
+            raise ValueError(f"{matches[0]} in {archive} unpacks to {sizes[matches[0]]} bytes; expected about 8 million")
         found[name] = matches[0]
     return found
 
@@ -150,9 +150,7 @@ def _read(path: Path) -> np.ndarray:
         raise ValueError(f"{path} cannot be read ({error}); it is truncated or damaged: {again}") from error
     for number, (mode, page) in enumerate(pages, 1):
         if mode not in ("L", "1"):
-            raise ValueError(
-                f"page {number} of {path} has pixels of kind {mode!r}; expected grey values of 8 bits: convert it"
-            )
+            raise ValueError(f"page {number} of {path} has pixels of kind {mode!r}; expected grey values of 8 bits: convert it")
         if page.shape != pages[0][1].shape:
             raise ValueError(
                 f"page {number} of {path} is {_size(page)} but page 1 is {_size(pages[0][1])}; the slices of a stack "
@@ -170,9 +168,7 @@ def _read_labels(path: Path, image: np.ndarray, volume: str) -> np.ndarray:
     values = np.unique(labels)
     if not np.isin(values, (0, 255)).all():
         wrong = ", ".join(map(str, values[~np.isin(values, (0, 255))][:5]))
-        raise ValueError(
-            f"{path} holds {wrong}; expected 0 (membrane) and 255 (cell) only: it was smoothed or renumbered"
-        )
+        raise ValueError(f"{path} holds {wrong}; expected 0 (membrane) and 255 (cell) only: it was smoothed or renumbered")
     if len(values) == 1:
         raise ValueError(f"{path} is {values[0]} everywhere; expected 0 on membranes and 255 in cells")
     membrane = labels == 0

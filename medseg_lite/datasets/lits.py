@@ -19,9 +19,7 @@ from ._cohort import Cohort, choose, some, visible
 CLASSES = ("background", "liver", "lesion")
 
 
-def lits(
-    root: str | Path | None = None, *, cases: Iterable[str] | None = None, identity_affine: bool = False
-) -> Cohort:
+def lits(root: str | Path | None = None, *, cases: Iterable[str] | None = None, identity_affine: bool = False) -> Cohort:
     """Find the cases; each is read when it is asked for.
 
     Args:

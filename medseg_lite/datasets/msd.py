@@ -33,9 +33,7 @@ _BRATS_LABELS = {1: 2, 2: 1, 3: 4}
 _BRATS_CHANNELS = {"t1w": "t1", "t1gd": "t1c", "t2w": "t2"}
 
 
-def msd(
-    root: str | Path, *, split: str = "training", as_brats: bool = False, cases: Iterable[str] | None = None
-) -> Cohort:
+def msd(root: str | Path, *, split: str = "training", as_brats: bool = False, cases: Iterable[str] | None = None) -> Cohort:
     """Find the cases of one task; each is read when it is asked for.
 
     Args:
@@ -117,9 +115,7 @@ def _stem(image: str) -> str:
 def _inside(root: Path, name: str, source: Path) -> Path:
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or "\\" in name:
-        raise ValueError(
-            f"{source} lists {name!r}, which lies outside {root}; expected a path such as './imagesTr/a.nii.gz'"
-        )
+        raise ValueError(f"{source} lists {name!r}, which lies outside {root}; expected a path such as './imagesTr/a.nii.gz'")
     return root / relative
 
 
@@ -127,9 +123,7 @@ def _read(name, image: Path, label: Path | None, channels, classes, numbers, tas
     for path in (image, label):
         if path is not None and not path.is_file():
             there = some([p.name for p in visible(path.parent, "*.nii*")]) if path.parent.is_dir() else "no such folder"
-            raise FileNotFoundError(
-                f"dataset.json lists {path}, which does not exist ({there}); unpack the archive again"
-            )
+            raise FileNotFoundError(f"dataset.json lists {path}, which does not exist ({there}); unpack the archive again")
     case = read_case(image, channels=channels, label=label, name=name, labels=numbers)
     case.info.update(classes=classes, dataset=task, split=split, licence="CC BY-SA 4.0")
     return case

@@ -113,9 +113,7 @@ def nifti_folder(
     for role, pattern in patterns.items():
         path = PurePosixPath(pattern)
         if not pattern or path.is_absolute() or ".." in path.parts:
-            raise ValueError(
-                f"the pattern of {role} is {pattern!r}; expected one inside the folder, as in '*flair.nii.gz'"
-            )
+            raise ValueError(f"the pattern of {role} is {pattern!r}; expected one inside the folder, as in '*flair.nii.gz'")
 
     for number in [*(label_map or {}).keys(), *(label_map or {}).values()]:
         if not 0 <= number <= 255:

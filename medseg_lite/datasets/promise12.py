@@ -44,9 +44,7 @@ def promise12(root: str | Path | None = None, *, cases: Iterable[str] | None = N
             "with `python -m medseg_lite download promise12`"
         )
     chosen = choose(found, cases, root)
-    return Cohort(
-        {name: partial(_read, name, path, files.get(f"{name}_segmentation")) for name, path in chosen.items()}
-    )
+    return Cohort({name: partial(_read, name, path, files.get(f"{name}_segmentation")) for name, path in chosen.items()})
 
 
 def download_promise12(folder: str | Path | None = None) -> Path:

@@ -15,14 +15,7 @@ from .deepmedic import (
     wider2d_seg,
 )
 from .drozdzal import fc_resnet, fcn8, fcn_fc_resnet, fcn_preprocessor, removable, unet2d, without
-from .havaei import (
-    global_path_cnn,
-    input_cascade_cnn,
-    local_cascade_cnn,
-    local_path_cnn,
-    mf_cascade_cnn,
-    two_path_cnn,
-)
+from .havaei import global_path_cnn, input_cascade_cnn, local_cascade_cnn, local_path_cnn, mf_cascade_cnn, two_path_cnn
 from .kayalibay import kayalibay_unet3d
 from .mlynarski import mlynarski_2d, mlynarski_3d
 

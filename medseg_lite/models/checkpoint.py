@@ -27,9 +27,7 @@ def save(path: str | Path, model: nn.Module, card: dict, *, half: bool = False) 
     """
     path = Path(path)
     if not hasattr(model, "config"):
-        raise ValueError(
-            f"{type(model).__name__} was not made by a builder of medseg_lite.models, so it cannot be rebuilt"
-        )
+        raise ValueError(f"{type(model).__name__} was not made by a builder of medseg_lite.models, so it cannot be rebuilt")
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not _training_only(k)}
     if half:
         tensors = {k: v.half() if v.ndim > 1 and v.is_floating_point() else v for k, v in tensors.items()}
@@ -48,9 +46,7 @@ def load(path: str | Path) -> nn.Module:
 
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; expected a .safetensors file written by medseg_lite.models.save"
-        )
+        raise FileNotFoundError(f"{path} does not exist; expected a .safetensors file written by medseg_lite.models.save")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -68,9 +64,7 @@ def load(path: str | Path) -> nn.Module:
     except TypeError as error:
         raise ValueError(f"{path} asks for options that {name} does not have in this version ({error})") from error
     expected = {k: v.shape for k, v in model.state_dict().items() if not _training_only(k)}
-    wrong = sorted(
-        k for k in expected.keys() | tensors.keys() if k not in tensors or tensors[k].shape != expected.get(k)
-    )
+    wrong = sorted(k for k in expected.keys() | tensors.keys() if k not in tensors or tensors[k].shape != expected.get(k))
     if wrong:
         raise ValueError(
             f"{path} does not fit {name}: {len(wrong)} tensors are missing, unknown or of another shape ({', '.join(wrong[:3])}, …)"

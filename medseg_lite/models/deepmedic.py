@@ -78,9 +78,7 @@ class DeepMedic(nn.Module):
 
         def pathway() -> nn.Sequential:
             inputs = (in_channels, *widths[:-1])
-            return nn.Sequential(
-                *(ConvBlock(i, o, kernel, dropout=conv_dropout, **options) for i, o in zip(inputs, widths))
-            )
+            return nn.Sequential(*(ConvBlock(i, o, kernel, dropout=conv_dropout, **options) for i, o in zip(inputs, widths)))
 
         self.normal = pathway()
         self.low = pathway() if low_resolution else None
@@ -147,25 +145,41 @@ def _build(name: str, in_channels: int, classes: int, width: float, options: dic
 def shallow(*, in_channels: int = 4, classes: int = 5, width: float = 1.0, **options) -> DeepMedic:
     """Shallow: four 5³ convolutions, no batch normalisation, N(0, .01). 615,575 parameters (4 channels, 5 classes)."""
     return _build(
-        "shallow", in_channels, classes, width, options, widths=(30, 40, 40, 50), kernel=5, hidden=(),
-        low_resolution=False, batch_norm=False, init="normal",
-    )  # fmt: skip
+        "shallow",
+        in_channels,
+        classes,
+        width,
+        options,
+        widths=(30, 40, 40, 50),
+        kernel=5,
+        hidden=(),
+        low_resolution=False,
+        batch_norm=False,
+        init="normal",
+    )
 
 
 def shallow_plus(*, in_channels: int = 4, classes: int = 5, width: float = 1.0, **options) -> DeepMedic:
     """Shallow+: Shallow with batch normalisation and He initialisation. 615,735 parameters."""
     return _build(
-        "shallow_plus", in_channels, classes, width, options, widths=(30, 40, 40, 50), kernel=5, hidden=(),
-        low_resolution=False,
-    )  # fmt: skip
+        "shallow_plus", in_channels, classes, width, options, widths=(30, 40, 40, 50), kernel=5, hidden=(), low_resolution=False
+    )
 
 
 def deep(*, in_channels: int = 4, classes: int = 5, width: float = 1.0, **options) -> DeepMedic:
     """Deep: eight 3³ convolutions, no batch normalisation, N(0, .01); the paper could not train it. 311,935 parameters."""
     return _build(
-        "deep", in_channels, classes, width, options, widths=EIGHT, hidden=(),
-        low_resolution=False, batch_norm=False, init="normal",
-    )  # fmt: skip
+        "deep",
+        in_channels,
+        classes,
+        width,
+        options,
+        widths=EIGHT,
+        hidden=(),
+        low_resolution=False,
+        batch_norm=False,
+        init="normal",
+    )
 
 
 def deep_plus(*, in_channels: int = 4, classes: int = 5, width: float = 1.0, **options) -> DeepMedic:
@@ -175,9 +189,7 @@ def deep_plus(*, in_channels: int = 4, classes: int = 5, width: float = 1.0, **o
 
 def big_deep_plus(*, in_channels: int = 4, classes: int = 5, width: float = 1.0, **options) -> DeepMedic:
     """BigDeep+: Deep+ with doubled feature maps and two hidden layers. 1,278,755 parameters."""
-    return _build(
-        "big_deep_plus", in_channels, classes, width, options, widths=[2 * w for w in EIGHT], low_resolution=False
-    )
+    return _build("big_deep_plus", in_channels, classes, width, options, widths=[2 * w for w in EIGHT], low_resolution=False)
 
 
 def deepmedic(*, in_channels: int = 4, classes: int = 5, width: float = 1.0, **options) -> DeepMedic:
@@ -198,9 +210,8 @@ def dm2d_seg(*, in_channels: int = 4, classes: int = 5, width: float = 1.0, **op
 def wider2d_seg(*, in_channels: int = 4, classes: int = 5, width: float = 1.0, **options) -> DeepMedic:
     """Wider2dSeg: doubled feature maps. 911,165 parameters."""
     return _build(
-        "wider2d_seg", in_channels, classes, width, options, widths=[2 * w for w in EIGHT], hidden=(200, 200),
-        spatial_dims=2,
-    )  # fmt: skip
+        "wider2d_seg", in_channels, classes, width, options, widths=[2 * w for w in EIGHT], hidden=(200, 200), spatial_dims=2
+    )
 
 
 def deeper2d_seg(*, in_channels: int = 4, classes: int = 5, width: float = 1.0, **options) -> DeepMedic:

@@ -18,11 +18,7 @@ from .layers import init_he, scaled
 
 FCN_MAPS = (16, 32, 64, 128, 256)  # table I
 UNET_MAPS = (64, 128, 256, 512, 1024)  # Ronneberger et al. 2015
-STAGES = (
-    (32, 3),
-    (64, 8),
-    (128, 10),
-)  # table II: f and number of bottlenecks, going down; going up the same in reverse
+STAGES = ((32, 3), (64, 8), (128, 10))  # table II: f and number of bottlenecks, going down; going up the same in reverse
 ACROSS = (256, 3)
 STEM = 32
 VGG = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # feature maps and convolutions between poolings of VGG-16
@@ -274,8 +270,13 @@ class FCN8(SamePaddedNetwork):
         self.stages = nn.ModuleList(stages)
         hidden = scaled(4096, width)
         self.dense = nn.Sequential(
-            nn.Conv2d(maps, hidden, 7, padding=3), nn.ReLU(), nn.Dropout(dropout), nn.Conv2d(hidden, hidden, 1), nn.ReLU(), nn.Dropout(dropout),
-        )  # fmt: skip
+            nn.Conv2d(maps, hidden, 7, padding=3),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Conv2d(hidden, hidden, 1),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+        )
         self.score = nn.Conv2d(hidden, classes, 1)
         self.score4 = nn.Conv2d(maps, classes, 1)
         self.score3 = nn.Conv2d(scaled(VGG[2][0], width), classes, 1)
@@ -368,13 +369,7 @@ def _check(in_channels: int, classes: int) -> None:
 
 
 def _built(model: nn.Module, name: str, in_channels: int, classes: int, width: float, **options) -> nn.Module:
-    model.config = {
-        "builder": name,
-        "in_channels": int(in_channels),
-        "classes": int(classes),
-        "width": float(width),
-        **options,
-    }
+    model.config = {"builder": name, "in_channels": int(in_channels), "classes": int(classes), "width": float(width), **options}
     return model
 
 

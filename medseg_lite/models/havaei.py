@@ -39,9 +39,7 @@ class WideConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         classes, maps, rows, columns = self.weight.shape
         height = x.shape[2] - rows + 1
-        if (
-            height < 8 or x.device.type != "cpu"
-        ):  # few rows would be computed more than once; GPUs have kernels for this
+        if height < 8 or x.device.type != "cpu":  # few rows would be computed more than once; GPUs have kernels for this
             return super().forward(x)
         flat = self.weight.transpose(1, 2).reshape(classes * rows, maps, 1, columns)
         parts = F.conv2d(x, flat).unflatten(1, (classes, rows))
@@ -190,9 +188,7 @@ def _cascade(name, joins, in_channels, classes, width, first, options) -> Cascad
         first = two_path_cnn(in_channels=in_channels, classes=classes, width=width)
     found = {key: getattr(first, "config", {}).get(key) for key in wanted}
     if found != wanted:
-        raise ValueError(
-            f"first is {found}; {name} needs {wanted}: train such a network first, or build {name} to match"
-        )
+        raise ValueError(f"first is {found}; {name} needs {wanted}: train such a network first, or build {name} to match")
     second = _single(name, in_channels, classes, width, options | {"joins": joins})
     model = CascadeCNN(first, second)
     model.config = config

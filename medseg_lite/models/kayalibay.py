@@ -128,9 +128,7 @@ class KayalibayUNet3d(nn.Module):
         if not 1 <= blocks <= 6:
             raise ValueError(f"blocks={blocks}; expected 1 to 6 contracting blocks (3 in the paper)")
         if not 1 <= maps <= blocks:
-            raise ValueError(
-                f"maps={maps}; expected 1 to {blocks}, a segmentation map for each expanding block at most"
-            )
+            raise ValueError(f"maps={maps}; expected 1 to {blocks}, a segmentation map for each expanding block at most")
         if init not in ("normal", "xavier"):
             raise ValueError(f"init={init!r}; expected normal or xavier")
         self.in_channels, self.classes = in_channels, classes
@@ -192,7 +190,10 @@ def kayalibay_unet3d(*, in_channels: int = 4, classes: int = 5, width: float = 1
     """
     model = KayalibayUNet3d(in_channels, classes, width=width, **options)
     model.config = {
-        "builder": "kayalibay_unet3d", "in_channels": int(in_channels), "classes": int(classes), "width": float(width),
+        "builder": "kayalibay_unet3d",
+        "in_channels": int(in_channels),
+        "classes": int(classes),
+        "width": float(width),
         **options,
-    }  # fmt: skip
+    }
     return model

@@ -213,13 +213,7 @@ class Mlynarski3d(nn.Module):
     margin, multiple, spatial_dims = 21, 4, 3
 
     def __init__(
-        self,
-        in_channels: int,
-        classes: int,
-        *,
-        variant: str = "standard",
-        features: int | None = None,
-        width: float = 1.0,
+        self, in_channels: int, classes: int, *, variant: str = "standard", features: int | None = None, width: float = 1.0
     ):
         super().__init__()
         _check(in_channels, classes)
@@ -232,9 +226,7 @@ class Mlynarski3d(nn.Module):
         self.image_channels, self.variant, self.classes = in_channels, variant, classes
         self.in_channels = in_channels + features
         maps = [scaled(m, width) for m in TRUNK]
-        self.trunk = Trunk(
-            self.in_channels if variant in "ac" else in_channels, maps, extra=features if variant == "b" else 0
-        )
+        self.trunk = Trunk(self.in_channels if variant in "ac" else in_channels, maps, extra=features if variant == "b" else 0)
         self.image_trunk = Trunk(in_channels, maps) if variant == "c" else None
         self.join = nn.Sequential(nn.Conv3d(2 * maps[0], maps[0], 1), nn.ReLU()) if variant == "c" else None
         self.classifier = nn.Conv3d(maps[0], classes, 1)
@@ -291,24 +283,26 @@ def mlynarski_2d(*, in_channels: int = 4, classes: int = 4, width: float = 1.0, 
     """
     model = Mlynarski2d(in_channels, classes, subnets=subnets, width=width)
     model.config = {
-        "builder": "mlynarski_2d", "in_channels": int(in_channels), "classes": int(classes), "width": float(width),
+        "builder": "mlynarski_2d",
+        "in_channels": int(in_channels),
+        "classes": int(classes),
+        "width": float(width),
         "subnets": subnets,
-    }  # fmt: skip
+    }
     return model
 
 
 def mlynarski_3d(
-    *,
-    in_channels: int = 4,
-    classes: int = 4,
-    width: float = 1.0,
-    variant: str = "standard",
-    features: int | None = None,
+    *, in_channels: int = 4, classes: int = 4, width: float = 1.0, variant: str = "standard", features: int | None = None
 ) -> Mlynarski3d:
     """Mlynarski's 3D network. 1,330,372 parameters (4 sequences, 4 classes; with features 1,340,740 as A or B, 2,673,060 as C)."""
     model = Mlynarski3d(in_channels, classes, variant=variant, features=features, width=width)
     model.config = {
-        "builder": "mlynarski_3d", "in_channels": int(in_channels), "classes": int(classes), "width": float(width),
-        "variant": variant, "features": features,
-    }  # fmt: skip
+        "builder": "mlynarski_3d",
+        "in_channels": int(in_channels),
+        "classes": int(classes),
+        "width": float(width),
+        "variant": variant,
+        "features": features,
+    }
     return model

@@ -8,6 +8,16 @@ from .mri import SITES
 from .prostate import PROSTATE_SITES, prostate, prostate_cohort
 
 __all__ = [
-    "PROSTATE_SITES", "SITES", "brain", "brain_cohort", "em", "em_cohort", "hand", "hand_cohort", "liver", "liver_cohort",
-    "prostate", "prostate_cohort",
-]  # fmt: skip
+    "PROSTATE_SITES",
+    "SITES",
+    "brain",
+    "brain_cohort",
+    "em",
+    "em_cohort",
+    "hand",
+    "hand_cohort",
+    "liver",
+    "liver_cohort",
+    "prostate",
+    "prostate_cohort",
+]

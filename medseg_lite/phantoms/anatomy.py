@@ -100,9 +100,7 @@ class Template:
         cortex = mask & ~((np.abs(x) < 1) & (csf > 0.3) & (ventricle < 0.1))
         reach, nearest = ndimage.distance_transform_edt(cortex, self.step, return_indices=True)
         hull = [blur(f + self.step * n.astype(np.float32), 2) for f, n in zip(self.first, nearest)]
-        deep = ((x / 36) ** 2 + ((y + 12) / 48) ** 2 + ((z - 6) / 27) ** 2 < 1) | (
-            (z < -20) & (np.abs(x) < 16) & (y < 0)
-        )
+        deep = ((x / 36) ** 2 + ((y + 12) / 48) ** 2 + ((z - 6) / 27) ** 2 < 1) | ((z < -20) & (np.abs(x) < 16) & (y < 0))
         folding = blur((~deep).astype(np.float32), 4) * (1 - cerebellum) * np.clip((26 - reach) / 10, 0, 1)
         # T1 that the three tissues leave unexplained: pallidum, thalamic nuclei, fibre tracts.
         typical = [np.median(t1[p > 0.95]) for p in (csf, gm, wm)]
@@ -110,10 +108,23 @@ class Template:
         detail = np.clip(detail, -0.2, 0.2) * (gm + wm) * (depth > 3)
         callosum = (wm > 0.6) & (np.abs(x) < 8) & (z > 2) & (y > -46)
         maps = dict(
-            gm=gm, wm=wm, csf=csf, sulcus=sulcus, depth=depth, ventricle=ventricle, near_ventricle=blur(ventricle, 3),
-            callosum=callosum, cerebellum=cerebellum, detail=detail, vessel=self._vessels(x, y, z, mask, depth, ventricle),
-            folding=folding, reach=reach, hull_x=hull[0], hull_y=hull[1], hull_z=hull[2],
-        )  # fmt: skip
+            gm=gm,
+            wm=wm,
+            csf=csf,
+            sulcus=sulcus,
+            depth=depth,
+            ventricle=ventricle,
+            near_ventricle=blur(ventricle, 3),
+            callosum=callosum,
+            cerebellum=cerebellum,
+            detail=detail,
+            vessel=self._vessels(x, y, z, mask, depth, ventricle),
+            folding=folding,
+            reach=reach,
+            hull_x=hull[0],
+            hull_y=hull[1],
+            hull_z=hull[2],
+        )
         self.names = tuple(maps)
         self.table = torch.from_numpy(np.stack([m.astype(np.float32) for m in maps.values()], -1))
         self.depth = self.table[..., [self.names.index("depth")]].contiguous()
@@ -176,8 +187,9 @@ class Person:
         """Template position `(3, D, H, W)` of every voxel, before any lesion pushes tissue aside."""
         rng = stream(self.seed, "warp")
         grid = np.meshgrid(*axes, indexing="ij", sparse=True)
-        warp = sum(sd * bspline_noise(rng, axes, scale, extent=EXTENT, count=3)
-                   for scale, sd in ((40, 2.7), (18, 1.5), (9, 0.9)))  # fmt: skip
+        warp = sum(
+            sd * bspline_noise(rng, axes, scale, extent=EXTENT, count=3) for scale, sd in ((40, 2.7), (18, 1.5), (9, 0.9))
+        )
         for i in range(3):
             warp[i] += sum(self.matrix[i, j] * grid[j] for j in range(3)) + self.offset[i]
         return warp

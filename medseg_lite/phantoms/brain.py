@@ -116,9 +116,7 @@ def brain(
     affine = np.diag([spacing] * 3 + [1.0])
     affine[:3, 3] = [a[0] for a in axes]
     info = {"seed": seed, "site": site, "age": person.age, "lesion": None if mirrored else lesion, "mirrored": mirrored}
-    info["classes"] = {"contusions": ("background", "contusion"), "stroke": ("background", "stroke")}.get(
-        lesion, BRATS_CLASSES
-    )
+    info["classes"] = {"contusions": ("background", "contusion"), "stroke": ("background", "stroke")}.get(lesion, BRATS_CLASSES)
     ml = spacing**3 / 1000
     if disease and not mirrored:
         info |= disease.info
@@ -128,10 +126,15 @@ def brain(
         info |= volumes
     kind = "mirrored" if mirrored else {"glioma": None, None: "healthy"}.get(lesion, lesion)
     case = Case(
-        image=image, channels=channels, label=label, mask=mask, affine=affine, info=info,
+        image=image,
+        channels=channels,
+        label=label,
+        mask=mask,
+        affine=affine,
+        info=info,
         name="-".join(["brain", site, f"{seed:04d}"] + [kind] * (kind is not None)),
         extra={"csf": csf, "gm": gm, "wm": wm, "midline": midline.astype(np.float16)},
-    )  # fmt: skip
+    )
     return case.select([c for c in channels if c not in missing]) if missing else case
 
 

@@ -55,9 +55,13 @@ def em(seed: int, *, slices: int = 3, size: int = 512, counts: bool = False) -> 
         gain, offset = np.exp(rng.uniform(np.log(4), np.log(24))), rng.uniform(0, 2000)
         image = np.rint(gain * image + offset).astype(np.float32)
     return Case(
-        image=image, channels=("em",), label=label, affine=np.diag([PIXEL, PIXEL, THICKNESS, 1]), name=f"em-{seed:04d}",
+        image=image,
+        channels=("em",),
+        label=label,
+        affine=np.diag([PIXEL, PIXEL, THICKNESS, 1]),
+        name=f"em-{seed:04d}",
         info={"seed": seed, "classes": CLASSES},
-    )  # fmt: skip
+    )
 
 
 def em_cohort(count: int, *, first_seed: int = 0, progress: bool = False, **options) -> list[Case]:
@@ -96,9 +100,7 @@ class _Tissue:
         n = len(self.centre)
 
         # Bundles: a smooth field says which way cells are stretched, and where.
-        along_x, along_y, strength = self._at(
-            bspline_noise(rng, (np.arange(low, high, 4.0),) * 2, 260, count=3), low, n
-        )
+        along_x, along_y, strength = self._at(bspline_noise(rng, (np.arange(low, high, 4.0),) * 2, 260, count=3), low, n)
         angle = np.arctan2(along_y, along_x) / 2 + rng.normal(0, 0.35, n)
         stretch = np.exp(np.clip(0.18 + 0.45 * strength, 0, 0.9) + rng.normal(0, 0.08, n))
         c, s = np.cos(angle), np.sin(angle)
@@ -262,9 +264,7 @@ def _organelles(tissue: _Tissue, rng, number: int, cell, distance, synapse) -> n
     n = int(keep.sum())
     radius = rng.normal(3.5, 0.6, n).clip(2.2, 6)
     lumen = np.where(rng.random(n) < 0.08, rng.uniform(-60, -30, n), rng.uniform(5, 30, n))
-    _stamp(
-        out, place[:, keep], radius, rng.uniform(28, 85, n), lumen, rng.uniform(1, 1.4, n), rng.uniform(0, np.pi, n), 9
-    )
+    _stamp(out, place[:, keep], radius, rng.uniform(28, 85, n), lumen, rng.uniform(1, 1.4, n), rng.uniform(0, np.pi, n), 9)
 
     # Microtubules and ribosomes: dark dots.
     place = rng.integers(0, size, (2, round(2600 * area)))
@@ -278,9 +278,15 @@ def _organelles(tissue: _Tissue, rng, number: int, cell, distance, synapse) -> n
     n = place.shape[1]
     here = cell[tuple(place)]
     _stamp(
-        out, place, rng.uniform(3.4, 6.5, n), rng.uniform(25, 55, n), rng.uniform(5, 25, n), rng.uniform(1.6, 3.2, n),
-        tissue.angle[here] + rng.normal(0, 0.5, n), 20,
-    )  # fmt: skip
+        out,
+        place,
+        rng.uniform(3.4, 6.5, n),
+        rng.uniform(25, 55, n),
+        rng.uniform(5, 25, n),
+        rng.uniform(1.6, 3.2, n),
+        tissue.angle[here] + rng.normal(0, 0.5, n),
+        20,
+    )
 
     out = np.clip(1.2 * out, -80, 30)  # where organelles overlap, stain does not add up
     for i, offset, turn, length, start, phase in tissue.mitochondria:

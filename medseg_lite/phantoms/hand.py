@@ -36,9 +36,7 @@ WRIST = ((-14, -50), (-5, -49), (4, -49), (12, -51), (-11, -59), (-2, -60), (8, 
 SUNK = 3.2  # mm of fat under the skin
 
 
-def hand(
-    seed: int, *, spacing: float = 1.72, curl: float | None = None, spread: float | None = None, shape=None
-) -> Case:
+def hand(seed: int, *, spacing: float = 1.72, curl: float | None = None, spread: float | None = None, shape=None) -> Case:
     """One volume of the hand.
 
     Args:
@@ -88,9 +86,12 @@ def hand(
     affine[:3, 3] = [a[0] for a in axes]
     return Case(
         image=_scan(stream(seed, "hand scan"), axes, spacing, skin, bone)[None],
-        channels=("t1",), label=label, affine=affine, name=f"hand-{seed:04d}",
+        channels=("t1",),
+        label=label,
+        affine=affine,
+        name=f"hand-{seed:04d}",
         info={"seed": seed, "curl": curl, "spread": spread, "classes": CLASSES},
-    )  # fmt: skip
+    )
 
 
 def hand_cohort(count: int, *, first_seed: int = 0, progress: bool = False, **options) -> list[Case]:
@@ -172,9 +173,7 @@ def _unite(field, axes, a, b, ra, rb, *, knobs: bool = False, blend: float = 0.0
     box = tuple(slice(*np.searchsorted(x, [min(u, v) - reach, max(u, v) + reach])) for x, u, v in zip(axes, a, b))
     if any(s.start >= s.stop for s in box):
         return None, None
-    offsets = [
-        (x[s] - u).reshape([-1 if k == i else 1 for k in range(3)]) for i, (x, s, u) in enumerate(zip(axes, box, a))
-    ]
+    offsets = [(x[s] - u).reshape([-1 if k == i else 1 for k in range(3)]) for i, (x, s, u) in enumerate(zip(axes, box, a))]
     d, length = (b - a).astype(np.float32), np.float32(np.linalg.norm(b - a))
     t = np.clip(sum(o * n for o, n in zip(offsets, d)) / length**2, 0, 1)
     distance = np.sqrt(sum((o - t * n) ** 2 for o, n in zip(offsets, d)))

@@ -85,10 +85,7 @@ def push_aside(
     offset = [a - c for a, c in zip(np.meshgrid(*axes, indexing="ij", sparse=True), centre)]
     squared = offset[0] ** 2 + offset[1] ** 2 + offset[2] ** 2
     pull = (
-        strength
-        / SHRINK
-        * np.exp(squared * (-0.5 / (1.25 * radius) ** 2))
-        * np.clip(template().depth_at(positions) / 12, 0, 1)
+        strength / SHRINK * np.exp(squared * (-0.5 / (1.25 * radius) ** 2)) * np.clip(template().depth_at(positions) / 12, 0, 1)
     )
     positions = np.stack([p - pull * o for p, o in zip(positions, offset)])
     effaced = min(1.0, 2.5 * strength) * 0.7 * np.exp(squared * (-0.5 / (1.4 * radius) ** 2))
@@ -157,18 +154,12 @@ def glioma(person: Person, *, grade: str | None = None, crossing: bool = True) -
     offsets = rng.normal(0, 0.4 * radius, (lobes, 3)) * (np.arange(lobes) > 0)[:, None]
     sizes = rng.uniform(0.55, 0.9, lobes) ** (np.arange(lobes) > 0)
     inverse = sum(
-        (np.sum((x - o[:, None, None, None].astype(np.float32)) ** 2, 0) / s**2 + 0.1) ** -2
-        for o, s in zip(offsets, sizes)
+        (np.sum((x - o[:, None, None, None].astype(np.float32)) ** 2, 0) / s**2 + 0.1) ** -2 for o, s in zip(offsets, sizes)
     )
     distance = inverse**-0.25 * (1 + 0.15 * coarse_noise) + 1.4 * noise + 0.9 * fine_noise
 
     # Room for the core, in mm beyond the nearest barrier (template mm).
-    barriers = [
-        side * positions[0] - 1.5,
-        maps["depth"] - 2,
-        5 * (0.4 - maps["ventricle"]),
-        5 * (0.3 - maps["cerebellum"]),
-    ]
+    barriers = [side * positions[0] - 1.5, maps["depth"] - 2, 5 * (0.4 - maps["ventricle"]), 5 * (0.3 - maps["cerebellum"])]
     room = np.minimum.reduce(barriers)
     edge = threshold(distance[room > 0], core_ml * 1000 / STEP**3)
     core = np.minimum(edge - distance, room)
@@ -193,9 +184,7 @@ def glioma(person: Person, *, grade: str | None = None, crossing: bool = True) -
     rim = np.minimum(core, np.maximum(rim, -5))
 
     ratio = float(np.clip(np.exp(np.log(1.9 if high else 0.9) + 0.6 * ndtri(u_oedema)), 0.2, 6))
-    water = _spread(
-        person, maps, positions, inside, centre, radius + 45, np.exp(coarse_noise + 0.5 * noise - 0.4), crossing
-    )
+    water = _spread(person, maps, positions, inside, centre, radius + 45, np.exp(coarse_noise + 0.5 * noise - 0.4), crossing)
     water *= ~inside & (maps["csf"] < 0.5) & (maps["depth"] > 1)
     near = (core > -1.5) & (side * positions[0] > 1.5) & (maps["csf"] < 0.5)
     water = np.where(near & ~inside, np.maximum(water, 1), water)
@@ -210,15 +199,26 @@ def glioma(person: Person, *, grade: str | None = None, crossing: bool = True) -
     return Lesion(
         fields={"oedema": oedema, "nonenhancing": core, "enhancing": rim, "necrosis": necrosis},
         labels={"necrosis": 1, "oedema": 2, "nonenhancing": 3, "enhancing": 4},
-        side=side, looks={"necrosis": {"csf": fluid * (1 - bleeding), "blood": bleeding}},
-        centre=centre, radius=radius, strength=strength, info={"grade": grade}, seen=(positions, maps),
-    )  # fmt: skip
+        side=side,
+        looks={"necrosis": {"csf": fluid * (1 - bleeding), "blood": bleeding}},
+        centre=centre,
+        radius=radius,
+        strength=strength,
+        info={"grade": grade},
+        seen=(positions, maps),
+    )
 
 
 def _spread(
-    person: Person, maps: dict[str, np.ndarray], positions: np.ndarray, core: np.ndarray, centre: np.ndarray,
-    reach: float, favour: np.ndarray, crossing: bool,
-) -> np.ndarray:  # fmt: skip
+    person: Person,
+    maps: dict[str, np.ndarray],
+    positions: np.ndarray,
+    core: np.ndarray,
+    centre: np.ndarray,
+    reach: float,
+    favour: np.ndarray,
+    crossing: bool,
+) -> np.ndarray:
     """Fisher-Kolmogorov growth u_t = div(D grad u) + rho u (1 - u) from the core, within `reach` mm of `centre`."""
     box = tuple(slice(*np.searchsorted(a, (c - reach, c + reach))) for a, c in zip(LATTICE, centre))
     wm, gm = maps["wm"][box], maps["gm"][box]
@@ -233,8 +233,7 @@ def _spread(
         low.append(tuple(slice(None, -1) if a == axis else slice(None) for a in range(3)))
         high.append(tuple(slice(1, None) if a == axis else slice(None) for a in range(3)))
     conduct = [
-        np.minimum(diffusion[a], diffusion[b]) * ((right[a] == right[b]) | (bridge[a] & bridge[b]))
-        for a, b in zip(low, high)
+        np.minimum(diffusion[a], diffusion[b]) * ((right[a] == right[b]) | (bridge[a] & bridge[b])) for a, b in zip(low, high)
     ]
     u = core[box].astype(np.float32)
     for _ in range(STEPS):
@@ -280,8 +279,11 @@ def contusions(person: Person) -> Lesion:
     room = np.minimum(depth - 1, 8 * (0.6 - maps["csf"]))
     return Lesion(
         fields={"oedema": np.minimum(swelling, room), "blood": np.minimum(blood, room)},
-        labels={"oedema": 1, "blood": 1}, side=0, looks={"blood": {"oedema": 0.35}}, seen=(positions, maps),
-    )  # fmt: skip
+        labels={"oedema": 1, "blood": 1},
+        side=0,
+        looks={"blood": {"oedema": 0.35}},
+        seen=(positions, maps),
+    )
 
 
 def stroke(person: Person) -> Lesion:
@@ -309,5 +311,8 @@ def stroke(person: Person) -> Lesion:
     wedge = threshold(angle[room > 0], wanted) - angle
     return Lesion(
         fields={"infarct": np.minimum(wedge * (length + 5), room)},
-        labels={"infarct": 1}, side=side, info={"artery": artery}, seen=(positions, maps),
-    )  # fmt: skip
+        labels={"infarct": 1},
+        side=side,
+        info={"artery": artery},
+        seen=(positions, maps),
+    )

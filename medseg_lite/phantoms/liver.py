@@ -78,12 +78,22 @@ def liver(
     affine[:3, 3] = [a[0] for a in axes]
     ml = pixel**2 * slice_mm / 1000
     return Case(
-        image=np.rint(image)[None], channels=("ct",), label=label, mask=mask, affine=affine, name=f"liver-{seed:04d}",
+        image=np.rint(image)[None],
+        channels=("ct",),
+        label=label,
+        mask=mask,
+        affine=affine,
+        name=f"liver-{seed:04d}",
         info={
-            "seed": seed, "lesions": placed, "kind": kind if placed else None, "padding": padding, "classes": CLASSES,
-            "liver_ml": round(float((label > 0).sum()) * ml), "lesion_ml": round(float((label == 2).sum()) * ml, 1),
+            "seed": seed,
+            "lesions": placed,
+            "kind": kind if placed else None,
+            "padding": padding,
+            "classes": CLASSES,
+            "liver_ml": round(float((label > 0).sum()) * ml),
+            "lesion_ml": round(float((label == 2).sum()) * ml, 1),
         },
-    )  # fmt: skip
+    )
 
 
 def liver_cohort(count: int, *, first_seed: int = 0, progress: bool = False, **options) -> list[Case]:
@@ -100,9 +110,7 @@ def _check(seed, size, slice_mm, lesions, kind) -> None:
             continue
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not whole or value < least or (most is not None and value > most):
-            raise ValueError(
-                f"{name} is {value!r}; expected a whole number, {least} {f'to {most}' if most else 'or more'}"
-            )
+            raise ValueError(f"{name} is {value!r}; expected a whole number, {least} {f'to {most}' if most else 'or more'}")
     if slice_mm is not None and not 0.5 <= slice_mm <= 10:
         raise ValueError(f"slice_mm is {slice_mm!r}; expected 0.5 to 10 mm, or None for the patient's own")
     if kind is not None and kind not in LESIONS:
@@ -185,11 +193,7 @@ def _abdomen(rng: np.random.Generator, axes, bx: float):
     for centre, radius, value in (((-9, back + 78), 10.5, 158), ((22, back + 82), 12.0, 138)):
         box, d = scene.tube((*centre, -140), (*centre, 140), radius, radius)
         scene.paint(box, d, value * phase)
-    p = (
-        np.array([[30, 14, -32], [5, 22, -22], [-25, 8, -12], [-60, -8, -4]])
-        + rng.normal(0, 2, (4, 3))
-        + [0, back + 84, 0]
-    )
+    p = np.array([[30, 14, -32], [5, 22, -22], [-25, 8, -12], [-60, -8, -4]]) + rng.normal(0, 2, (4, 3)) + [0, back + 84, 0]
     for a, b in pairwise(p):
         box, d = scene.tube(a, b, 9.5, 8)
         scene.paint(box, d + 1.8 * lumps[box], 92 * phase)
@@ -227,9 +231,7 @@ def _skeleton(rng: np.random.Generator, scene: Scene, muscle, by: float, back: f
     vertebra = np.maximum(shape + 1.5 * np.cos((height - 4) / 13 * np.pi), 4.0 - height)
     arch = np.maximum(ellipsoid((u, v - back - 31, 0 * w), (0, 0, 0), (15, 14, 1e3)), np.abs(height - 12) - 9)
     spine = np.maximum(np.maximum(np.abs(u) - 3.2, np.abs(v - back - 13) - 13), np.abs(height - 8) - 7)
-    wings = np.maximum(
-        np.abs(v - back - 33 + 0.18 * np.abs(u)) - 4, np.maximum(np.abs(u) - 40, np.abs(height - 12) - 5)
-    )
+    wings = np.maximum(np.abs(v - back - 33 + 0.18 * np.abs(u)) - 4, np.maximum(np.abs(u) - 40, np.abs(height - 12) - 5))
     bone = join(vertebra, join(join(arch, spine, 4), wings, 4), 3)
     scene.paint(box, bone, 520)
     scene.paint(box, bone + 2.2, 190 + 22 * fine[box] + 15 * lumps[box])
@@ -283,9 +285,7 @@ def _vessels(rng: np.random.Generator, scene: Scene, organ, value: float, back: 
             axis /= np.linalg.norm(axis)
             for sign in (-1, 1):
                 next_way = way + sign * axis * rng.uniform(0.5, 0.9)
-                grow(
-                    end, next_way / np.linalg.norm(next_way), length * rng.uniform(0.72, 0.92), 0.74 * radius, level - 1
-                )
+                grow(end, next_way / np.linalg.norm(next_way), length * rng.uniform(0.72, 0.92), 0.74 * radius, level - 1)
 
     gate = np.array([26.0, 22.0, top - 84])
     segment(gate - (24, 18, 22), gate, 7, 7)

@@ -80,38 +80,62 @@ def _dwi(level: float) -> Protocol:
 
 SITES = {
     # A: 3 T research protocol, low noise: spin-echo T1, T2 and FLAIR of 3 mm
-    "A": Site(3.0, 0.020, 0.12, 1.0, {
-        "flair": Protocol("flair", 9000, 118, level=430, slice_mm=3, blur_mm=0.8),
-        "t1": Protocol("spin echo", 600, 12, level=480),
-        "t1c": Protocol("spin echo", 600, 12, level=520),
-        "t2": Protocol("spin echo", 4500, 95, level=700, slice_mm=3),
-        "dwi": _dwi(300),
-    }),
+    "A": Site(
+        3.0,
+        0.020,
+        0.12,
+        1.0,
+        {
+            "flair": Protocol("flair", 9000, 118, level=430, slice_mm=3, blur_mm=0.8),
+            "t1": Protocol("spin echo", 600, 12, level=480),
+            "t1c": Protocol("spin echo", 600, 12, level=520),
+            "t2": Protocol("spin echo", 4500, 95, level=700, slice_mm=3),
+            "dwi": _dwi(300),
+        },
+    ),
     # B: 1.5 T clinical routine: 5 mm slices but for a 3-D T1 after contrast
-    "B": Site(1.5, 0.028, 0.20, 1.0, {
-        "flair": Protocol("flair", 8500, 125, level=190, slice_mm=5, blur_mm=1.0),
-        "t1": Protocol("spin echo", 520, 14, level=210, slice_mm=5),
-        "t1c": Protocol("mprage", 1900, 3.5, 950, level=1500),
-        "t2": Protocol("spin echo", 3800, 105, level=330, slice_mm=5, blur_mm=0.7),
-        "dwi": _dwi(180),
-    }),
+    "B": Site(
+        1.5,
+        0.028,
+        0.20,
+        1.0,
+        {
+            "flair": Protocol("flair", 8500, 125, level=190, slice_mm=5, blur_mm=1.0),
+            "t1": Protocol("spin echo", 520, 14, level=210, slice_mm=5),
+            "t1c": Protocol("mprage", 1900, 3.5, 950, level=1500),
+            "t2": Protocol("spin echo", 3800, 105, level=330, slice_mm=5, blur_mm=0.7),
+            "dwi": _dwi(180),
+        },
+    ),
     # C: 3 T, everything 3-D at 1 mm, strong shading
-    "C": Site(3.0, 0.030, 0.28, 1.0, {
-        "flair": Protocol("flair", 6000, 125, level=900, blur_mm=0.6),
-        "t1": Protocol("mprage", 2000, 3, 1150, level=900),
-        "t1c": Protocol("mprage", 2000, 3, 1150, level=1100),
-        "t2": Protocol("spin echo", 3200, 110, level=1300),
-        "dwi": _dwi(600),
-    }),
+    "C": Site(
+        3.0,
+        0.030,
+        0.28,
+        1.0,
+        {
+            "flair": Protocol("flair", 6000, 125, level=900, blur_mm=0.6),
+            "t1": Protocol("mprage", 2000, 3, 1150, level=900),
+            "t1c": Protocol("mprage", 2000, 3, 1150, level=1100),
+            "t2": Protocol("spin echo", 3200, 110, level=1300),
+            "dwi": _dwi(600),
+        },
+    ),
     # D, held out: an old 1.5 T scanner, thick noisy slices, shaded, and a curved intensity scale
-    "D": Site(1.5, 0.042, 0.30, 1.15, {
-        "flair": Protocol("flair", 10000, 95, level=1700, slice_mm=5, blur_mm=1.2),
-        "t1": Protocol("spin echo", 400, 16, level=1200, slice_mm=5, blur_mm=0.8),
-        "t1c": Protocol("spin echo", 450, 16, level=1300, slice_mm=5, blur_mm=0.8),
-        "t2": Protocol("spin echo", 5500, 80, level=2500, slice_mm=5, blur_mm=0.9),
-        "dwi": _dwi(900),
-    }),
-}  # fmt: skip
+    "D": Site(
+        1.5,
+        0.042,
+        0.30,
+        1.15,
+        {
+            "flair": Protocol("flair", 10000, 95, level=1700, slice_mm=5, blur_mm=1.2),
+            "t1": Protocol("spin echo", 400, 16, level=1200, slice_mm=5, blur_mm=0.8),
+            "t1c": Protocol("spin echo", 450, 16, level=1300, slice_mm=5, blur_mm=0.8),
+            "t2": Protocol("spin echo", 5500, 80, level=2500, slice_mm=5, blur_mm=0.9),
+            "dwi": _dwi(900),
+        },
+    ),
+}
 
 
 def signals(site: Site, channels: Sequence[str], person: np.random.Generator, visit: np.random.Generator) -> np.ndarray:
@@ -146,9 +170,15 @@ def signals(site: Site, channels: Sequence[str], person: np.random.Generator, vi
 
 
 def acquire(
-    image: np.ndarray, site: Site, channels: Sequence[str], axes: Sequence[np.ndarray], rng: np.random.Generator,
-    *, extent: Sequence[tuple[float, float]], motion: float = 0.0,
-) -> np.ndarray:  # fmt: skip
+    image: np.ndarray,
+    site: Site,
+    channels: Sequence[str],
+    axes: Sequence[np.ndarray],
+    rng: np.random.Generator,
+    *,
+    extent: Sequence[tuple[float, float]],
+    motion: float = 0.0,
+) -> np.ndarray:
     """Scan ideal images `(C, D, H, W)`, white matter = 1: blur, thick slices, shading, noise, intensity scale.
 
     `motion` is the standard deviation, in mm, of the head's sudden shifts during each scan.
@@ -185,9 +215,7 @@ def slice_matrices(voxels: int, spacing: float, thickness: float) -> tuple[np.nd
     slices = int(np.ceil(voxels * spacing / thickness))
     p = (np.arange(voxels) - (voxels - 1) / 2) * spacing
     q = (np.arange(slices) - (slices - 1) / 2) * thickness
-    overlap = np.minimum(q[:, None] + thickness / 2, p + spacing / 2) - np.maximum(
-        q[:, None] - thickness / 2, p - spacing / 2
-    )
+    overlap = np.minimum(q[:, None] + thickness / 2, p + spacing / 2) - np.maximum(q[:, None] - thickness / 2, p - spacing / 2)
     overlap = np.clip(overlap, 0, None)
     back = np.clip(1 - np.abs(p[:, None] - q) / thickness, 0, None)
     return (

@@ -77,9 +77,7 @@ def prostate(seed: int, *, site: str = "A", size: int | None = None) -> Case:
         raise ValueError(f"size is {size!r}; expected a whole number, 32 to 512")
     pixel = scanner.pixel_mm * scanner.size / size
     spacing = (pixel, pixel, scanner.slice_mm)
-    axes = [
-        ((np.arange(n) - (n - 1) / 2) * s).astype(np.float32) for n, s in zip((size, size, scanner.slices), spacing)
-    ]
+    axes = [((np.arange(n) - (n - 1) / 2) * s).astype(np.float32) for n, s in zip((size, size, scanner.slices), spacing)]
 
     coil = scanner.coil or (site == "D" and seed % 2 == 1)
     scene, gland, rectum = _pelvis(seed, axes, coil)
@@ -102,10 +100,13 @@ def prostate(seed: int, *, site: str = "A", size: int | None = None) -> Case:
     affine[:3, 3] = [a[0] for a in axes]
     ml = float(np.prod(spacing)) / 1000
     return Case(
-        image=np.rint(image).astype(np.float32)[None], channels=("t2",), label=label, affine=affine,
+        image=np.rint(image).astype(np.float32)[None],
+        channels=("t2",),
+        label=label,
+        affine=affine,
         name=f"prostate-{site}-{seed:04d}",
         info={"seed": seed, "site": site, "coil": coil, "prostate_ml": round(float(label.sum()) * ml, 1), "classes": CLASSES},
-    )  # fmt: skip
+    )
 
 
 def prostate_cohort(
@@ -165,9 +166,7 @@ def _pelvis(seed: int, axes, coil: bool) -> tuple[Scene, np.ndarray, np.ndarray]
     front = rh + 17 + rng.uniform(-2, 3)
     box = scene.box((-34, front - 12, -30), (34, front + 26, 22))
     u, v, w = scene.at(box)
-    pubis = (
-        ellipsoid((np.abs(u) - 13, v - front - 9 + 0.25 * np.abs(u), w + 4), (0, 0, 0), (15, 9.5, 22)) + 0.8 * bend[box]
-    )
+    pubis = ellipsoid((np.abs(u) - 13, v - front - 9 + 0.25 * np.abs(u), w + 4), (0, 0, 0), (15, 9.5, 22)) + 0.8 * bend[box]
     scene.paint(box, pubis, 0.07)
     scene.paint(box, pubis + 1.7, 0.44 + grain[box])
     box, d = scene.ellipsoid((0, front + 8, -4), (2.6, 9, 18))
@@ -219,9 +218,7 @@ def _gland(rng, scene: Scene, radii, rectum, bend, lumps, fine, ridge) -> np.nda
     whole[around] = gland = carve(gland, rectum[around] - 4.5, 2.0)
     for sign in (-1, 1):  # bundles of nerves and vessels
         for _ in range(5):
-            p = np.array(
-                [sign * rw * rng.uniform(0.66, 0.86), -rh * rng.uniform(0.80, 1.0), rng.uniform(-0.6, 0.6) * rl]
-            )
+            p = np.array([sign * rw * rng.uniform(0.66, 0.86), -rh * rng.uniform(0.80, 1.0), rng.uniform(-0.6, 0.6) * rl])
             box, d = scene.tube(p, p - (0, 0, 9), 1.0, 1.0)
             scene.paint(box, d, rng.choice([0.12, 0.95]))
     scene.paint(around, gland - 0.9, 0.17)
@@ -235,9 +232,7 @@ def _gland(rng, scene: Scene, radii, rectum, bend, lumps, fine, ridge) -> np.nda
     transition = np.maximum(transition + 0.8 * bend[box], gland[box] + 1.0)
     scene.paint(box, transition - 0.8, 0.20)
     scene.paint(box, transition, 0.44 + 0.05 * lumps[box] + 0.05 * fine[box] + 0.06 * ridge[box])
-    for _ in range(
-        int(rng.integers(7, 15))
-    ):  # nodules of hyperplasia: glandular ones bright, stromal ones dark, each in a rim
+    for _ in range(int(rng.integers(7, 15))):  # nodules of hyperplasia: glandular ones bright, stromal ones dark, each in a rim
         q = rng.uniform(-1, 1, 3)
         q = middle + zone * 0.66 * q / max(1, np.linalg.norm(q))
         radius = zone.min() * rng.uniform(0.14, 0.36)

@@ -24,9 +24,7 @@ class Scene:
 
     def __init__(self, axes: Sequence[np.ndarray], shift: np.ndarray, background: float):
         self.axes = axes
-        self.points = [
-            s + a.reshape([-1 if k == i else 1 for k in range(3)]) for i, (a, s) in enumerate(zip(axes, shift))
-        ]
+        self.points = [s + a.reshape([-1 if k == i else 1 for k in range(3)]) for i, (a, s) in enumerate(zip(axes, shift))]
         self.image = np.full(shift.shape[1:], background, np.float32)
         self.margin = float(np.abs(shift).max()) + 3
         self.soft = 0.3 * float(axes[0][1] - axes[0][0])  # how soft edges are: partial volume

@@ -14,18 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .. import (
-    __version__,
-    context,
-    datasets,
-    distributed,
-    ensembles,
-    inference,
-    metrics,
-    models,
-    postprocess,
-    statistics,
-)
+from .. import __version__, context, datasets, distributed, ensembles, inference, metrics, models, postprocess, statistics
 from ..paths import atomic_write
 from ..training import BEST
 from ..volume import Case, write_nifti
@@ -107,9 +96,12 @@ def cross_validate(
         for member in range(members):
             place = folder / f"member{member}" if members > 1 else folder
             facts = {
-                "held_out": parts[k], "command": command, "normalise": recipe["normalise"], "plane": plane,
+                "held_out": parts[k],
+                "command": command,
+                "normalise": recipe["normalise"],
+                "plane": plane,
                 "label_map": {str(old): new for old, new in (recipe.get("label_map") or {}).items()},
-            }  # fmt: skip
+            }
             training, deciding = ([seen[name] for name in part] for part in (train, validation))
             networks.append(
                 _trained(
@@ -150,15 +142,15 @@ def cross_validate(
 def report(table: pd.DataFrame, recipe: dict) -> str:
     """Means (standard deviations) of a run beside the paper's own, each with the data that they are of."""
     ours = statistics.summary(table.drop(columns="fold"), decimals=3)
-    lines = [f"{recipe.get('name', recipe['network'])}: mean (standard deviation) over {table['case'].nunique()} cases, each segmented by a "
-             "network that has not seen it", ours.to_string()]  # fmt: skip
+    lines = [
+        f"{recipe.get('name', recipe['network'])}: mean (standard deviation) over {table['case'].nunique()} cases, each segmented by a "
+        "network that has not seen it",
+        ours.to_string(),
+    ]
     reported = recipe.get("reported")
     if reported:
         numbers = {m: v for m, v in reported.items() if m != "where"}
-        lines += [
-            f"\nthe paper ({reported['where']}):",
-            pd.DataFrame(numbers).reindex(ours.index).to_string(na_rep="–"),
-        ]
+        lines += [f"\nthe paper ({reported['where']}):", pd.DataFrame(numbers).reindex(ours.index).to_string(na_rep="–")]
     if recipe.get("data"):
         lines.append(f"\nThe recipe is for {recipe['data']}.")
     if recipe.get("departs"):
@@ -172,9 +164,13 @@ def _prepared(cases, recipe: dict, folder: Path, scores, fold: int, progress: bo
         folder = folder / f"fold{fold}" if "{fold}" in str(scores) else folder
         scores = str(scores).replace("{fold}", str(fold))
     prepare = partial(
-        named.prepared, channels=tuple(recipe["channels"]), label_map=recipe.get("label_map"),
-        normalise=recipe["normalise"], plane=recipe.get("plane", "axial"), scores=scores,
-    )  # fmt: skip
+        named.prepared,
+        channels=tuple(recipe["channels"]),
+        label_map=recipe.get("label_map"),
+        normalise=recipe["normalise"],
+        plane=recipe.get("plane", "axial"),
+        scores=scores,
+    )
     dtype = "float16" if recipe["normalise"] == "standardise" else "float32"  # raw intensities may be too large
     first = distributed.number() == 0
     store = partial(datasets.store, cases, folder, normalise=prepare, dtype=dtype, progress=progress and first)
@@ -199,20 +195,24 @@ def _split(names: Sequence[str], test: Sequence[str], share: float, seed: int) -
     return [n for n in rest if n not in set(part)], part
 
 
-def _trained(
-    recipe, train, validation, folder: Path, settings, seed: int, device, engine, progress, facts
-) -> nn.Module:
+def _trained(recipe, train, validation, folder: Path, settings, seed: int, device, engine, progress, facts) -> nn.Module:
     from . import of_network
 
     if not validation:
         settings = {k: v for k, v in settings.items() if k not in ("patience", "validate_every")}
     model = of_network(recipe["network"])(
-        train, network=recipe["network"], classes=recipe["classes"], validation=validation, folder=folder, device=device,
-        seed=seed, engine=engine, progress=progress, **settings,
-    )  # fmt: skip
-    model.card |= {key: value for key, value in facts.items() if value} | {
-        "recipe": recipe.get("name", recipe["network"])
-    }
+        train,
+        network=recipe["network"],
+        classes=recipe["classes"],
+        validation=validation,
+        folder=folder,
+        device=device,
+        seed=seed,
+        engine=engine,
+        progress=progress,
+        **settings,
+    )
+    model.card |= {key: value for key, value in facts.items() if value} | {"recipe": recipe.get("name", recipe["network"])}
     if distributed.number() == 0:
         models.save(folder / "model.safetensors", model, model.card)
         if (folder / BEST).exists():
@@ -243,10 +243,15 @@ def _segmented(model: nn.Module, case: Case, original: Case, plane: str, recipe:
 def _same_run(out: Path, recipe: dict, parts, settings: dict, members: int, seed: int, command: str) -> None:
     """Write down what is done in this folder, or see that it is what was done there before."""
     facts = {
-        "recipe": recipe.get("name", recipe["network"]), "network": recipe["network"], "members": members, "seed": seed,
-        "settings": {k: v if isinstance(v, (int, float, str, list, tuple, type(None))) else str(v) for k, v in settings.items()},
+        "recipe": recipe.get("name", recipe["network"]),
+        "network": recipe["network"],
+        "members": members,
+        "seed": seed,
+        "settings": {
+            k: v if isinstance(v, (int, float, str, list, tuple, type(None))) else str(v) for k, v in settings.items()
+        },
         "folds": parts,
-    }  # fmt: skip
+    }
     facts = json.loads(json.dumps(facts))  # tuples become lists, as in the file
     path = out / RUN
     if distributed.number() == 0:
@@ -259,7 +264,13 @@ def _same_run(out: Path, recipe: dict, parts, settings: dict, members: int, seed
                 )
         else:
             about = {k: recipe[k] for k in ("paper", "data", "reported", "departs") if recipe.get(k)}
-            made = {"command": command, "version": __version__, "torch": torch.__version__, "machine": platform.machine(), "date": str(date.today())}  # fmt: skip
+            made = {
+                "command": command,
+                "version": __version__,
+                "torch": torch.__version__,
+                "machine": platform.machine(),
+                "date": str(date.today()),
+            }
             with atomic_write(path) as temporary:
                 temporary.write_text(json.dumps(facts | about | made, indent=1, ensure_ascii=False), "utf-8")
 

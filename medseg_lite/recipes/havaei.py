@@ -79,9 +79,7 @@ def havaei(
         raise ValueError(f"phase2_steps={phase2_steps}; expected 0 or more")
     cascade = "cascade" in network
     if cascade != (first is not None):
-        needs = (
-            "needs a trained two_path_cnn: give it as first=" if cascade else "has no first network: leave first out"
-        )
+        needs = "needs a trained two_path_cnn: give it as first=" if cascade else "has no first network: leave first out"
         raise ValueError(f"{network} {needs}")
     if isinstance(first, (str, Path)):
         first = models.load(first)
@@ -119,9 +117,7 @@ def havaei(
 
     model.history = phase(1, steps, "equal")
     if phase2_steps:
-        fixed = [
-            p for p in model.parameters() if p.requires_grad and all(p is not q for q in model.output.parameters())
-        ]
+        fixed = [p for p in model.parameters() if p.requires_grad and all(p is not q for q in model.output.parameters())]
         try:
             for p in fixed:
                 p.requires_grad_(False)

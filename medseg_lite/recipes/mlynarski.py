@@ -92,13 +92,9 @@ def mlynarski(
     elif features:
         raise ValueError(f"{cases[0].name} has scores of 2D networks among its channels; those are for mlynarski_3d")
     if not flat and (incomplete or pretrain_steps or drop):
-        raise ValueError(
-            "incomplete, pretrain_steps and drop are for mlynarski_2d: only it has a subnetwork for each sequence"
-        )
+        raise ValueError("incomplete, pretrain_steps and drop are for mlynarski_2d: only it has a subnetwork for each sequence")
     if incomplete and not pretrain_steps:
-        raise ValueError(
-            "incomplete cases serve to pre-train subnetworks only; give pretrain_steps=, or leave them out"
-        )
+        raise ValueError("incomplete cases serve to pre-train subnetworks only; give pretrain_steps=, or leave them out")
     model = build(network, cases, classes, width, seed, device, channels=len(cases[0].channels) - features, **options)
     target_weights = target_weights or _weights(classes, 0.7 if flat else 0.4)
     channels = cases[0].channels
@@ -218,9 +214,7 @@ def pretrain_subnetwork(
         raise ValueError(f"none of the {len(cases)} cases has {channel}, so its subnetwork has nothing to learn from")
     subnetwork = model.subnetwork(channels.index(channel))
     weights = target_weights or _weights(model.classes, 0.7)
-    sampler = SegmentSampler(
-        having, output=output, batch_size=batch_size, scheme=scheme, flip=flip, spatial_dims=2, seed=seed
-    )
+    sampler = SegmentSampler(having, output=output, batch_size=batch_size, scheme=scheme, flip=flip, spatial_dims=2, seed=seed)
     optimizer = optimizers.NormalizedSGD(subnetwork.parameters(), lr=learning_rate)
     return training.fit(
         subnetwork,

@@ -85,9 +85,7 @@ class CompareSegmentations(anywidget.AnyWidget):
         self._predictions = {}
         for name, array in predictions.items():
             if np.shape(array) != case.shape:
-                raise ValueError(
-                    f"prediction {name!r} has shape {np.shape(array)}; expected {case.shape}, that of {case.name}"
-                )
+                raise ValueError(f"prediction {name!r} has shape {np.shape(array)}; expected {case.shape}, that of {case.name}")
             self._predictions[str(name)] = as_label(np.asarray(array), source=f"prediction {name!r}")
         if regions is None:
             given = classes if classes is not None else case.info.get("classes")

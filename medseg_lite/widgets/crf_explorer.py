@@ -132,11 +132,7 @@ class CRFExplorer(ipywidgets.VBox):
             "hears through the smoothness and through the appearance kernel; the foreground after the CRF, with what it kept, "
             "removed and added"
         )
-        data = {
-            "text/plain": repr(self),
-            "application/vnd.jupyter.widget-view+json": view,
-            "image/png": picture,
-        }
+        data = {"text/plain": repr(self), "application/vnd.jupyter.widget-view+json": view, "image/png": picture}
         return data, {"image/png": {"alt": alt}}
 
     def _sliders(self) -> list[ipywidgets.Widget]:
@@ -188,11 +184,7 @@ class CRFExplorer(ipywidgets.VBox):
         for name, kernel in zip(("smoothness", "appearance"), self._kernels(image, mask, parameters)):
             title = f"{name}: hears {kernel.sum():.0f} voxels"
             panels.append((title, _tint(0.6 * grey, [(kernel.numpy(), plotting.PROBABILITY_COLOUR)], 1), []))
-        changes = [
-            ("kept", before & after, KEPT),
-            ("removed", before & ~after, REMOVED),
-            ("added", after & ~before, ADDED),
-        ]
+        changes = [("kept", before & after, KEPT), ("removed", before & ~after, REMOVED), ("added", after & ~before, ADDED)]
         legend = [(f"{text} {where.sum()}", colour) for text, where, colour in changes]
         panels.append((_title("after the CRF", after, truth), _tint(grey, [(w, c) for _, w, c in changes]), legend))
         spacing = self._case.spacing

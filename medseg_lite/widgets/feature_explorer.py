@@ -28,9 +28,7 @@ from .slice_viewer import LARGEST as LARGEST_IMAGE
 from .slice_viewer import StateError, _check_image, _find_limits, _to_bytes
 
 _HERE = Path(__file__).parent
-LARGEST = (
-    32_000_000  # values of one layer that go to the browser, a byte each; with two layers and the input under 100 MB
-)
+LARGEST = 32_000_000  # values of one layer that go to the browser, a byte each; with two layers and the input under 100 MB
 SORTS = ("index", "activity", "selectivity", "correlation")
 SCALES = ("channel", "layer", "p1-p99")
 COLOURS = ("auto", "sequential", "signed")
@@ -150,9 +148,7 @@ class FeatureExplorer(anywidget.AnyWidget):
         maps = {**case.extra, **dict(zip(case.channels, case.image))} if maps is None else maps
         for name, volume in maps.items():
             if np.shape(volume) != case.shape:
-                raise ValueError(
-                    f"map {name!r} has shape {np.shape(volume)}; expected {case.shape}, that of {case.name}"
-                )
+                raise ValueError(f"map {name!r} has shape {np.shape(volume)}; expected {case.shape}, that of {case.name}")
         self._targets = {str(name): np.asarray(volume) for name, volume in maps.items()}
 
         limits = [_find_limits(image, None) for image in case.image]
@@ -210,9 +206,7 @@ class FeatureExplorer(anywidget.AnyWidget):
             # The second layer that is asked for will not be the last: one run computes them all, if they can be kept.
             if any(owner == key[0] for owner, _ in self._kept) and self._size(infos) <= self._memory:
                 names = [n for n in infos if (key[0], n) not in self._kept]
-            found = features.capture(
-                model, self._case, names, region=self._box, largest=LARGEST, memory=np.inf, progress=False
-            )
+            found = features.capture(model, self._case, names, region=self._box, largest=LARGEST, memory=np.inf, progress=False)
             self._kept.update({(key[0], name): maps for name, maps in found.items()})
         self._kept.move_to_end(key)
         while len(self._kept) > 1 and sum(m.data.nbytes for m in self._kept.values()) > self._memory:
@@ -366,9 +360,7 @@ class FeatureExplorer(anywidget.AnyWidget):
         _draw(self).savefig(file, format="png")
         return file.getvalue()
 
-    def to_html(
-        self, path: str | Path | None = None, *, layers: Sequence[str] | None = None, title: str | None = None
-    ) -> str:
+    def to_html(self, path: str | Path | None = None, *, layers: Sequence[str] | None = None, title: str | None = None) -> str:
         """The explorer as one self-contained page that works without a kernel or a network; also written to `path` if given.
 
         It holds the layers shown and those named in `layers`.
@@ -496,9 +488,7 @@ def _fingerprint(model: nn.Module) -> tuple:
 def _palette(name: str) -> list[str]:
     """256 colours as "#rrggbb"."""
     chosen = PALETTES[name]
-    colours = (
-        matplotlib.colormaps[chosen] if isinstance(chosen, str) else LinearSegmentedColormap.from_list(name, chosen)
-    )
+    colours = matplotlib.colormaps[chosen] if isinstance(chosen, str) else LinearSegmentedColormap.from_list(name, chosen)
     return [matplotlib.colors.to_hex(c) for c in colours(np.linspace(0, 1, 256))]
 
 
@@ -574,9 +564,7 @@ def _draw(explorer: FeatureExplorer) -> Figure:
     wide, high = shape[plane.x] * spacing[plane.x], shape[plane.y] * spacing[plane.y]
     panels = explorer._panels()
     with plotting.style():
-        figure = Figure(
-            figsize=(9.4, (3.5 if high <= 1.4 * wide else 4.6) * len(panels)), dpi=100, layout="constrained"
-        )
+        figure = Figure(figsize=(9.4, (3.5 if high <= 1.4 * wide else 4.6) * len(panels)), dpi=100, layout="constrained")
         rows = figure.subplots(len(panels), 2, squeeze=False, width_ratios=(0.36, 0.64))
         for panel, ((layer, channel), (left, right)) in enumerate(zip(panels, rows)):
             maps = explorer.maps(layer, panel=panel)
@@ -603,15 +591,11 @@ def _draw(explorer: FeatureExplorer) -> Figure:
             black, white = plotting.default_window(image, None if case.mask is None else case.mask[box])
             grey = plotting.cut(image, plane, explorer.position[plane.cut] - start[plane.cut])
             aspect = spacing[plane.y] / spacing[plane.x]
-            left.imshow(
-                grey, cmap="gray", vmin=black, vmax=white, extent=extent(start, (1, 1, 1), shape), aspect=aspect
-            )
+            left.imshow(grey, cmap="gray", vmin=black, vmax=white, extent=extent(start, (1, 1, 1), shape), aspect=aspect)
             a, b = _span(about, channel, explorer.scale, colours)
             shown = plotting.cut(maps.data[channel].astype(np.float32), plane, index)
             place = extent(maps.offset, maps.stride, maps.data.shape[1:])
-            drawn = left.imshow(
-                shown, cmap=palette, vmin=a, vmax=b, alpha=explorer.opacity, extent=place, aspect=aspect
-            )
+            drawn = left.imshow(shown, cmap=palette, vmin=a, vmax=b, alpha=explorer.opacity, extent=place, aspect=aspect)
             if explorer.truth and case.label is not None and min(shape[plane.x], shape[plane.y]) > 1:
                 label = plotting.cut(case.label[box], plane, explorer.position[plane.cut] - start[plane.cut])
                 for k in np.unique(label[label > 0]).tolist():
@@ -659,10 +643,7 @@ def _draw(explorer: FeatureExplorer) -> Figure:
                     right.add_patch(frame)
             count = len(maps.data)
             by = {"index": "in order", "activity": "by activity"}.get(explorer.sort)
-            by = (
-                by
-                or f"by {explorer.sort}: {explorer.class_name if explorer.sort == 'selectivity' else explorer.map_name}"
-            )
+            by = by or f"by {explorer.sort}: {explorer.class_name if explorer.sort == 'selectivity' else explorer.map_name}"
             some = f"{len(order)} of {count} channels" if len(order) < count else f"all {count} channels"
             right.set_title(f"{some}, {by}; {sum(about['dead'])} dead")
             for axes in (left, right):

@@ -167,7 +167,9 @@ class KernelEditor(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
         data, metadata = super()._repr_mimebundle_(**kwargs)
         rows = "; ".join(" ".join(f"{w:.3g}" for w in row) for row in self.kernel)
-        alt = f"A picture, the kernel {self.preset} ({rows}), and the feature map they make, blue below zero and vermilion above"
+        alt = (
+            f"A picture, the kernel {self.preset} ({rows}), and the feature map they make, blue below zero and vermilion above"
+        )
         picture = base64.b64encode(self.snapshot()).decode()
         return {**data, "image/png": picture}, {**metadata, "image/png": {"alt": alt}}
 
@@ -202,13 +204,9 @@ class KernelEditor(anywidget.AnyWidget):
 def _check_image(image: np.ndarray) -> np.ndarray:
     image = np.asarray(image)
     if image.ndim != 2:
-        hint = {
-            3: "plotting.cut(volume, plotting.PLANES[0], index) is one axial slice",
-            4: "choose a channel and a slice",
-        }
+        hint = {3: "plotting.cut(volume, plotting.PLANES[0], index) is one axial slice", 4: "choose a channel and a slice"}
         raise StateError(
-            f"the image has shape {image.shape}; expected two axes (rows, columns): "
-            f"{hint.get(image.ndim, 'pass one picture')}"
+            f"the image has shape {image.shape}; expected two axes (rows, columns): {hint.get(image.ndim, 'pass one picture')}"
         )
     if image.dtype.kind not in "biuf":
         raise StateError(f"the image holds {image.dtype}; expected real numbers")
@@ -223,9 +221,7 @@ def _check_image(image: np.ndarray) -> np.ndarray:
         image = np.ascontiguousarray(image, "<f4")  # the byte order that browsers have
     if not np.isfinite(image).all():
         count = int((~np.isfinite(image)).sum())
-        raise StateError(
-            f"the image has {count} NaN or infinite pixels; replace them, for example with numpy.nan_to_num"
-        )
+        raise StateError(f"the image has {count} NaN or infinite pixels; replace them, for example with numpy.nan_to_num")
     return image
 
 
@@ -301,9 +297,7 @@ def _draw(editor: KernelEditor) -> Figure:
         heaviest = np.abs(kernel).max() or 1
         middle.imshow(kernel, cmap=signed, vmin=-2 * heaviest, vmax=2 * heaviest)  # pale, under dark numbers
         for (i, j), weight in np.ndenumerate(kernel):
-            middle.text(
-                j, i, _short(weight, 3 if k == 3 else 2), ha="center", va="center", fontsize=11 if k == 3 else 8
-            )
+            middle.text(j, i, _short(weight, 3 if k == 3 else 2), ha="center", va="center", fontsize=11 if k == 3 else 8)
         middle.set_title(f"kernel: {editor.preset}")
         middle.set_xlabel(f"row {row}, column {column}:\nfeature {_short(values[row - half, column - half])}")
         framed = np.full((rows, columns), np.nan)

@@ -183,10 +183,7 @@ class SliceViewer(anywidget.AnyWidget):
         state = {key: getattr(self, key) for key in ("_scene", "position", "channel", "windows", "opacity", "visible")}
         state |= {"_volumes": self._pack_volumes(), "_layers": self._pack_layers()}
         text = page(
-            title=title or f"Slices of {self._case.name}",
-            state=state,
-            script=self._esm,
-            css=_HERE / "slice_viewer.css",
+            title=title or f"Slices of {self._case.name}", state=state, script=self._esm, css=_HERE / "slice_viewer.css"
         )
         if path is not None:
             with atomic_write(path) as temporary:
@@ -212,9 +209,7 @@ class SliceViewer(anywidget.AnyWidget):
     def _take_overlays(self, overlays: list[plotting.Overlay]) -> None:
         self._overlays = overlays
         labels = (o for o in overlays if o.style != "probability")
-        self._present = {
-            o.name: [k for k in np.flatnonzero(np.bincount(o.array.reshape(-1))).tolist() if k] for o in labels
-        }
+        self._present = {o.name: [k for k in np.flatnonzero(np.bincount(o.array.reshape(-1))).tolist() if k] for o in labels}
 
     def _pack_volumes(self) -> list[bytes]:
         return [pack(_to_bytes(image, *self._limits[c])) for c, image in zip(self._case.channels, self._case.image)]
@@ -226,9 +221,7 @@ class SliceViewer(anywidget.AnyWidget):
                 data, classes = _to_bytes(array, 0, 1), [(255, f"{name}, 0 to 1", plotting.PROBABILITY_COLOUR)]
             else:
                 data = array
-                classes = [
-                    (k, plotting.class_name(k, self._classes), plotting.class_colour(k)) for k in self._present[name]
-                ]
+                classes = [(k, plotting.class_name(k, self._classes), plotting.class_colour(k)) for k in self._present[name]]
             layers.append({"name": name, "style": style, "classes": classes, "data": pack(data)})
         return layers
 
@@ -265,9 +258,7 @@ class SliceViewer(anywidget.AnyWidget):
 
     def _check_channel(self, channel: str) -> str:
         if channel not in self._case.channels:
-            raise StateError(
-                f"{self._case.name} has no channel {channel!r}; its channels are {_list(self._case.channels)}"
-            )
+            raise StateError(f"{self._case.name} has no channel {channel!r}; its channels are {_list(self._case.channels)}")
         return channel
 
     def _check_windows(self, windows: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
@@ -371,9 +362,7 @@ def _draw(viewer: SliceViewer) -> Image.Image:
     left = 0
     for plane, (wide, high) in zip(viewer._planes, sizes):
         index = position[plane.cut]
-        layers = [
-            o._replace(array=plotting.cut(o.array, plane, index)) for o in viewer._overlays if o.name in viewer.visible
-        ]
+        layers = [o._replace(array=plotting.cut(o.array, plane, index)) for o in viewer._overlays if o.name in viewer.visible]
         pixels = plotting.paint(plotting.cut(image, plane, index), viewer.window, layers, viewer.opacity)
         smooth = Image.Resampling.NEAREST if wide >= 3 * pixels.shape[1] else Image.Resampling.BICUBIC
         sheet.paste(Image.fromarray(pixels).resize((wide, high), smooth), (left, 22))
@@ -382,12 +371,7 @@ def _draw(viewer: SliceViewer) -> Image.Image:
         pen.line([(left, v), (left + wide - 1, v)], fill="#a0a0a0")
         pen.line([(u, 22), (u, 21 + high)], fill="#a0a0a0")
         centre, middle = left + wide / 2, 22 + high / 2
-        spots = [
-            (left + 4, middle, "lm"),
-            (left + wide - 4, middle, "rm"),
-            (centre, 26, "mt"),
-            (centre, 18 + high, "mb"),
-        ]
+        spots = [(left + 4, middle, "lm"), (left + wide - 4, middle, "rm"), (centre, 26, "mt"), (centre, 18 + high, "mb")]
         for letter, (*spot, anchor) in zip(plane.edges, spots):
             pen.text(spot, letter, fill="white", font=font, anchor=anchor, stroke_width=1, stroke_fill="black")
         pen.text((left, 3), f"{plane.name} {index}", fill="#333333", font=font)
@@ -415,9 +399,7 @@ def _legend(viewer: SliceViewer) -> list[tuple[str, str, str]]:
 
 def _png_panel(viewer: SliceViewer) -> ipywidgets.VBox:
     """Plain ipywidgets for the viewer's traits, around a picture that Python draws."""
-    picture = ipywidgets.Image(
-        value=viewer.snapshot(), format="png", layout={"max_width": "100%", "object_fit": "contain"}
-    )
+    picture = ipywidgets.Image(value=viewer.snapshot(), format="png", layout={"max_width": "100%", "object_fit": "contain"})
     sliders = {}
     for plane in viewer._planes:
         slider = ipywidgets.IntSlider(
@@ -428,12 +410,7 @@ def _png_panel(viewer: SliceViewer) -> ipywidgets.VBox:
     windows = {}
     for name, (low, high) in viewer._limits.items():
         windows[name] = ipywidgets.FloatRangeSlider(
-            value=viewer.windows[name],
-            min=low,
-            max=high,
-            step=(high - low) / 255,
-            description="Window",
-            readout_format=".2g",
+            value=viewer.windows[name], min=low, max=high, step=(high - low) / 255, description="Window", readout_format=".2g"
         )
         windows[name].observe(lambda change, name=name: _set_window(viewer, name, change["new"]), "value")
     channel = ipywidgets.ToggleButtons(options=viewer._case.channels, value=viewer.channel)
@@ -441,8 +418,7 @@ def _png_panel(viewer: SliceViewer) -> ipywidgets.VBox:
     traitlets.link((viewer, "channel"), (channel, "value"))
     traitlets.link((viewer, "opacity"), (opacity, "value"))
     boxes = {
-        o.name: ipywidgets.Checkbox(value=o.name in viewer.visible, description=o.name, indent=False)
-        for o in viewer._overlays
+        o.name: ipywidgets.Checkbox(value=o.name in viewer.visible, description=o.name, indent=False) for o in viewer._overlays
     }
     for name, box in boxes.items():
         box.observe(lambda change, name=name: _set_visible(viewer, name, change["new"]), "value")
@@ -459,10 +435,7 @@ def _png_panel(viewer: SliceViewer) -> ipywidgets.VBox:
         picture.value = viewer.snapshot()
 
     viewer.observe(refresh, ["position", "channel", "windows", "opacity", "visible", "_layers"])
-    rows = [
-        ipywidgets.HBox([*sliders.values()], layout={"flex_flow": "row wrap"}),
-        ipywidgets.HBox([window_place, opacity]),
-    ]
+    rows = [ipywidgets.HBox([*sliders.values()], layout={"flex_flow": "row wrap"}), ipywidgets.HBox([window_place, opacity])]
     if len(viewer._case.channels) > 1:
         rows.insert(0, channel)
     if boxes:

@@ -169,11 +169,7 @@ class TrainingMonitor(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
         self._curves = _curves(self.history)
         data, metadata = super()._repr_mimebundle_(**kwargs)
-        done = (
-            f"{self.history[-1]['step']} updates, loss {self.history[-1]['loss']:.3f}"
-            if self.history
-            else "no update yet"
-        )
+        done = f"{self.history[-1]['step']} updates, loss {self.history[-1]['loss']:.3f}" if self.history else "no update yet"
         alt = f"Training: {done}; curves, and {self._scene['place']} as the network segments it by and by"
         picture = base64.b64encode(self.snapshot()).decode()
         return {**data, "image/png": picture}, {**metadata, "image/png": {"alt": alt}}
@@ -202,9 +198,7 @@ class TrainingMonitor(anywidget.AnyWidget):
                     axes.axis("off")
                     if n is None:
                         continue
-                    classes = np.frombuffer(zlib.decompress(self._frames[n]["data"], wbits=31), np.uint8).reshape(
-                        grey.shape
-                    )
+                    classes = np.frombuffer(zlib.decompress(self._frames[n]["data"], wbits=31), np.uint8).reshape(grey.shape)
                     layers = [plotting.Overlay("prediction", classes, "area")]
                     if truth is not None:
                         layers.append(plotting.Overlay("truth", truth, "line"))

@@ -29,7 +29,7 @@ def shots(page) -> list[str]:
 
 def test_numbers_are_those_of_python(opened, compare):
     scores = compare.table.query("region == 'all labels'")["dice"].tolist()
-    assert [t.split()[1] for t in opened.locator("figcaption .number").all_inner_texts()] == [f"{100 * s:.1f}" for s in scores]  # fmt: skip
+    assert [t.split()[1] for t in opened.locator("figcaption .number").all_inner_texts()] == [f"{100 * s:.1f}" for s in scores]
     compare.region = "core"
     opened.get_by_label("Region").select_option("core")
     row = compare.table.query("region == 'core'")["dice"].tolist()

@@ -20,7 +20,9 @@ def explored():
     d, h, w = np.indices(shape)
     ball = ((d - 12) ** 2 + (h - 25) ** 2 + (w - 14) ** 2 < 40).astype(np.uint8) * 4
     image = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32) + ball
-    case = Case(image=image, channels=("flair", "t1c"), name="ball", label=ball, extra={"wm": h / 42.0}, info={"classes": {4: "core"}})  # fmt: skip
+    case = Case(
+        image=image, channels=("flair", "t1c"), name="ball", label=ball, extra={"wm": h / 42.0}, info={"classes": {4: "core"}}
+    )
     return FeatureExplorer(model, case, layer="normal.2", compare_layer="")
 
 
@@ -81,7 +83,9 @@ def test_the_picture_is_the_map_over_the_input(opened, explored):
     values = opened.inner_text(".legend").replace("−", "-").split()
     low, high = float(values[0]), float(values[-1])
     signed = low == -high
-    palette = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in explored._scene["palettes"]["signed" if signed else "sequential"]])  # fmt: skip
+    palette = np.array(
+        [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in explored._scene["palettes"]["signed" if signed else "sequential"]]
+    )
     wanted = palette[np.clip(np.rint((plane - low) / (high - low) * 255), 0, 255).astype(int)]
     for i, j in [(3, 5), (20, 30), (30, 9), (8, 38)]:
         found = colour(opened, "picture0", (36 - i - 0.5) / 36, (42 - j - 0.5) / 42)
@@ -165,7 +169,12 @@ def test_slice_opacity_outlines_and_sequence(opened):
 def test_crosshair_by_keys_and_pointer_and_the_receptive_field(opened, explored):
     opened.focus("[data-view=picture0]")
     d, h, w = explored.position
-    for key, place in [("ArrowLeft", (d + 1, h, w)), ("Shift+ArrowDown", (d + 1, h - 10, w)), ("PageUp", (d + 1, h - 10, w + 1)), ("Home", (d + 1, h - 10, 0))]:  # fmt: skip
+    for key, place in [
+        ("ArrowLeft", (d + 1, h, w)),
+        ("Shift+ArrowDown", (d + 1, h - 10, w)),
+        ("PageUp", (d + 1, h - 10, w + 1)),
+        ("Home", (d + 1, h - 10, 0)),
+    ]:
         opened.keyboard.press(key)
         assert ", ".join(map(str, place)) in readout(opened)
     box = opened.locator("[data-view=picture0]").bounding_box()

@@ -108,7 +108,12 @@ def test_presets_and_sizes(opened, editor):
 
 def test_the_marked_pixel_by_keys_and_pointer(opened, editor):
     opened.focus("[data-view=image]")
-    for key, position in [("ArrowUp", (11, 20)), ("Shift+ArrowRight", (11, 30)), ("Shift+ArrowRight", (11, 32)), ("Shift+ArrowUp", (1, 32))]:  # fmt: skip
+    for key, position in [
+        ("ArrowUp", (11, 20)),
+        ("Shift+ArrowRight", (11, 30)),
+        ("Shift+ArrowRight", (11, 32)),
+        ("Shift+ArrowUp", (1, 32)),
+    ]:
         opened.keyboard.press(key)
         editor.position = position
         assert_shows(opened, editor)

@@ -44,9 +44,7 @@ def expected(viewer, name: str) -> np.ndarray:
     plane = plotting.find_plane(name)
     index = viewer.position[plane.cut]
     case = viewer._case
-    layers = [
-        o._replace(array=plotting.cut(o.array, plane, index)) for o in viewer._overlays if o.name in viewer.visible
-    ]
+    layers = [o._replace(array=plotting.cut(o.array, plane, index)) for o in viewer._overlays if o.name in viewer.visible]
     image = case.image[case.channels.index(viewer.channel)]
     return plotting.paint(plotting.cut(image, plane, index), viewer.window, layers, viewer.opacity)
 
