@@ -25,8 +25,8 @@ badges: $(VENV)/ready
 	$(BIN)/python notebooks/badges.py $(REPO)
 
 lint: $(VENV)/ready
-	$(BIN)/ruff check medseg_lite tests benchmarks notebooks
-	$(BIN)/ruff format --check medseg_lite tests benchmarks notebooks
+	$(BIN)/ruff check medseg_lite tests benchmarks experiments notebooks
+	$(BIN)/ruff format --check medseg_lite tests benchmarks experiments notebooks
 
 clean:
 	rm -rf $(VENV)

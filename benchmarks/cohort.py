@@ -25,9 +25,10 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from medseg_lite import datasets, models, phantoms, transforms
+from medseg_lite.engine.stored import write
+from medseg_lite.files import read_case, write_case
 from medseg_lite.sampling import SegmentSampler, VolumeSampler
-from medseg_lite.stored import write
-from medseg_lite.volume import Case, read_case, write_case
+from medseg_lite.volume import Case
 
 HERE = Path(__file__).parent
 

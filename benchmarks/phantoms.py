@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from medseg_lite import paths, phantoms
-from medseg_lite.volume import Case, read_case
+from medseg_lite.files import read_case
+from medseg_lite.volume import Case
 
 CASES = 32
 CLASSES = ("healthy", "necrosis", "oedema", "non-enhancing", "enhancing")

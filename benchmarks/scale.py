@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medseg_lite import distributed, inference, phantoms, recipes, transforms
+from medseg_lite import inference, phantoms, recipes, transforms
 from medseg_lite.crf import DenseCRF
+from medseg_lite.engine import distributed
 
 HERE = Path(__file__).parent
 # Settings on a CPU and on a GPU; the latter are the papers'.

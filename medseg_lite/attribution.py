@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import inference, metrics
+from .engine.tracing import spatial_dims
 from .features import FeatureMaps, _evaluating, _find_region, _input, _plan, capture, list_layers
-from .tracing import spatial_dims
+from .models.drozdzal import Bottleneck, SimpleBlock
 from .volume import Case, bounding_box, padded_region
 
+RESIDUAL_BLOCKS = (Bottleneck, SimpleBlock)
 GRAD_TILE = 24  # voxels along each axis that are differentiated at a time: every layer's maps stay in memory
 
 
@@ -72,6 +74,64 @@ def ablate(model: nn.Module, layer: str, channels: int | Sequence[int], *, value
             del vars(model)["for_inference"]
         else:
             vars(model)["for_inference"] = before
+
+
+def removable(model: nn.Module) -> list[str]:
+    """Layers that `without` can take out of a network, in the order in which they were built.
+
+    These are residual blocks, and elsewhere convolutions that give as many maps, of the same size, as they take.
+    """
+    blocks = [name for name, module in model.named_modules() if isinstance(module, RESIDUAL_BLOCKS)]
+    inside = tuple(f"{name}." for name in blocks)
+    return [
+        name
+        for name, module in model.named_modules()
+        if name in blocks or (_keeps_shape(module) and not name.startswith(inside))
+    ]
+
+
+@contextmanager
+def without(model: nn.Module, names: str | Sequence[str]) -> Iterator[nn.Module]:
+    """Within the block, some layers of a trained network are left out; afterwards it is what it was.
+
+        with attribution.without(model, "across.1"):
+            worse = inference.predict(model, case)
+
+    Of a residual block its shortcut stays: the input itself, where need be sub-sampled, repeated or projected to the new number of
+    maps. A plain convolution hands on its input.
+
+    Args:
+        model: any network with such layers; the same object is handed to the block.
+        names: one of `removable(model)`, or several.
+
+    Source: Drozdzal et al. 2018, section 1; Veit, Wilber and Belongie 2016, "Residual networks behave like ensembles of relatively shallow
+    networks", section 4.1.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    there = removable(model)
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)} cannot be taken out of this network; expected some of {', '.join(there) or 'none'}"
+        )
+    modules = dict(model.named_modules())
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.callback(modules[name].register_forward_hook(_pass_on).remove)
+        yield model
+
+
+def _keeps_shape(module: nn.Module) -> bool:
+    return (
+        isinstance(module, (nn.Conv2d, nn.Conv3d))
+        and module.in_channels == module.out_channels
+        and set(module.stride) == {1}
+        and all(k == 2 * p + 1 for k, p in zip(module.kernel_size, module.padding))
+    )
+
+
+def _pass_on(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    return module.shortcut(*inputs) if isinstance(module, RESIDUAL_BLOCKS) else inputs[0]
 
 
 def ablation_table(

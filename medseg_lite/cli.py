@@ -13,11 +13,13 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from . import __version__, context, datasets, distributed, ensembles, inference, metrics, models, phantoms, recipes, statistics
+from . import __version__, context, datasets, ensembles, inference, metrics, models, phantoms, recipes, statistics
+from .engine import distributed
+from .files import read_label, write_case, write_nifti
 from .paths import atomic_write
 from .recipes import named
 from .training import BEST
-from .volume import Case, read_label, write_case, write_nifti
+from .volume import Case
 
 EXAMPLES = """\
 examples

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .gradients import compiled as through_compiler
-from .gradients import out_of_memory
+from .engine.gradients import compiled as through_compiler
+from .engine.gradients import out_of_memory
 from .models.layers import convolutions
 from .volume import Case, bounding_box, padded_region
 

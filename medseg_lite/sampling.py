@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .stored import StoredCase, copied
+from .engine.stored import StoredCase, copied
 from .volume import Case, bounding_box, padded_region
 
 SCHEMES = ("foreground", "uniform", "equal")

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import distributed, inference, losses, metrics, models
-from .gradients import Gradients
+from . import inference, losses, metrics, models
+from .engine import distributed
+from .engine.gradients import Gradients
 from .paths import atomic_write
 from .volume import Case
 

@@ -13,7 +13,8 @@ import torch
 from medseg_lite import context, inference, models, transforms
 from medseg_lite.cli import main
 from medseg_lite.datasets import nifti_folder
-from medseg_lite.volume import Case, read_nifti, write_case
+from medseg_lite.files import read_nifti, write_case
+from medseg_lite.volume import Case
 
 AFFINE = np.array([[-2.0, 0, 0, 40], [0, -2, 0, 50], [0, 0, 3, -20], [0, 0, 0, 1]])  # LPS, as scanners often write
 

@@ -37,7 +37,7 @@ from medseg_lite.datasets import (
     promise12,
 )
 from medseg_lite.datasets._download import fetch, unpack
-from medseg_lite.volume import read_case, write_nifti
+from medseg_lite.files import read_case, write_nifti
 
 # The package shows the function under the module's name.
 BRATS = sys.modules["medseg_lite.datasets.brats2013_deepmedic"]

@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 import torch
 
-from medseg_lite import distributed, losses, models, training
+from medseg_lite import losses, models, training
+from medseg_lite.engine import distributed
 from medseg_lite.optimizers import NormalizedSGD, RMSpropNesterov
 from medseg_lite.sampling import SegmentSampler
 from medseg_lite.volume import Case

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from medseg_lite import losses, models
-from medseg_lite.gradients import Gradients
+from medseg_lite.engine.gradients import Gradients
 
 
 class Network(nn.Module):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from medseg_lite import inference, models
+from medseg_lite import attribution, inference, models
 from medseg_lite.features import measured_receptive_field, receptive_field_recursion
 from medseg_lite.models.drozdzal import Bottleneck, Pipeline, resample
 from medseg_lite.models.havaei import WideConv2d
@@ -540,7 +540,7 @@ def test_without_a_block_its_shortcut_is_left(stir):
     """As a copy of the network whose block's last convolution is zero."""
     model = stir(models.fc_resnet(width=0.1)).double().eval()
     x = torch.randn(1, 1, 64, 64, dtype=torch.float64)
-    blocks = models.removable(model)
+    blocks = attribution.removable(model)
     assert len(blocks) == 3 + 2 * (3 + 8 + 10) + 2 + 1 and blocks[-1] == "last"  # and the convolution before the head
     for name in (
         "down.0",
@@ -550,7 +550,7 @@ def test_without_a_block_its_shortcut_is_left(stir):
         "up.1.7",
         "up.3",
     ):  # all kinds: projected, halved, doubled, plain
-        with models.without(model, name) as shorter:
+        with attribution.without(model, name) as shorter:
             assert shorter is model
             found = model(x)
         assert not torch.allclose(found, model(x))  # put back
@@ -565,20 +565,20 @@ def test_without_a_block_its_shortcut_is_left(stir):
 def test_without_several_layers(stir):
     model = stir(models.unet2d(width=0.05)).eval()
     x = torch.randn(1, 1, 32, 32)
-    assert models.removable(model) == [f"{part}.{n}.2" for part, count in (("down", 5), ("up", 4)) for n in range(count)]
+    assert attribution.removable(model) == [f"{part}.{n}.2" for part, count in (("down", 5), ("up", 4)) for n in range(count)]
     copy_ = copy.deepcopy(model)
     for name in ("down.1.2", "up.0.2"):
         nn.init.dirac_(copy_.get_submodule(name).weight), nn.init.zeros_(copy_.get_submodule(name).bias)
-    with models.without(model, ["down.1.2", "up.0.2"]):
+    with attribution.without(model, ["down.1.2", "up.0.2"]):
         torch.testing.assert_close(model(x), copy_(x))
     whole = model(x)
-    with pytest.raises(RuntimeError, match="channels"), models.without(model, "up.0.2"):
+    with pytest.raises(RuntimeError, match="channels"), attribution.without(model, "up.0.2"):
         model(torch.cat([x, x], dim=1))
     torch.testing.assert_close(model(x), whole)  # put back after an error too
     with pytest.raises(
         ValueError, match=r"down\.0\.0 cannot be taken out of this network; expected some of down\.0\.2, down\.1\.2"
     ):
-        models.without(model, "down.0.0").__enter__()
+        attribution.without(model, "down.0.0").__enter__()
 
 
 def test_resolutions_and_widths_of_fc_resnet(stir):

@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 
 from medseg_lite import datasets, inference, metrics, models, recipes, transforms
+from medseg_lite.files import read_nifti, write_case
 from medseg_lite.models.kayalibay import KayalibayUNet3d
 from medseg_lite.recipes import crossvalidation, named
-from medseg_lite.volume import Case, read_nifti, write_case
+from medseg_lite.volume import Case
 
 AFFINE = np.array([[-2.0, 0, 0, 40], [0, -2, 0, 50], [0, 0, 3, -20], [0, 0, 0, 1]])
 

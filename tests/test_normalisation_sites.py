@@ -1,4 +1,4 @@
-"""The stored results of benchmarks/normalisation_sites.py and its small network: complete, and what the network really scores."""
+"""The stored results of experiments/normalisation_sites.py and its small network: complete, and what the network really scores."""
 
 import numpy as np
 import pandas as pd

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medseg_lite import inference, metrics, models, paths, phantoms, transforms
-from medseg_lite.volume import write_nifti
+from medseg_lite.files import write_nifti
 
 FOLDER, EM = paths.real_data("brats2013_deepmedic"), paths.real_data("isbi2012")
 pytestmark = pytest.mark.real

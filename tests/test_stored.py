@@ -16,11 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from medseg_lite import datasets, inference, models, stored, transforms
+from medseg_lite import datasets, inference, models, transforms
 from medseg_lite.datasets import nifti_folder
+from medseg_lite.engine import stored
+from medseg_lite.engine.stored import StoredCase, write
+from medseg_lite.files import read_case, write_case, write_nifti
 from medseg_lite.sampling import SegmentSampler, VolumeSampler
-from medseg_lite.stored import StoredCase, write
-from medseg_lite.volume import Case, padded_region, read_case, write_case, write_nifti
+from medseg_lite.volume import Case, padded_region
 
 
 def brain(seed: int = 0, shape=(19, 23, 17), *, mask: bool = True) -> Case:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from medseg_lite import models
-from medseg_lite.tracing import EMPTY, trace, watched
+from medseg_lite.engine.tracing import EMPTY, trace, watched
 
 
 class Joined(nn.Module):

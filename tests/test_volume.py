@@ -14,18 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from medseg_lite.volume import (
-    Case,
-    as_label,
-    bounding_box,
-    padded_region,
-    read_case,
-    read_image,
-    read_metaimage,
-    read_nifti,
-    write_case,
-    write_nifti,
-)
+from medseg_lite.files import read_case, read_image, read_metaimage, read_nifti, write_case, write_nifti
+from medseg_lite.volume import Case, as_label, bounding_box, padded_region
 
 SPACING = (0.9375, 1.25, 3.0)
 ORIENTATIONS = [(axes, signs) for axes in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)]

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import transforms
-from ..stored import SUFFIX, StoredCase, write
+from ..engine.stored import SUFFIX, StoredCase, write
 from ..volume import Case
 from ._cohort import Cohort, choose, describe
 

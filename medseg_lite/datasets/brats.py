@@ -16,8 +16,9 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+from ..files import read_case
 from ..paths import real_data
-from ..volume import BRATS_CLASSES, Case, read_case
+from ..volume import BRATS_CLASSES, Case
 from ._cohort import Cohort, choose, some, visible
 from .nifti_folder import nonzero
 

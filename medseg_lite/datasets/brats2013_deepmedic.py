@@ -17,8 +17,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..files import read_case, read_nifti
 from ..paths import real_data
-from ..volume import BRATS_CLASSES, Case, read_case, read_nifti
+from ..volume import BRATS_CLASSES, Case
 from ._download import fetch
 
 URL = (

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import read_case
 from ..paths import real_data
-from ..volume import Case, read_case
+from ..volume import Case
 from ._cohort import Cohort, choose, some, visible
 
 CLASSES = ("background", "liver", "lesion")

@@ -13,8 +13,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from ..files import read_case
 from ..paths import real_data
-from ..volume import Case, read_case
+from ..volume import Case
 from ._cohort import Cohort, choose, some, visible
 from ._download import fetch_archive
 from .brats import CHANNELS, CLASSES_2017

@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ..volume import Case, read_case
+from ..files import read_case
+from ..volume import Case
 from ._cohort import describe
 
 # Keys of the label and mask beside the channels' names, and what messages call them.

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
+from ..files import read_case
 from ..paths import real_data
-from ..volume import Case, read_case
+from ..volume import Case
 from ._cohort import Cohort, choose, some, visible
 from ._download import fetch_archive
 

@@ -14,7 +14,7 @@ from .deepmedic import (
     shallow_plus,
     wider2d_seg,
 )
-from .drozdzal import fc_resnet, fcn8, fcn_fc_resnet, fcn_preprocessor, removable, unet2d, without
+from .drozdzal import fc_resnet, fcn8, fcn_fc_resnet, fcn_preprocessor, unet2d
 from .havaei import global_path_cnn, input_cascade_cnn, local_cascade_cnn, local_path_cnn, mf_cascade_cnn, two_path_cnn
 from .kayalibay import kayalibay_unet3d
 from .mlynarski import mlynarski_2d, mlynarski_3d
@@ -47,19 +47,15 @@ __all__ = [
     "mf_cascade_cnn",
     "mlynarski_2d",
     "mlynarski_3d",
-    "removable",
     "save",
     "shallow",
     "shallow_plus",
     "two_path_cnn",
     "unet2d",
     "wider2d_seg",
-    "without",
 ]
 
-NETWORKS = tuple(
-    name for name in __all__ if name[0].islower() and name not in ("load", "removable", "save", "without")
-)  # the builders, by name
+NETWORKS = tuple(name for name in __all__ if name[0].islower() and name not in ("load", "save"))  # the builders, by name
 DEEPMEDIC, HAVAEI, KAYALIBAY, DROZDZAL, MLYNARSKI = (  # the same, paper by paper
     tuple(name for name in NETWORKS if globals()[name].__module__ == f"{__name__}.{file}")
     for file in ("deepmedic", "havaei", "kayalibay", "drozdzal", "mlynarski")

@@ -7,9 +7,6 @@ https://arxiv.org/abs/1702.05174. Layers: tables I and II. Everything is 2D, wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -294,64 +291,6 @@ class FCN8(SamePaddedNetwork):
         y = self.enlarge2(self.score(self.dense(x))) + self.score4(pools[3])
         y = self.enlarge4(y) + self.score3(pools[2])
         return self.enlarge8(y)
-
-
-def removable(model: nn.Module) -> list[str]:
-    """Layers that `without` can take out of a network, in the order in which they were built.
-
-    These are residual blocks, and elsewhere convolutions that give as many maps, of the same size, as they take.
-    """
-    blocks = [name for name, module in model.named_modules() if isinstance(module, (Bottleneck, SimpleBlock))]
-    inside = tuple(f"{name}." for name in blocks)
-    return [
-        name
-        for name, module in model.named_modules()
-        if name in blocks or (_keeps_shape(module) and not name.startswith(inside))
-    ]
-
-
-@contextmanager
-def without(model: nn.Module, names: str | Sequence[str]) -> Iterator[nn.Module]:
-    """Within the block, some layers of a trained network are left out; afterwards it is what it was.
-
-        with models.without(model, "across.1"):
-            worse = inference.predict(model, case)
-
-    Of a residual block its shortcut stays: the input itself, where need be sub-sampled, repeated or projected to the new number of
-    maps. A plain convolution hands on its input.
-
-    Args:
-        model: any network with such layers; the same object is handed to the block.
-        names: one of `removable(model)`, or several.
-
-    Source: section 1 of the paper; Veit, Wilber and Belongie 2016, "Residual networks behave like ensembles of relatively shallow
-    networks", section 4.1.
-    """
-    names = [names] if isinstance(names, str) else list(names)
-    there = removable(model)
-    unknown = [name for name in names if name not in there]
-    if unknown:
-        raise ValueError(
-            f"{', '.join(unknown)} cannot be taken out of this network; expected some of {', '.join(there) or 'none'}"
-        )
-    modules = dict(model.named_modules())
-    with ExitStack() as hooks:
-        for name in names:
-            hooks.callback(modules[name].register_forward_hook(_pass_on).remove)
-        yield model
-
-
-def _keeps_shape(module: nn.Module) -> bool:
-    return (
-        isinstance(module, (nn.Conv2d, nn.Conv3d))
-        and module.in_channels == module.out_channels
-        and set(module.stride) == {1}
-        and all(k == 2 * p + 1 for k, p in zip(module.kernel_size, module.padding))
-    )
-
-
-def _pass_on(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-    return module.shortcut(*inputs) if hasattr(module, "shortcut") else inputs[0]
 
 
 def _bilinear(classes: int, scale: int) -> nn.ConvTranspose2d:

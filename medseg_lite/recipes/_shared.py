@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .. import models, training
-from ..stored import StoredCase
+from ..engine.stored import StoredCase
 from ..volume import Case
 
 

@@ -14,10 +14,12 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .. import __version__, context, datasets, distributed, ensembles, inference, metrics, models, postprocess, statistics
+from .. import __version__, context, datasets, ensembles, inference, metrics, models, postprocess, statistics
+from ..engine import distributed
+from ..files import write_nifti
 from ..paths import atomic_write
 from ..training import BEST
-from ..volume import Case, write_nifti
+from ..volume import Case
 from . import named
 
 RUN = "run.json"

@@ -92,7 +92,7 @@ class SliceViewer(anywidget.AnyWidget):
         case = source if isinstance(source, Case) else _as_case(source, spacing)
         if letters and case.axes != "RAS":
             raise ValueError(
-                f"{case.name} has axes {case.axes}; expected RAS, which volume.read_case turns files to. "
+                f"{case.name} has axes {case.axes}; expected RAS, which files.read_case turns files to. "
                 "Turn the array, or pass letters=False to view it as it lies"
             )
         for name, image in zip(case.channels, case.image):

@@ -1,6 +1,6 @@
 """Membranes of electron microscopy: FCN + FC-ResNet, FC-ResNet and U-Net on the real stack, and five kinds of input on phantoms.
 
-    python benchmarks/em.py [--what inputs real ...] [--seeds 0 1]
+    python experiments/em.py [--what inputs real ...] [--seeds 0 1]
 
 "inputs": generated stacks as a detector counts them (each with a gain and an offset of its own); the same FC-ResNet on raw
 intensities, rescaled, standardised and equalised ones, and behind the FCN pre-processor, which takes raw ones; both once more in
@@ -8,7 +8,7 @@ other units, thousands of counts; and a U-Net on standardised ones. "real": the 
 here to train on and the last 4 to test. "real, longer": the same with six times the updates.
 
 Runs that are in data/results/em_scores.csv and em_curves.csv, which notebook 08 reads, are not made again: remove the two files to
-start afresh. Seed 0's networks become data/checkpoints/em_*.safetensors. Writes benchmarks/em.md.
+start afresh. Seed 0's networks become data/checkpoints/em_*.safetensors. Writes experiments/em.md.
 """
 
 import argparse
@@ -152,7 +152,7 @@ def report() -> str:
     out.write(
         "\nThe paper (30 unlabelled test slices of ISBI 2012, ten networks of 12.9 million parameters averaged): V_rand .981, "
         "V_info .988; FC-ResNet on standardised input .969, .986; U-Net .973, .987.\n\n"
-        "Repeat it: `python benchmarks/em.py`, with the real stack in `$MEDSEG_DATA_DIR/isbi2012`\n"
+        "Repeat it: `python experiments/em.py`, with the real stack in `$MEDSEG_DATA_DIR/isbi2012`\n"
     )
     return out.getvalue()
 
@@ -174,7 +174,7 @@ def main() -> None:
                 model, scores, curve = run(what, variant, seed, steps=STEPS[what], train=train, test=test)
                 if seed == 0 and (what, variant) in SHIPPED:
                     mean = scores[MEASURES].mean().round(3).to_dict()
-                    command = f"python benchmarks/em.py --what {what} --seeds 0"
+                    command = f"python experiments/em.py --what {what} --seeds 0"
                     card = model.card | {"input": VARIANTS[variant][2], "test": mean, "command": command}
                     name = f"em_{what}_{variant.replace('-', '').replace('/', '_')}.safetensors"
                     models.save(ROOT / "data" / "checkpoints" / name, model, card, half=True)

@@ -1,6 +1,6 @@
 """DeepMedic's own analysis on phantoms: the networks of each experiment of its paper, trained alike.
 
-    OMP_NUM_THREADS=1 python benchmarks/deepmedic_analysis.py [--only 3.3 3.4 4 3.5 "4, contusions"]
+    OMP_NUM_THREADS=1 python experiments/deepmedic_analysis.py [--only 3.3 3.4 4 3.5 "4, contusions"]
 
 Trains and scores, in short runs at reduced width: the deeper networks of section 3.3; the two scales of section 3.4; five-fold
 cross-validation, an ensemble of three and the random forest as in section 4.1; the 2D networks of section 3.5, on isotropic
@@ -9,7 +9,7 @@ images and on slices of 5 mm. The task is glioma against the rest: binary, as in
 Every training is kept in runs/deepmedic_analysis and goes on where it stopped; every finished run's rows are written at once to
 data/results/deepmedic_curves.csv and deepmedic_scores.csv, which notebook 04 reads, and are not computed again. Remove
 these to start over. Takes about half an hour on one quiet CPU core and writes
-benchmarks/deepmedic_analysis.md.
+experiments/deepmedic_analysis.md.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ def report() -> None:
         "*far false ml*: millilitres called tumour more than 8 mm from the true one. *deep found*: share found of the tumour's voxels more than 8 mm below "
         "its surface. Distances in mm. Mean (standard deviation) over cases.",
         "",
-        "Made by `OMP_NUM_THREADS=1 python benchmarks/deepmedic_analysis.py`, which goes on where it was stopped; the rows behind this are "
+        "Made by `OMP_NUM_THREADS=1 python experiments/deepmedic_analysis.py`, which goes on where it was stopped; the rows behind this are "
         "data/results/deepmedic_scores.csv and deepmedic_curves.csv.",
         "",
     ]

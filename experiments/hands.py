@@ -1,11 +1,11 @@
 """Kayalibay's networks on hand phantoms over cross-validation folds: merges, segmentation maps, losses.
 
-    python benchmarks/hands.py [--steps 120] [--folds 0 1 ...] [--variants concat sum ...] [--width 0.5]
+    python experiments/hands.py [--steps 120] [--folds 0 1 ...] [--variants concat sum ...] [--width 0.5]
 
 Thirty generated hands at 3.44 mm, as many as the paper has: in each fold 20 to train on, 5 for validation, 5 to test. All networks of
 a fold see the same crops from the same first weights (as far as their layers are the same). Runs that are in
 data/results/hands_scores.csv and hands_curves.csv, which notebook 06 reads, are not made again: remove the two files to start
-afresh. Fold 0's networks of both merges become data/checkpoints/kayalibay_hands_*.safetensors. Writes benchmarks/hands.md.
+afresh. Fold 0's networks of both merges become data/checkpoints/kayalibay_hands_*.safetensors. Writes experiments/hands.md.
 """
 
 import argparse
@@ -155,12 +155,12 @@ def main() -> None:
                     "seed": 0,
                     "trained_on": [c.name for c in split(hands, 0)[0]],
                     "spacing_mm": SPACING,
-                    "command": "python benchmarks/hands.py --folds 0",
+                    "command": "python experiments/hands.py --folds 0",
                     "test_dice": scores[list(BONES)].mean().round(3).to_dict(),
                 }
                 models.save(ROOT / "data" / "checkpoints" / f"kayalibay_hands_{variant}.safetensors", model, card)
     with atomic_write(ROOT / "benchmarks" / "hands.md") as temporary:
-        temporary.write_text(report("python benchmarks/hands.py"), encoding="utf-8")
+        temporary.write_text(report("python experiments/hands.py"), encoding="utf-8")
 
 
 if __name__ == "__main__":

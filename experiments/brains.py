@@ -1,6 +1,6 @@
 """Kayalibay's network on brain phantoms: which sequences it needs, what it makes of healthy brains, crops or down-sampling.
 
-    python benchmarks/brains.py [--parts healthy modalities memory] [--folds 0 1 2] [--variants ill ...]
+    python experiments/brains.py [--parts healthy modalities memory] [--folds 0 1 2] [--variants ill ...]
 
 Fifteen generated gliomas (seeds 0 to 14) at 4 mm in five cross-validation folds, twelve to train on and three to test; ten more
 persons (seeds 100 to 109) that no network trains on are seen with a glioma, with a hemisphere of that mirrored where the glioma keeps
@@ -13,7 +13,7 @@ to one side, and before they fell ill. All networks have half the feature maps a
 * memory: crops of 40x40x32 voxels at 2 mm against whole brains, averaged down to 4 mm, of that many voxels; judged at 2 mm.
 
 Runs that are in data/results/brains_*.csv, which notebook 07 reads, are not made again: remove a file to start it afresh. Writes
-benchmarks/brains.md.
+experiments/brains.md.
 """
 
 import argparse
@@ -170,7 +170,7 @@ def with_company(company: str, fold: int):
             "seed": fold,
             "spacing_mm": 4.0,
             "trained_on": [c.name for c in sick] + (["12 healthy brains, seeds 300 to 311"] if company != "ill" else []),
-            "command": "python benchmarks/brains.py --parts healthy",
+            "command": "python experiments/brains.py --parts healthy",
         }
         models.save(ROOT / "data" / "checkpoints" / name, model, card)
     people = range(100, 110)
@@ -272,7 +272,7 @@ def main() -> None:
         seconds = f"{time.process_time() - began:.0f} s of CPU, {time.perf_counter() - clock:.0f} s"
         print(f"{part}, {variant}, fold {fold}: {means.round(3).to_dict()}, {seconds}", flush=True)
     with atomic_write(ROOT / "benchmarks" / "brains.md") as temporary:
-        temporary.write_text(report("python benchmarks/brains.py"), encoding="utf-8")
+        temporary.write_text(report("python experiments/brains.py"), encoding="utf-8")
 
 
 if __name__ == "__main__":

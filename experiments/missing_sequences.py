@@ -1,6 +1,6 @@
 """Mlynarski's 2D network where sequences are missing, in training (the paper's Table 2) and at test; and six networks that vote.
 
-    python benchmarks/missing_sequences.py [--parts training test vote] [--folds 0 1 2]
+    python experiments/missing_sequences.py [--parts training test vote] [--folds 0 1 2]
 
 Ten generated gliomas (seeds 0 to 9) to train on and twenty other persons (seeds 200 to 219) to judge. Necrosis and non-enhancing core
 are one class, as in BRATS 2017. All networks are 2D, have an eighth of the feature maps, and see squares of slices, half of them
@@ -16,7 +16,7 @@ centred on a tumour.
   persons, and that of their averaged probabilities, go to data/results/vote_predictions.npz.
 
 Results that are in data/results/missing_*.csv, which notebook 10 reads, are not made again: remove a file to start it afresh.
-Training states are kept in runs/missing_sequences. Writes benchmarks/missing_sequences.md.
+Training states are kept in runs/missing_sequences. Writes experiments/missing_sequences.md.
 """
 
 import argparse
@@ -191,7 +191,7 @@ def report() -> str:
         out.write("\n## A sequence missing at test\n\n| network | missing | EC | TC | WT |\n|---|---|---|---|---|\n")
         for (variant, lack), rows in table.groupby(["variant", "missing"], sort=False):
             out.write(f"| {variant} | {lack} | {' | '.join(f'{v:.3f}' for v in rows[columns].mean())} |\n")
-    return out.getvalue() + "\nRepeat it: `python benchmarks/missing_sequences.py`\n"
+    return out.getvalue() + "\nRepeat it: `python experiments/missing_sequences.py`\n"
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """What Finzel's survey proposes for DeepMedic: a cascade of two of them, and training in two phases, against plain DeepMedic.
 
-    OMP_NUM_THREADS=1 python benchmarks/deepmedic_future_work.py [--updates 500] [--seeds 3] [--width .2]
+    OMP_NUM_THREADS=1 python experiments/deepmedic_future_work.py [--updates 500] [--seeds 3] [--width .2]
 
 All are trained on the same phantoms and scored on the same held-out ones. In all, each makes the same number of updates, but for
 the two that are only the first part of another, "half as long" and "equal classes":
@@ -13,7 +13,7 @@ the two that are only the first part of another, "half as long" and "equal class
     plain, then natural   the same second phase after three quarters of DeepMedic's own recipe
 
 Writes data/results/deepmedic_future_work.csv (means over the held-out cases, for each seed and variant), which notebook 02 reads,
-and benchmarks/deepmedic_future_work.md.
+and experiments/deepmedic_future_work.md.
 """
 
 import argparse
@@ -168,7 +168,7 @@ def main():
         "",
         *markdown(text.reset_index()),
         "",
-        "Repeat it: `OMP_NUM_THREADS=1 python benchmarks/deepmedic_future_work.py`",
+        "Repeat it: `OMP_NUM_THREADS=1 python experiments/deepmedic_future_work.py`",
     ]
     with paths.atomic_write(HERE / "deepmedic_future_work.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

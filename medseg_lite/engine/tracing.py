@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .models.layers import convolutions
+from ..models.layers import convolutions
 
 EMPTY = np.iinfo(np.int64).max // 4  # "first" of a voxel that depends on padding alone; its "last" is the opposite
 _KEY = "_medseg_axes"

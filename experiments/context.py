@@ -1,6 +1,6 @@
 """Mlynarski's two steps on brain phantoms: what do scores of 2D networks add to a 3D network, and on which grid?
 
-    OMP_NUM_THREADS=1 python benchmarks/context.py [--grids 1.5 2] [--rows ...] [--runs runs/context]
+    OMP_NUM_THREADS=1 python experiments/context.py [--grids 1.5 2] [--rows ...] [--runs runs/context]
 
 On each grid (voxels of 2 mm, 1.5 mm, or, where there is time, 1 mm as in the paper): three 2D networks, for axial, coronal and
 sagittal slices, are trained on 12 generated gliomas (seeds 0 to 11); their scores of all cases go to disk; 3D networks are trained
@@ -14,7 +14,7 @@ cases. All are judged on 10 patients that no network has seen (seeds 100 to 109)
 
 Labels as in BRATS 2017: 1 necrosis and non-enhancing core, 2 oedema, 3 enhancing core. Networks, scores and labels are kept in --runs
 (some hundred MB); what is there is not made again. Writes data/results/context_scores.csv after every row, which notebook
-09 reads, the networks of the 2 mm grid to data/checkpoints/context_*.safetensors, and benchmarks/context.md.
+09 reads, the networks of the 2 mm grid to data/checkpoints/context_*.safetensors, and experiments/context.md.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def kept(path: Path, train) -> torch.nn.Module:
         clock = time.process_time()
         model = train(path.with_suffix(""))
         seconds = round(time.process_time() - clock)
-        card = model.card | {"cpu_seconds": seconds, "command": "python benchmarks/context.py", "date": str(date.today())}
+        card = model.card | {"cpu_seconds": seconds, "command": "python experiments/context.py", "date": str(date.today())}
         models.save(path, model, card, half=True)
         print(f"{path.stem}: {seconds} s of CPU, loss {model.history.loss.tail(20).mean():.3f}", flush=True)
     return models.load(path)
@@ -185,7 +185,7 @@ def report() -> str:
                 if len(a) == len(b):
                     found = statistics.paired_t_test(a.dice_core, b.dice_core.loc[a.index], alternative="greater")
                     out.write(f"* core, A − {other}, seed {seed}: {found}\n")
-    out.write("\nRepeat it: `OMP_NUM_THREADS=1 python benchmarks/context.py`\n")
+    out.write("\nRepeat it: `OMP_NUM_THREADS=1 python experiments/context.py`\n")
     return out.getvalue()
 
 

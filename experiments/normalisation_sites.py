@@ -1,6 +1,6 @@
 """Drozdzal's pipeline beyond electron microscopy: prostates of several sites, lesions of the liver, and a 3D pre-processor.
 
-    python benchmarks/normalisation_sites.py [--parts prostate liver volumes]
+    python experiments/normalisation_sites.py [--parts prostate liver volumes]
 
 * prostate: FC-ResNet on raw intensities, FC-ResNet on standardised ones, and the pre-processor with FC-ResNet on raw ones. Patients
   at the sites A, B and C to learn from; other patients, each imaged at all four sites, to test on: D is a site that no network
@@ -10,7 +10,7 @@
 
 All networks of a part and a seed see the same batches. Runs that are in data/results/normalisation_*.csv, which notebook 08
 reads, are not made again: remove the files to start afresh. Networks are kept in runs/normalisation; the pipeline of seed 0
-becomes data/checkpoints/drozdzal_prostate.safetensors. Writes benchmarks/normalisation_sites.md.
+becomes data/checkpoints/drozdzal_prostate.safetensors. Writes experiments/normalisation_sites.md.
 """
 
 import argparse
@@ -222,7 +222,7 @@ def keep(part: str, system: str, seed: int, model, train) -> None:
         "input": system.split(", ")[1],
         "trained_on": [c.name for c in train],
         "pixels": SIZE[part],
-        "command": "python benchmarks/normalisation_sites.py --parts prostate",
+        "command": "python experiments/normalisation_sites.py --parts prostate",
     }
     models.save(weights(part, system, seed), model, card)
     if part == "prostate" and seed == 0 and system.startswith("FCN"):
@@ -314,7 +314,7 @@ def report() -> str:
     out.write(
         "# Drozdzal's pipeline: prostates of several sites, livers, and a pre-processor in 3D\n\n"
         f"{date.today()}, {platform.machine()}, torch {torch.__version__}, one CPU thread, generated patients. RMSProp from {RATE} ({PLAIN_RATE} for networks without batch normalisation) with "
-        f"decay {DECAY}, L2, the weights of the best validation Dice. Repeat it: `python benchmarks/normalisation_sites.py`\n\n"
+        f"decay {DECAY}, L2, the weights of the best validation Dice. Repeat it: `python experiments/normalisation_sites.py`\n\n"
     )
     scores = pd.read_csv(TABLES["prostate"], dtype={"seed": str})
     single = scores[scores.seed != "average"]

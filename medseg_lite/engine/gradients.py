@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import distributed, losses
+from .. import losses
+from . import distributed
 
 
 class Gradients:

@@ -1,6 +1,6 @@
 """All the course's systems on one test set: the same patients to learn from, the same CPU seconds to learn in.
 
-    OMP_NUM_THREADS=1 python benchmarks/systems.py [--systems forest deepmedic ...] [--seeds 0 ...]
+    OMP_NUM_THREADS=1 python experiments/systems.py [--systems forest deepmedic ...] [--seeds 0 ...]
 
 Brain phantoms with gliomas (four sequences, 2 mm, five classes). Every system is trained on the patients 0 to 11, at the sites A, B
 and C, and segments the patients 100 to 111 at these sites and 112 to 119 at site D, which no system has seen. The last eight are
@@ -13,7 +13,7 @@ the test patients. The CRF's parameters are searched on the patients 50 to 53.
 
 What is finished is not computed again: networks and probabilities are in runs/systems, scores in data/results/systems_scores.csv and
 systems_runs.csv, written after each system and seed, which notebook 12 reads. Remove runs/systems to start over. Also writes
-data/results/systems_labels.npz (four patients' segmentations) and benchmarks/systems.md.
+data/results/systems_labels.npz (four patients' segmentations) and experiments/systems.md.
 """
 
 from __future__ import annotations
@@ -458,7 +458,7 @@ def report() -> None:
         )
     cells.insert(1, ["---"] * len(cells[0]))
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in cells]
-    lines += ["", "Repeat it: `OMP_NUM_THREADS=1 python benchmarks/systems.py`, which goes on where it was stopped."]
+    lines += ["", "Repeat it: `OMP_NUM_THREADS=1 python experiments/systems.py`, which goes on where it was stopped."]
     with paths.atomic_write(Path(__file__).with_suffix(".md")) as path:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from .paths import atomic_write
-from .volume import Case, bounding_box, mirrored
+from ..paths import atomic_write
+from ..volume import Case, bounding_box, mirrored
 
 FORMAT = 1  # raised when files of before can no longer be read
 SUFFIX = ".safetensors"

@@ -1,6 +1,6 @@
 """Leave-one-out on the four real BRATS cases: DeepMedic at the paper's size (2 channels, 659,915 parameters).
 
-    python benchmarks/real_brats.py
+    python experiments/real_brats.py
 
 Each case is segmented by networks that never saw it:
 
@@ -8,7 +8,7 @@ Each case is segmented by networks that never saw it:
     phantoms        trained on generated cases only, the checkpoint that ships with the project
     phantoms+real   that checkpoint, trained on with the other three cases and the phantoms, half the segments from each
 
-Runs are kept in runs/real_brats, so an interrupted benchmark goes on where it stopped. Writes benchmarks/real_brats.md. Needs the
+Runs are kept in runs/real_brats, so an interrupted benchmark goes on where it stopped. Writes experiments/real_brats.md. Needs the
 data: `python -m medseg_lite download brats2013_deepmedic`.
 """
 
@@ -47,7 +47,7 @@ def train(variant: str, training: list, folder: Path, device: str):
     card = model.card | {
         "trained_on": sorted(set(model.card["trained_on"])),
         "normalise": "standardise",
-        "command": f"python benchmarks/real_brats.py --variants {variant}",
+        "command": f"python experiments/real_brats.py --variants {variant}",
         "data": "BRATS 2013 cases as distributed with DeepMedic, CC BY-NC-SA 3.0; Menze et al. 2015",
         "date": str(date.today()),
     }
@@ -112,7 +112,7 @@ def main():
         "and half from nine phantoms. Rate 1e-3, halved at 60, 80 and 90 % of each run. These are short runs on few cases with two "
         "of four sequences (the paper: 70,000 updates, hundreds of cases), so not to be compared with its tables. Distances in mm.",
         "",
-        "Repeat it: `python benchmarks/real_brats.py`",
+        "Repeat it: `python experiments/real_brats.py`",
         "",
         "Mean (standard deviation) over the four cases:",
         "",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from .models.layers import RollingBatchNorm
+from ..models.layers import RollingBatchNorm
 
 # The others wait while the first process validates, which may take long; a process that dies is noticed at once all the same.
 PATIENCE = timedelta(hours=6)

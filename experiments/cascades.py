@@ -1,13 +1,13 @@
 """Havaei's three cascades against the network they begin with: Dice, and how smooth the labels are.
 
-    OMP_NUM_THREADS=1 python benchmarks/cascades.py [--runs runs/cascades]
+    OMP_NUM_THREADS=1 python experiments/cascades.py [--runs runs/cascades]
 
 Small networks (a fifth of the paper's feature maps), short runs in two phases, the same settings for all of them: the first
 network, a second one with another seed for comparison, and the three cascades that begin with the first. Trained networks and
 their segmentations are kept in --runs, so an interrupted benchmark goes on where it stopped; the input cascade there is the checkpoint
 data/checkpoints/havaei_input_cascade.safetensors of notebook 02.
 
-Writes data/results/cascades.csv (each network and held-out case), which notebook 02 reads, and benchmarks/cascades.md.
+Writes data/results/cascades.csv (each network and held-out case), which notebook 02 reads, and experiments/cascades.md.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def main():
         "",
         *markdown(by_brain("borders / true").round(2).reset_index()),
         "",
-        "Repeat it: `OMP_NUM_THREADS=1 python benchmarks/cascades.py`",
+        "Repeat it: `OMP_NUM_THREADS=1 python experiments/cascades.py`",
     ]
     with paths.atomic_write(HERE / "cascades.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
