@@ -271,7 +271,7 @@ def main() -> None:
         means = rows[[c for c in rows if c.startswith(("dice_w", "dice_c", "dice_e", "dice_o", "false_ml_w"))]].mean()
         seconds = f"{time.process_time() - began:.0f} s of CPU, {time.perf_counter() - clock:.0f} s"
         print(f"{part}, {variant}, fold {fold}: {means.round(3).to_dict()}, {seconds}", flush=True)
-    with atomic_write(ROOT / "benchmarks" / "brains.md") as temporary:
+    with atomic_write(ROOT / "experiments" / "brains.md") as temporary:
         temporary.write_text(report("python experiments/brains.py"), encoding="utf-8")
 
 

@@ -225,7 +225,7 @@ def main() -> None:
     for target, source in SHIPPED.items():
         for path in shipped.glob(f"{source}.safetensors" if target.startswith("2d") else f"{source}_0.safetensors"):
             shutil.copyfile(path, ROOT / "data" / "checkpoints" / f"context_{target}.safetensors")
-    with atomic_write(ROOT / "benchmarks" / "context.md") as temporary:
+    with atomic_write(ROOT / "experiments" / "context.md") as temporary:
         temporary.write_text(report(), encoding="utf-8")
 
 

@@ -181,7 +181,7 @@ def main() -> None:
                 store(SCORES, scores)
                 store(CURVES, curve)
                 print(what, seed, variant, scores[MEASURES].mean().round(3).to_dict(), f"{scores.seconds[0]} s", flush=True)
-    with atomic_write(ROOT / "benchmarks" / "em.md") as temporary:
+    with atomic_write(ROOT / "experiments" / "em.md") as temporary:
         temporary.write_text(report(), encoding="utf-8")
 
 

@@ -159,7 +159,7 @@ def main() -> None:
                     "test_dice": scores[list(BONES)].mean().round(3).to_dict(),
                 }
                 models.save(ROOT / "data" / "checkpoints" / f"kayalibay_hands_{variant}.safetensors", model, card)
-    with atomic_write(ROOT / "benchmarks" / "hands.md") as temporary:
+    with atomic_write(ROOT / "experiments" / "hands.md") as temporary:
         temporary.write_text(report("python experiments/hands.py"), encoding="utf-8")
 
 

@@ -220,7 +220,7 @@ def main() -> None:
                 means = rows.filter(like="dice").mean().round(3).to_dict()
                 spent = f"{time.process_time() - began:.0f} s of CPU, {time.perf_counter() - clock:.0f} s"
                 print(f"{part}, {variant}, fold {fold}: {means}, {spent}", flush=True)
-    with atomic_write(ROOT / "benchmarks" / "missing_sequences.md") as temporary:
+    with atomic_write(ROOT / "experiments" / "missing_sequences.md") as temporary:
         temporary.write_text(report(), encoding="utf-8")
 
 

@@ -373,7 +373,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for part in options.parts:
         runs[part](options.seeds or range(SEEDS[part]))
-    with atomic_write(ROOT / "benchmarks" / "normalisation_sites.md") as temporary:
+    with atomic_write(ROOT / "experiments" / "normalisation_sites.md") as temporary:
         temporary.write_text(report(), encoding="utf-8")
 
 
