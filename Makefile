@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 
-.PHONY: lab test test-fast notebooks badges lint clean
+.PHONY: lab test test-fast notebooks badges papers lint clean
 
 lab: $(VENV)/ready
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(LAB_OPTIONS)
@@ -23,6 +23,10 @@ notebooks: $(VENV)/ready
 # make badges REPO=owner/name: notebooks and README point at that repository.
 badges: $(VENV)/ready
 	$(BIN)/python notebooks/badges.py $(REPO)
+
+# make papers: the tables of PAPERS.md, from the docstrings' Source lines.
+papers: $(VENV)/ready
+	$(BIN)/python notebooks/papers.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check medseg_lite tests benchmarks experiments notebooks
