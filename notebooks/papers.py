@@ -46,12 +46,14 @@ class Entry:
         name: the name as a reader types it, without "medseg_lite.".
         line: line of the definition; 1 for a module.
         text: the docstring with each paragraph on one line.
+        builders: names of the functions beside a class that are annotated to return it; notebooks use a network by these.
     """
 
     path: str
     name: str
     line: int
     text: str
+    builders: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -67,16 +69,20 @@ class Entry:
 
     @property
     def pattern(self) -> re.Pattern:
-        """The pattern that finds the name in a notebook.
+        """The pattern that finds the name, or that of a builder, in a notebook.
 
         A name with an underscore or with capitals inside is found alone, any other only behind its module: `losses.dice`. A
         module is found before a dot.
         """
         if "." not in self.name:
             return re.compile(rf"\b{self.name}\.\w")
-        last = self.name.split(".")[-1]
-        alone = "_" in last.strip("_") or re.search(r".[A-Z]", last)
-        return re.compile(rf"\b{last}\b" if alone else rf"\b{re.escape(self.name)}\b")
+        return re.compile("|".join(map(_pattern, (self.name, *self.builders))))
+
+
+def _pattern(name: str) -> str:
+    last = name.split(".")[-1]
+    alone = "_" in last.strip("_") or re.search(r".[A-Z]", last)
+    return rf"\b{last if alone else re.escape(name)}\b"
 
 
 def entries(root: Path) -> Iterator[Entry]:
@@ -94,13 +100,18 @@ def _imported(path: Path) -> set[str]:
     return {a.asname or a.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names}
 
 
-def _entries(node: ast.AST, path: str, name: str, exported: dict[str, str]) -> Iterator[Entry]:
+def _entries(node: ast.AST, path: str, name: str, exported: dict[str, str], builders: tuple[str, ...] = ()) -> Iterator[Entry]:
     text = ast.get_docstring(node)
     if text:
-        yield Entry(path, name, getattr(node, "lineno", 1), re.sub(r"(?<=\S)\n *(?=\S)", " ", text))
-    for child in node.body:
-        if isinstance(child, (ast.ClassDef, ast.FunctionDef)):
-            yield from _entries(child, path, ".".join(filter(None, (exported.get(child.name, name), child.name))), {})
+        yield Entry(path, name, getattr(node, "lineno", 1), re.sub(r"(?<=\S)\n *(?=\S)", " ", text), builders)
+    inside = {
+        child: ".".join(filter(None, (exported.get(child.name, name), child.name)))
+        for child in node.body
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef))
+    }
+    for child, full in inside.items():
+        made = (f for f in inside if isinstance(f, ast.FunctionDef) and f.returns and ast.unparse(f.returns) == child.name)
+        yield from _entries(child, path, full, {}, tuple(inside[f] for f in made if not f.name.startswith("_")))
 
 
 def citations(source: str) -> list[tuple[str, str]]:

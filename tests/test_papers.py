@@ -75,10 +75,13 @@ def dice(a):
     """
     def inner(): "Source: Holm 1979."
 ''',
-    "medseg_lite/crf/__init__.py": "from .dense import DenseCRF",
+    "medseg_lite/crf/__init__.py": "from .dense import DenseCRF, build",
     "medseg_lite/crf/dense.py": '''
 class DenseCRF:
-    """A CRF. Source: Kamnitsas et al. 2017, eq. 5."""
+    """A CRF. Source: Kamnitsas et al. 2017, eq. 5. Taught in notebook 00."""
+
+def build() -> DenseCRF:
+    pass
 ''',
 }
 CELLS = [
@@ -87,7 +90,7 @@ CELLS = [
     ("markdown", "## Dice\n`losses.dice` is the overlap.\n### In code"),
     ("code", "losses.dice(a)"),
     ("markdown", "## Exercises"),
-    ("code", "losses.dice(b)"),
+    ("code", "losses.dice(b)\ncrf.build()"),
 ]
 
 
@@ -107,4 +110,6 @@ def test_tables_of_a_small_package(tmp_path):
         f"| section 3.3 | [`losses.dice`](medseg_lite/losses.py) | {links} |",
         f"| eq. 2 | [`losses.dice`](medseg_lite/losses.py) | {links} |",
     ]
-    assert tables["deepmedic"].splitlines()[2:] == ["| eq. 5 | [`crf.DenseCRF`](medseg_lite/crf/dense.py) |  |"]
+    assert tables["deepmedic"].splitlines()[2:] == [
+        "| eq. 5 | [`crf.DenseCRF`](medseg_lite/crf/dense.py) | [00](notebooks/00_start.ipynb) Exercises |"
+    ]
