@@ -1,4 +1,4 @@
-"""Several networks, one answer."""
+"""Combine several networks: average their probabilities, or let their predictions vote."""
 
 from __future__ import annotations
 
@@ -8,57 +8,50 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .models.network import Network
 
-class Ensemble(nn.Module):
-    """Averages the class probabilities of networks that lose the same margin; used like any of its members.
+
+class Ensemble(Network):
+    """The average of the class probabilities of networks that lose the same margin. It is used like any of its members.
 
     Its logits are the logarithm of the averaged probabilities, so softmax gives the average back. Networks with a single output
     are averaged after their sigmoid, and the ensemble has a single output too.
 
     Source: Kamnitsas et al. 2017, section 4.1.3 (three networks that differ in their random start).
+    Taught in notebooks 07 and 08.
     """
 
-    def __init__(self, members: Sequence[nn.Module]):
+    def __init__(self, members: Sequence[Network]):
         super().__init__()
         if not members:
             raise ValueError("an ensemble needs at least one network")
-        self.members = nn.ModuleList(members)
-        for name in ("margin", "multiple", "spatial_dims", "classes", "in_channels"):
-            values = [getattr(m, name) for m in members]
+        self.copy_contract(members[0])
+        for what, values in {
+            "margin": [m.margin for m in members],
+            "multiple": [m.multiple for m in members],
+            "spatial_dims": [m.spatial_dims for m in members],
+            "classes": [m.classes for m in members],
+            "in_channels": [m.in_channels for m in members],
+        }.items():
             if len(set(values)) > 1:
-                raise ValueError(f"the networks of an ensemble must agree, but their {name} are {values}")
-            setattr(self, name, values[0])
-        if any(hasattr(m, "halo") for m in members):
-            self.halo = max(m.halo for m in members)
-        cards = [getattr(m, "card", {}) for m in members]
-        channels = [c["channels"] for c in cards if "channels" in c]
+                raise ValueError(f"the networks of an ensemble must agree, but their {what} are {values}")
+        channels = [m.card["channels"] for m in members if "channels" in m.card]
         if any(c != channels[0] for c in channels):
             raise ValueError(f"the networks of an ensemble were trained on different channels: {channels}")
-        self.card = cards[0]
+        self.halo = max((m.halo for m in members if m.halo is not None), default=None)
+        self.reach = max(m.reach for m in members)
+        self.members = nn.ModuleList(members)
 
-    def for_inference(self) -> nn.Module:
-        """The ensemble of its members' inference forms."""
-        return _Average([m.for_inference() if hasattr(m, "for_inference") else m for m in self.members])
+    def for_inference(self) -> Ensemble:
+        """Return the ensemble of the members' inference forms."""
+        return Ensemble([m.for_inference() for m in self.members])
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, *(n + 2 margin))` to logits of the averaged probabilities `(B, K, *n)`."""
-        return _average(self.members, x)
-
-
-class _Average(nn.Module):
-    def __init__(self, members: Sequence[nn.Module]):
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _average(self.members, x)
-
-
-def _average(members, x: Tensor) -> Tensor:
-    logits = [m(x).float() for m in members]
-    if logits[0].shape[1] == 1:
-        return torch.logit(sum(z.sigmoid() for z in logits) / len(logits), eps=1e-6)
-    return torch.log((sum(z.softmax(1) for z in logits) / len(logits)).clamp_min(1e-30))
+        logits = [m(x).float() for m in self.members]
+        if self.classes == 1:
+            return torch.logit(sum(z.sigmoid() for z in logits) / len(logits), eps=1e-6)
+        return torch.log((sum(z.softmax(1) for z in logits) / len(logits)).clamp_min(1e-30))
 
 
 def hierarchical_vote(
@@ -67,21 +60,22 @@ def hierarchical_vote(
     labels: tuple[int, int, int] = (1, 2, 3),
     thresholds: tuple[float, float, float] = (0.4, 0.3, 0.4),
 ) -> np.ndarray:
-    """Combine the segmentations of several networks by a tree of votes: tumour? core? enhancing?
+    """Combine the predictions of several networks by a tree of votes: tumour? core? enhancing?
 
-    With v_k the number of networks that say class k, and n networks: a voxel is tumour if (v₁ + v₂ + v₃) / n ≥ t₁; a tumour
-    voxel is core if (v₁ + v₃) / (v₁ + v₂ + v₃) ≥ t₂, else oedema; a core voxel enhances if v₃ / (v₁ + v₃) ≥ t₃.
-    Votes for rare classes are so compared with their rivals only, and weigh more than in a plain majority.
+    Let v_k be the number of networks that say class k, among n networks. A voxel is tumour if (v₁ + v₂ + v₃) / n ≥ t₁. A tumour
+    voxel is core if (v₁ + v₃) / (v₁ + v₂ + v₃) ≥ t₂, else oedema. A core voxel enhances if v₃ / (v₁ + v₃) ≥ t₃. So votes for a
+    rare class are compared with those for its rivals only, and weigh more than in a plain majority.
 
     Args:
-        predictions: label maps of one shape, 0 where there is no tumour.
-        labels: numbers of non-enhancing core, oedema and enhancing core in them.
+        predictions: class numbers from each network, arrays of one shape, 0 where there is no tumour.
+        labels: class numbers of non-enhancing core, oedema and enhancing core.
         thresholds: t₁, t₂, t₃.
 
     Returns:
-        A label map of that shape, uint8.
+        Class numbers in an array of that shape, uint8.
 
     Source: Mlynarski et al. 2019, section 2.5 and figure 7.
+    Taught in notebook 10.
     """
     if len(predictions) == 0:
         raise ValueError("a vote needs at least one prediction")

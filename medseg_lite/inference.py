@@ -69,7 +69,7 @@ def predict(
     if not mask.any():
         raise ValueError(f"{case.name}: the mask is empty; there is nothing to segment. Use inside_mask=False")
     # A network that pads sees where the volume ends, so the volume must not be cut to its mask.
-    start, stop = _region(np.ones(case.shape, bool) if hasattr(model, "halo") else mask, model)
+    start, stop = _region(np.ones(case.shape, bool) if getattr(model, "halo", None) is not None else mask, model)
     size = _tile_size(model, start, stop, tile, device)
     autocast = _autocast(precision, device)
     if output == "labels":
@@ -243,9 +243,10 @@ def _tiles(start, stop, tile, shape) -> Iterator[tuple[list[int], list[int]]]:
 
 def _run(network: nn.Module, image: np.ndarray, a, b, model: nn.Module, device, stop: list[int]) -> Tensor:
     """Logits `(K, *(b - a))` of one tile of the region that ends at `stop`."""
-    around = [getattr(model, "halo", model.margin)] * model.spatial_dims + [0] * (3 - model.spatial_dims)
+    halo = getattr(model, "halo", None)
+    around = [model.margin if halo is None else halo] * model.spatial_dims + [0] * (3 - model.spatial_dims)
     first, last = [i - m for i, m in zip(a, around)], [j + m for j, m in zip(b, around)]
-    if hasattr(model, "halo"):
+    if halo is not None:
         first, last = [max(i, 0) for i in first], [min(j, n) for j, n in zip(last, stop)]
     patch = padded_region(image, first, last)
     x = torch.from_numpy(np.ascontiguousarray(patch, np.float32)).to(device)
@@ -253,7 +254,7 @@ def _run(network: nn.Module, image: np.ndarray, a, b, model: nn.Module, device, 
         logits = network(x.permute(3, 0, 1, 2)).permute(1, 2, 3, 0)
     else:
         logits = network(x[None])[0]
-    if hasattr(model, "halo"):
+    if halo is not None:
         logits = logits[(slice(None), *(slice(i - f, j - f) for i, j, f in zip(a, b, first)))]
     return logits
 

@@ -235,7 +235,7 @@ class _Run:
             self.parts["schedule"] = schedule
         self.device = next(model.parameters()).device
         self.config = {
-            "network": getattr(model, "config", type(model).__name__),
+            "network": getattr(model, "config", None) or type(model).__name__,
             "optimizer": type(optimizer).__name__,
             "schedule": type(schedule).__name__,
             "seed": seed,
@@ -286,7 +286,7 @@ class _Run:
         model = self.parts["model"]
         weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
         self.best = {"score": score, "step": step, "weights": weights}
-        if self.path is not None and distributed.number() == 0 and hasattr(model, "config"):
+        if self.path is not None and distributed.number() == 0 and getattr(model, "config", None):
             models.save(self.path.with_name(BEST), model, {"step": step, name: score})
 
     def patience_lost(self, patience: int | None, done: int) -> bool:

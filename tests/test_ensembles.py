@@ -72,7 +72,7 @@ def test_card_and_needs_are_the_members(members):
         m.card = {"channels": ["flair", "t1c"]}
     ensemble = Ensemble(members)
     assert (ensemble.margin, ensemble.multiple, ensemble.spatial_dims) == (24, 3, 2)
-    assert (ensemble.classes, ensemble.in_channels) == (3, 2) and ensemble.card == members[0].card
+    assert (ensemble.classes, ensemble.in_channels, ensemble.reach) == (3, 2, 8) and ensemble.card == members[0].card
 
 
 def test_no_members():
@@ -104,7 +104,7 @@ def test_members_must_agree_on_their_channels(members):
 def test_an_ensemble_of_padded_networks_keeps_their_halo():
     ensemble = Ensemble([models.kayalibay_unet3d(width=0.1), models.kayalibay_unet3d(width=0.2)])
     assert ensemble.halo == ensemble.members[0].halo
-    assert not hasattr(Ensemble([models.dm2d_seg(width=0.1)]), "halo")
+    assert Ensemble([models.dm2d_seg(width=0.1)]).halo is None
 
 
 # ---------------------------------------------------------------------------------------------------------------- votes

@@ -1,4 +1,4 @@
-"""The papers' networks, one builder per named network, at the papers' sizes unless `width` says otherwise."""
+"""The papers' networks, with one builder for each. They have the papers' sizes unless `width` says otherwise."""
 
 from .checkpoint import load, save
 from .deepmedic import (
@@ -18,15 +18,20 @@ from .drozdzal import fc_resnet, fcn8, fcn_fc_resnet, fcn_preprocessor, unet2d
 from .havaei import global_path_cnn, input_cascade_cnn, local_cascade_cnn, local_path_cnn, mf_cascade_cnn, two_path_cnn
 from .kayalibay import kayalibay_unet3d
 from .mlynarski import mlynarski_2d, mlynarski_3d
+from .network import BUILDERS, Adapter, Network, builder
 
 __all__ = [
+    "BUILDERS",
     "DEEPMEDIC",
     "DROZDZAL",
     "HAVAEI",
     "KAYALIBAY",
     "MLYNARSKI",
     "NETWORKS",
+    "Adapter",
+    "Network",
     "big_deep_plus",
+    "builder",
     "deep",
     "deep_plus",
     "deeper2d_seg",
@@ -55,8 +60,12 @@ __all__ = [
     "wider2d_seg",
 ]
 
-NETWORKS = tuple(name for name in __all__ if name[0].islower() and name not in ("load", "save"))  # the builders, by name
-DEEPMEDIC, HAVAEI, KAYALIBAY, DROZDZAL, MLYNARSKI = (  # the same, paper by paper
-    tuple(name for name in NETWORKS if globals()[name].__module__ == f"{__name__}.{file}")
-    for file in ("deepmedic", "havaei", "kayalibay", "drozdzal", "mlynarski")
-)
+
+def _names(module: str) -> tuple[str, ...]:
+    """Return the names of the networks that one module of this package builds."""
+    return tuple(name for name, build in BUILDERS.items() if build.__module__ == f"{__name__}.{module}")
+
+
+NETWORKS = tuple(BUILDERS)
+DEEPMEDIC, HAVAEI, KAYALIBAY = _names("deepmedic"), _names("havaei"), _names("kayalibay")
+DROZDZAL, MLYNARSKI = _names("drozdzal"), _names("mlynarski")

@@ -7,27 +7,30 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from ..paths import atomic_write
+from .network import BUILDERS, Network
 
-# The batches that inference statistics were averaged over are needed to go on training, not to use the network.
+# Statistics of the last training batches: needed to go on training, not to use the network.
 _TRAINING_ONLY = ("recent", "batches")
 
 
-def save(path: str | Path, model: nn.Module, card: dict, *, half: bool = False) -> Path:
-    """Write the weights of a network that one of the builders made.
+def save(path: str | Path, model: Network, card: dict, *, half: bool = False) -> Path:
+    """Write the weights of a network, the call that builds it again, and its card.
 
     Args:
         path: a `.safetensors` file; it appears only when complete.
-        model: a network from `medseg_lite.models`.
-        card: what a user must know: channels, classes, normalisation, data, steps, seed, command, scores. JSON values.
-        half: whether kernels are written as float16, for a file of half the size. All else (statistics of batch normalisation may
-            exceed what float16 holds) stays as it is, and `load` gives float32 all the same.
+        model: a network that one of the builders made.
+        card: facts that a user must know: channels, classes, normalisation, data, steps, seed, command, scores. JSON values.
+        half: True writes kernels as float16, for a file of half the size. All else stays as it is, because statistics of batch
+            normalisation may exceed the range of float16. `load` gives float32 in either case.
     """
     path = Path(path)
-    if not hasattr(model, "config"):
-        raise ValueError(f"{type(model).__name__} was not made by a builder of medseg_lite.models, so it cannot be rebuilt")
+    if not isinstance(model, Network) or model.config is None:
+        raise ValueError(
+            f"{type(model).__name__} was not made by a builder, so it could not be rebuilt from the file; write a function that "
+            "returns the network, put @models.builder above it, and make the network with that function"
+        )
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not _training_only(k)}
     if half:
         tensors = {k: v.half() if v.ndim > 1 and v.is_floating_point() else v for k, v in tensors.items()}
@@ -37,13 +40,11 @@ def save(path: str | Path, model: nn.Module, card: dict, *, half: bool = False) 
     return path
 
 
-def load(path: str | Path) -> nn.Module:
-    """Rebuild a network from `save`'s file, in evaluation mode; its card is `model.card`.
+def load(path: str | Path) -> Network:
+    """Rebuild a network from a file that `save` wrote. It comes in evaluation mode, with its card as `model.card`.
 
-    Only builders of this package are called and nothing in the file is executed.
+    Only registered builders are called, and nothing in the file is executed.
     """
-    from medseg_lite import models
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a .safetensors file written by medseg_lite.models.save")
@@ -55,23 +56,30 @@ def load(path: str | Path) -> nn.Module:
         raise ValueError(f"{path} is not a safetensors file ({error}); download or export it again") from error
     if "config" not in metadata:
         raise ValueError(f"{path} holds no network description; expected a file written by medseg_lite.models.save")
-    config = json.loads(metadata["config"])
-    name = config.pop("builder", None)
-    if name not in models.NETWORKS:
-        raise ValueError(f"{path} asks for network {name!r}, which this version of medseg_lite does not have")
-    try:
-        model = getattr(models, name)(**config)
-    except TypeError as error:
-        raise ValueError(f"{path} asks for options that {name} does not have in this version ({error})") from error
+    model = _rebuild(path, json.loads(metadata["config"]))
     expected = {k: v.shape for k, v in model.state_dict().items() if not _training_only(k)}
     wrong = sorted(k for k in expected.keys() | tensors.keys() if k not in tensors or tensors[k].shape != expected.get(k))
     if wrong:
         raise ValueError(
-            f"{path} does not fit {name}: {len(wrong)} tensors are missing, unknown or of another shape ({', '.join(wrong[:3])}, …)"
+            f"{path} does not fit {model.config['builder']}: {len(wrong)} tensors are missing, unknown or of another shape "
+            f"({', '.join(wrong[:3])}, …)"
         )
     model.load_state_dict(tensors, strict=False)
     model.card = json.loads(metadata.get("card", "{}"))
     return model.eval()
+
+
+def _rebuild(path: Path, config: dict) -> Network:
+    name = config.pop("builder", None)
+    if name not in BUILDERS:
+        raise ValueError(
+            f"{path} asks for network {name!r}, which this version of medseg_lite does not have; if the builder is your own, "
+            "import its module before you load the file"
+        )
+    try:
+        return BUILDERS[name](**config)
+    except TypeError as error:
+        raise ValueError(f"{path} asks for options that {name} does not have in this version ({error})") from error
 
 
 def _training_only(name: str) -> bool:

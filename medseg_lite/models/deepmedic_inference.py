@@ -1,9 +1,12 @@
 """DeepMedic rearranged for fast inference on a CPU: the same numbers, in another order of work.
 
-What helps, in the order of its worth: feature maps stored channels-last; channel counts padded with zeros to what the
-convolution kernels like (30 → 32, 50 → 56); batch normalisation folded into the convolutions; the 1×1×1 layers as matrix
-products over pieces that stay in the cache, with the low-resolution half of the first one computed before its repetition, and
-with one of the padded channels held at 1, so that the next layer's bias is a row of its matrix and costs no pass of its own.
+These changes help, the most useful first:
+
+* Feature maps are stored channels-last.
+* Numbers of channels are padded with zeros to a size that the convolution kernels like (30 → 32, 50 → 56).
+* Batch normalisation is folded into the convolutions.
+* The 1×1×1 layers are matrix products over pieces that stay in the cache. The low-resolution half of the first one is computed
+  before its repetition. One of the padded channels is held at 1, so that the bias of the next layer is a row of its matrix.
 """
 
 from __future__ import annotations
@@ -13,17 +16,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .layers import ConvBlock
+from .network import Network
 
 DOWN = 3  # sub-sampling factor of the low-resolution pathway
-PIECE = 12000  # voxels per piece of the 1×1×1 layers: 150 channels of them stay in the cache of most CPUs
+PIECE = 12000  # voxels in a piece of the 1×1×1 layers: 150 channels of them stay in the cache of most CPUs
 
 
-class FoldedDeepMedic(nn.Module):
-    """Made by `DeepMedic.for_inference`; takes and returns what the network does, without gradients."""
+class FoldedDeepMedic(Network):
+    """The network that `DeepMedic.for_inference` returns: the same input and output, without gradients."""
 
-    def __init__(self, model):
+    def __init__(self, model: Network):
         super().__init__()
-        self.cut, self.spatial_dims, self.low_resolution = model.cut, model.spatial_dims, model.low_resolution
+        self.copy_contract(model)
+        self.cut, self.low_resolution = model.cut, model.low_resolution
         self.format = torch.channels_last_3d if model.spatial_dims == 3 else torch.channels_last
         self.conv = F.conv3d if model.spatial_dims == 3 else F.conv2d
         with torch.no_grad():
@@ -32,6 +37,7 @@ class FoldedDeepMedic(nn.Module):
             self._fold_dense(model)
 
     def _fold_pathway(self, blocks: nn.Sequential) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return the kernel, bias and PReLU slopes of each layer, with zeros for the channels that fill up."""
         layers, inputs = [], blocks[0].conv.in_channels
         for n, block in enumerate(blocks):
             weight, bias, slope = _fold(block)
@@ -47,7 +53,7 @@ class FoldedDeepMedic(nn.Module):
         return layers
 
     def _fold_dense(self, model) -> None:
-        """The 1×1×1 layers as matrices `(inputs, outputs)`, biases in the row of the input that is always 1."""
+        """Write the 1×1×1 layers as matrices `(inputs, outputs)`. Biases are in the row of the input that is always 1."""
         features = model.normal[-1].conv.out_channels
         layers = [_fold(block) for block in model.hidden]
         layers.append((model.classifier.weight.detach(), model.classifier.bias.detach(), None))
@@ -70,7 +76,7 @@ class FoldedDeepMedic(nn.Module):
             inputs, ones = outputs, len(weight)
 
     def _pathway(self, x: Tensor, layers) -> Tensor:
-        """`(B, C, *n)` to features `(B, *n_out, F)`."""
+        """Run a pathway: `(B, C, *n)` to features `(B, *n_out, F)`."""
         x = x.contiguous(memory_format=self.format)
         for weight, bias, slope in layers:
             x = F.prelu(self.conv(x, weight, bias), slope)
@@ -78,11 +84,11 @@ class FoldedDeepMedic(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, *(n + 2 margin)) -> (B, K, *n)`."""
+        """`(B, C, *(n + 2 margin)) -> (B, K, *n)` logits."""
         inputs = self.cut(x) if isinstance(x, Tensor) else x
-        local = self._pathway(inputs[0], self.normal)
+        local = self._pathway(inputs[0], self.normal)  # (B, *n, F)
         # A 1×1×1 layer commutes with repetition, so its low-resolution half is 27 times cheaper before it.
-        context = self._pathway(inputs[1], self.low) @ self.context if self.low_resolution else None
+        context = self._pathway(inputs[1], self.low) @ self.context if self.low_resolution else None  # (B, *(n / 3), F)
         out = local.new_empty(*local.shape[:-1], self.dense[-1][0].shape[1])
         step = max(1, PIECE // local[0, 0, ..., 0].numel() // DOWN) * DOWN
         for b in range(len(local)):
@@ -93,7 +99,7 @@ class FoldedDeepMedic(nn.Module):
         return out.movedim(-1, 1)
 
     def _dense(self, piece: Tensor, below: Tensor | None) -> Tensor:
-        """The 1×1×1 layers on `(*n, F)`, given the first one's share from the low-resolution pathway."""
+        """Apply the 1×1×1 layers to `(*n, F)`, given the first one's share from the low-resolution pathway."""
         shape = piece.shape[:-1]
         (matrix, slope), *rest = self.dense
         if below is None:
@@ -107,7 +113,7 @@ class FoldedDeepMedic(nn.Module):
 
 
 def _repeat(x: Tensor, shape: torch.Size) -> Tensor:
-    """Repeat every voxel of `(*n, F)` three times along each axis, cut to `shape`, in memory of its own."""
+    """Repeat every voxel of `(*n, F)` three times along each axis and cut the result to `shape`. It is a copy."""
     times = [DOWN if size > 1 else 1 for size in shape]
     wide = x.new_empty(*(n for size, t in zip(x.shape, times) for n in (size, t)), x.shape[-1])
     wide.copy_(x.view(*(n for size in x.shape[:-1] for n in (size, 1)), x.shape[-1]))
@@ -116,13 +122,13 @@ def _repeat(x: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _padded(channels: int) -> int:
-    """The next multiple of eight, unless padding a narrow network would cost more than it gains."""
+    """Return the next multiple of eight, or `channels` where padding a narrow network would cost more than it gains."""
     wide = -(-channels // 8) * 8
     return wide if wide <= 1.2 * channels else channels
 
 
 def _fold(block: ConvBlock) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel, bias and PReLU slopes of one block with its batch normalisation folded in."""
+    """Return the kernel, bias and PReLU slopes of one block, with its batch normalisation folded in."""
     weight, bias = block.conv.weight, block.conv.bias
     if bias is None:
         norm = block.norm

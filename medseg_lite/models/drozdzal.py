@@ -7,104 +7,92 @@ https://arxiv.org/abs/1702.05174. Layers: tables I and II. Everything is 2D, wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import init_he, scaled
+from .layers import CONV, init_he, scaled
+from .network import Network, builder
 
 FCN_MAPS = (16, 32, 64, 128, 256)  # table I
 UNET_MAPS = (64, 128, 256, 512, 1024)  # Ronneberger et al. 2015
-STAGES = ((32, 3), (64, 8), (128, 10))  # table II: f and number of bottlenecks, going down; going up the same in reverse
+STAGES = ((32, 3), (64, 8), (128, 10))  # table II: f and number of bottlenecks, going down; going up the order is reversed
 ACROSS = (256, 3)
 STEM = 32
 VGG = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # feature maps and convolutions between poolings of VGG-16
 
 
-class SamePaddedNetwork(nn.Module):
-    """What inference needs to know about the networks here: `(B, C, *n) -> (B, K, *n)` where n is divisible by `multiple`.
-
-    Nothing further away than `halo` pixels influences a prediction.
-    """
-
-    margin, spatial_dims = 0, 2
-    multiple: int
-    halo: int
-
-    def check(self, x: Tensor) -> None:
-        if any(n % self.multiple for n in x.shape[-self.spatial_dims :]):
-            raise ValueError(
-                f"the image is {'×'.join(map(str, x.shape[-self.spatial_dims :]))} pixels; this network halves it several times "
-                f"and needs multiples of {self.multiple}. medseg_lite.inference.predict pads a whole image for you"
-            )
-
-
-class UNet(SamePaddedNetwork):
+class UNet(Network):
     """An encoder and a decoder with a concatenation at every resolution: two 3² convolutions and a pooling per level.
 
-        (B, C, n²) ─ m₀ ───────────────────────── concat ─ m₀ ─ (B, out, n²)
+        (B, C, n²) ─ m₀ ───────────────────────── concat ─ m₀ ─ (B, K, n²)
                       └ pool ─ m₁ ──────── concat ─ m₁ ┘ up
                                 └ pool ─ m₂ ┘ up
 
     Args:
-        in_channels, out_channels: channels of the image and of the result.
+        in_channels, classes: channels of the image and of the result.
         maps: feature maps of every level, from the finest.
-        narrow_first: whether the 2² convolution that halves the width comes after upsampling (U-Net) or, `False`, after the
-            concatenation (the pre-processor, table I).
-        output: size of the last convolution's kernel; it is linear.
+        narrow_first: place of the 2² convolution that halves the number of maps. True puts it after upsampling (U-Net), False after
+            the concatenation (the pre-processor, table I).
+        output: side of the kernel of the last convolution, which is linear.
         dims: 2 or 3.
+
+    Source: Drozdzal et al. 2018, section 3.1 and table I; Ronneberger, Fischer and Brox 2015.
+    Taught in notebook 08.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, maps, *, narrow_first: bool, output: int, dims: int = 2):
-        super().__init__()
-        _check(in_channels, out_channels)
+    def __init__(self, in_channels: int, classes: int, maps: Sequence[int], *, narrow_first: bool, output: int, dims: int = 2):
+        super().__init__(in_channels, classes)
         self.spatial_dims, self.narrow_first = dims, narrow_first
         # To one side at most: 2 convolutions and a pooling at every scale going down, 3 convolutions going up.
         self.multiple = 2 ** (len(maps) - 1)
         self.halo = 8 * self.multiple
-        self.in_channels, self.classes = in_channels, out_channels
-        conv = nn.Conv2d if dims == 2 else nn.Conv3d
+        conv = CONV[dims]
 
         def twice(a: int, b: int) -> nn.Sequential:
             return nn.Sequential(conv(a, b, 3, padding=1), nn.ReLU(), conv(b, b, 3, padding=1), nn.ReLU())
 
-        self.down = nn.ModuleList(twice(a, b) for a, b in zip((in_channels, *maps), maps))
-        coarse_to_fine = list(zip(maps[:0:-1], maps[-2::-1]))
-        self.narrow = nn.ModuleList(conv(a if narrow_first else a + b, b, 2) for a, b in coarse_to_fine)
-        self.up = nn.ModuleList(twice(2 * b if narrow_first else b, b) for _, b in coarse_to_fine)
-        self.output = conv(maps[0], out_channels, output, padding=output // 2)
+        going_up = list(pairwise(reversed(maps)))
+        self.down = nn.ModuleList(twice(a, b) for a, b in pairwise([in_channels, *maps]))
+        self.narrow = nn.ModuleList(conv(a if narrow_first else a + b, b, 2) for a, b in going_up)
+        self.up = nn.ModuleList(twice(2 * b if narrow_first else b, b) for _, b in going_up)
+        self.output = conv(maps[0], classes, output, padding=output // 2)
         init_he(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check(x)
+        """`(B, C, *n) -> (B, K, *n)` logits."""
+        self.check_size(x)
         pool = F.max_pool2d if self.spatial_dims == 2 else F.max_pool3d
         skips = []
         for level, block in enumerate(self.down):
-            x = block(pool(x, 2) if level else x)
+            x = block(pool(x, 2) if level else x)  # (B, m₀, *n), (B, m₁, *n/2), (B, m₂, *n/4), …
             skips.append(x)
         skips.pop()
         for narrow, block in zip(self.narrow, self.up):
-            x = F.interpolate(x, scale_factor=2)
-            skip = skips.pop()
+            x, skip = F.interpolate(x, scale_factor=2), skips.pop()  # (B, m₂, *n/2) and (B, m₁, *n/2), …
             if self.narrow_first:
-                x = torch.cat([skip, self._even(narrow, x)], dim=1)
+                x = torch.cat([skip, self._even(narrow, x)], dim=1)  # (B, 2 m₁, *n/2)
             else:
-                x = self._even(narrow, torch.cat([skip, x], dim=1))
-            x = block(x)
+                x = self._even(narrow, torch.cat([skip, x], dim=1))  # (B, m₁, *n/2)
+            x = block(x)  # (B, m₁, *n/2)
         return self.output(x)
 
     def _even(self, conv: nn.Module, x: Tensor) -> Tensor:
-        """A convolution with a kernel of 2, padded at the end of every axis so that the size stays."""
+        """Apply a convolution with a kernel of 2, padded at the end of every axis so that the size stays."""
         return conv(F.pad(x, (0, 1) * self.spatial_dims))
 
 
 class Bottleneck(nn.Module):
-    """Pre-activation residual block: x + 1² f ─ 3² f ─ 1² 4f, each after batch normalisation and ReLU.
+    """A pre-activation residual block: x + 1² f ─ 3² f ─ 1² 4f, each after batch normalisation and ReLU.
 
-    `scale` 1/2 halves the resolution in its first convolution; 2 doubles it before its last. The shortcut is the input itself,
-    sub-sampled or repeated, and goes through a 1² convolution where the number of feature maps changes.
+    `scale` 1/2 halves the resolution in the first convolution; 2 doubles it before the last. The shortcut is the input itself,
+    sub-sampled or repeated. It goes through a 1² convolution where the number of feature maps changes.
 
-    Source: section 3.2 and table II; He et al. 2016, "Identity mappings in deep residual networks".
+    Source: Drozdzal et al. 2018, section 3.2 and table II; He et al. 2016, "Identity mappings in deep residual networks".
+    Taught in notebook 08.
     """
 
     def __init__(self, in_maps: int, f: int, *, scale: float = 1):
@@ -117,18 +105,18 @@ class Bottleneck(nn.Module):
         self.project = nn.Conv2d(in_maps, 4 * f, 1) if in_maps != 4 * f else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.reduce(self.norms[0](x).relu())
-        y = self.filter(self.norms[1](y).relu())
-        y = self.expand(resample(self.norms[2](y).relu(), max(self.scale, 1)))
+        y = self.reduce(self.norms[0](x).relu())  # (B, f, H, W), or half as many pixels along each axis
+        y = self.filter(self.norms[1](y).relu())  # (B, f, H, W)
+        y = self.expand(resample(self.norms[2](y).relu(), max(self.scale, 1)))  # (B, 4f, H, W), or twice as many
         return self.shortcut(x) + y
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """What is left of the block without its convolutions."""
+        """Return the result of the block without its convolutions."""
         return self.project(resample(x, self.scale))
 
 
 class SimpleBlock(nn.Module):
-    """Pre-activation residual block with a single 3² convolution, after max-pooling (`scale` 1/2) or upsampling (2)."""
+    """A pre-activation residual block with a single 3² convolution, after max-pooling (`scale` 1/2) or upsampling (2)."""
 
     def __init__(self, maps: int, *, scale: float):
         super().__init__()
@@ -142,7 +130,7 @@ class SimpleBlock(nn.Module):
         return self.shortcut(x) + self.conv(y)
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """What is left of the block without its convolution."""
+        """Return the result of the block without its convolution."""
         return resample(x, self.scale)
 
 
@@ -165,109 +153,98 @@ class LongSkip(nn.Module):
         return self.deep(deep) + self.shallow(shallow)
 
 
-class FCResNet(SamePaddedNetwork):
+class FCResNet(Network):
     """A ResNet that goes down to 1/32 of the resolution and up again, with long skips that are added.
 
     Attributes:
-        stem, down, across, up, skips, head: its parts, from the input to the output.
+        stem, down, across, up, skips, last, head: its parts, from the input to the output.
 
-    Source: section 3.2 and table II. The table leaves open how skips of different widths are summed; projecting both to the
-    narrower width gives the parameter count that the paper states for the pair of networks (12.8 million).
+    Source: Drozdzal et al. 2018, section 3.2 and table II. The table leaves open how skips of different widths are summed.
+    Projecting both to the narrower width gives the parameter count that the paper states for the pair of networks (12.8 million).
+    Taught in notebook 08.
     """
 
-    multiple, halo = 32, 608  # most of the halo comes from the 23 convolutions at 1/16 and 1/32 of the resolution
+    spatial_dims, multiple = 2, 32
+    halo = 608  # mostly from the 23 convolutions at 1/16 and 1/32 of the resolution
 
     def __init__(self, in_channels: int, classes: int, width: float = 1.0):
-        super().__init__()
-        _check(in_channels, classes)
-        self.in_channels, self.classes = in_channels, classes
-        stem, (across, blocks) = scaled(STEM, width), (scaled(ACROSS[0], width), ACROSS[1])
+        super().__init__(in_channels, classes)
+        stem, across = scaled(STEM, width), scaled(ACROSS[0], width)
         stages = [(scaled(f, width), n) for f, n in STAGES]
+        going_down = [stem, *(4 * f for f, _ in stages)]  # maps at 1/2, 1/4, 1/8 and 1/16 of the resolution: 32, 128, 256, 512
+        going_up = [4 * across, *(4 * f for f, _ in reversed(stages))]  # maps before each long skip: 1024, 512, 256, 128
+        joined = [*(f for f, _ in reversed(stages)), stem]  # maps of each long skip: 128, 64, 32, 32
         self.stem = nn.Conv2d(in_channels, stem, 3, padding=1)
-        down, widths = [SimpleBlock(stem, scale=0.5)], [stem]
-        for f, n in stages:
-            down.append(_stage(widths[-1], f, n, first=0.5))
-            widths.append(4 * f)
-        self.down = nn.ModuleList(down)
-        self.across = _stage(widths[-1], across, blocks, first=0.5, last=2)
-        maps, up, skips = 4 * across, [], []
-        for (f, n), shallow in zip(reversed(stages), reversed(widths)):
-            skips.append(LongSkip(maps, shallow, f))
-            up.append(_stage(f, f, n, last=2))
-            maps = 4 * f
-        skips.append(LongSkip(maps, stem, stem))
-        up.append(SimpleBlock(stem, scale=2))
-        self.up, self.skips = nn.ModuleList(up), nn.ModuleList(skips)
+        self.down = nn.ModuleList(_stage(maps, f, n, first=0.5) for maps, (f, n) in zip(going_down, stages))
+        self.down.insert(0, SimpleBlock(stem, scale=0.5))
+        self.across = _stage(going_down[-1], across, ACROSS[1], first=0.5, last=2)
+        self.up = nn.ModuleList(_stage(f, f, n, last=2) for f, n in reversed(stages))
+        self.up.append(SimpleBlock(stem, scale=2))
+        self.skips = nn.ModuleList(LongSkip(*maps) for maps in zip(going_up, reversed(going_down), joined))
         self.last = nn.Conv2d(stem, stem, 3, padding=1)
         self.head = nn.Sequential(nn.BatchNorm2d(stem), nn.ReLU(), nn.Conv2d(stem, classes, 1))
         init_he(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check(x)
-        start = x = self.stem(x)
+        """`(B, C, H, W) -> (B, K, H, W)` logits."""
+        self.check_size(x)
+        start = x = self.stem(x)  # (B, 32, H, W)
         kept = []
         for stage in self.down:
-            x = stage(x)
+            x = stage(x)  # (B, 32, H/2, W/2), (B, 128, H/4, W/4), (B, 256, H/8, W/8), (B, 512, H/16, W/16)
             kept.append(x)
-        x = self.across(x)
+        x = self.across(x)  # (B, 1024, H/16, W/16)
         for stage, skip in zip(self.up, self.skips):
-            x = stage(skip(x, kept.pop()))
+            x = stage(skip(x, kept.pop()))  # (B, 512, H/8, W/8), (B, 256, H/4, W/4), (B, 128, H/2, W/2), (B, 32, H, W)
         return self.head(self.last(x) + start)
 
 
 def _stage(in_maps: int, f: int, blocks: int, *, first: float = 1, last: float = 1) -> nn.Sequential:
-    """Several bottlenecks; the first or the last changes the resolution."""
+    """Return several bottlenecks, of which the first or the last changes the resolution."""
     scales = [first, *[1] * (blocks - 2), last]
     return nn.Sequential(*(Bottleneck(4 * f if i else in_maps, f, scale=s) for i, s in enumerate(scales)))
 
 
-class Pipeline(SamePaddedNetwork):
+class Pipeline(Network):
     """The pre-processor, which turns raw intensities into as many normalised channels, and the network that segments them.
 
     Attributes:
         preprocessor: `(B, C, *n) -> (B, C, *n)`.
         segmenter: `(B, C, *n) -> (B, K, *n)`.
 
-    Source: section 3, figure 1.
+    Source: Drozdzal et al. 2018, section 3 and figure 1.
+    Taught in notebook 08.
     """
 
-    def __init__(self, preprocessor: nn.Module, segmenter: nn.Module):
-        super().__init__()
+    def __init__(self, preprocessor: Network, segmenter: Network):
+        super().__init__(preprocessor.in_channels, segmenter.classes)
         self.preprocessor, self.segmenter = preprocessor, segmenter
         self.spatial_dims = segmenter.spatial_dims
-        self.in_channels, self.classes = preprocessor.in_channels, segmenter.classes
         self.multiple = max(preprocessor.multiple, segmenter.multiple)
         self.halo = preprocessor.halo + segmenter.halo
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check(x)
+        """`(B, C, *n) -> (B, K, *n)` logits."""
+        self.check_size(x)
         return self.segmenter(self.preprocessor(x))
 
 
-class FCN8(SamePaddedNetwork):
-    """FCN-8s: VGG-16 whose fully connected layers are convolutions; its scores at 1/32, 1/16 and 1/8 are added and enlarged.
+class FCN8(Network):
+    """FCN-8s: VGG-16 whose fully connected layers are convolutions. Its scores at 1/32, 1/16 and 1/8 are added and enlarged.
 
     Source: Long, Shelhamer and Darrell 2015, "Fully convolutional networks for semantic segmentation"; one of the baselines of
-    table V. Ours starts from random weights and pads its 7² layer by 3 instead of the image by 100.
+    Drozdzal et al. 2018, table V. Ours starts from random weights and pads its 7² layer by 3 instead of the image by 100.
+    Taught in notebook 08.
     """
 
-    multiple, halo = 32, 288
+    spatial_dims, multiple, halo = 2, 32, 288
 
     def __init__(self, in_channels: int, classes: int, width: float = 1.0, dropout: float = 0.5):
-        super().__init__()
-        _check(in_channels, classes)
-        self.in_channels, self.classes = in_channels, classes
-        stages, maps = [], in_channels
-        for f, n in ((scaled(f, width), n) for f, n in VGG):
-            layers = []
-            for _ in range(n):
-                layers += [nn.Conv2d(maps, f, 3, padding=1), nn.ReLU()]
-                maps = f
-            stages.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
-        self.stages = nn.ModuleList(stages)
-        hidden = scaled(4096, width)
+        super().__init__(in_channels, classes)
+        maps, hidden = [scaled(f, width) for f, _ in VGG], scaled(4096, width)
+        self.stages = nn.ModuleList(_vgg_stage(i, o, n) for (i, o), (_, n) in zip(pairwise([in_channels, *maps]), VGG))
         self.dense = nn.Sequential(
-            nn.Conv2d(maps, hidden, 7, padding=3),
+            nn.Conv2d(maps[-1], hidden, 7, padding=3),
             nn.ReLU(),
             nn.Dropout(dropout),
             nn.Conv2d(hidden, hidden, 1),
@@ -275,26 +252,33 @@ class FCN8(SamePaddedNetwork):
             nn.Dropout(dropout),
         )
         self.score = nn.Conv2d(hidden, classes, 1)
-        self.score4 = nn.Conv2d(maps, classes, 1)
-        self.score3 = nn.Conv2d(scaled(VGG[2][0], width), classes, 1)
+        self.score4 = nn.Conv2d(maps[3], classes, 1)
+        self.score3 = nn.Conv2d(maps[2], classes, 1)
         init_he(self)
         self.enlarge2 = _bilinear(classes, 2)
         self.enlarge4 = _bilinear(classes, 2)
         self.enlarge8 = _bilinear(classes, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check(x)
+        """`(B, C, H, W) -> (B, K, H, W)` logits."""
+        self.check_size(x)
         pools = []
         for stage in self.stages:
-            x = stage(x)
+            x = stage(x)  # (B, 64, H/2, W/2), …, (B, 512, H/32, W/32)
             pools.append(x)
-        y = self.enlarge2(self.score(self.dense(x))) + self.score4(pools[3])
-        y = self.enlarge4(y) + self.score3(pools[2])
+        y = self.score(self.dense(x))  # (B, K, H/32, W/32)
+        y = self.enlarge2(y) + self.score4(pools[3])  # (B, K, H/16, W/16)
+        y = self.enlarge4(y) + self.score3(pools[2])  # (B, K, H/8, W/8)
         return self.enlarge8(y)
 
 
+def _vgg_stage(in_maps: int, maps: int, count: int) -> nn.Sequential:
+    layers = [(nn.Conv2d(maps if n else in_maps, maps, 3, padding=1), nn.ReLU()) for n in range(count)]
+    return nn.Sequential(*(layer for pair in layers for layer in pair), nn.MaxPool2d(2))
+
+
 def _bilinear(classes: int, scale: int) -> nn.ConvTranspose2d:
-    """A transposed convolution that starts as bilinear interpolation."""
+    """Return a transposed convolution that starts as bilinear interpolation."""
     layer = nn.ConvTranspose2d(classes, classes, 2 * scale, stride=scale, padding=scale // 2, bias=False)
     ramp = 1 - (torch.arange(2 * scale) - scale + 0.5).abs() / scale
     with torch.no_grad():
@@ -302,49 +286,44 @@ def _bilinear(classes: int, scale: int) -> nn.ConvTranspose2d:
     return layer
 
 
-def _check(in_channels: int, classes: int) -> None:
-    if in_channels < 1 or classes < 1:
-        raise ValueError(f"in_channels={in_channels}, classes={classes}; expected at least 1 of each")
-
-
-def _built(model: nn.Module, name: str, in_channels: int, classes: int, width: float, **options) -> nn.Module:
-    model.config = {"builder": name, "in_channels": int(in_channels), "classes": int(classes), "width": float(width), **options}
-    return model
-
-
+@builder
 def fcn_preprocessor(*, in_channels: int = 1, classes: int = 1, width: float = 1.0, dims: int = 2) -> UNet:
-    """The U-Net-like pre-processor of table I. 1,832,145 parameters (1 channel in, 1 out), 23 convolutions.
+    """Build the U-Net-like pre-processor of table I. 1,832,145 parameters (1 channel in, 1 out), 23 convolutions.
 
     `classes` is the number of channels that it gives, usually as many as it takes. `dims=3` makes it a network for volumes.
     """
-    maps = [scaled(m, width) for m in FCN_MAPS]
-    model = UNet(in_channels, classes, maps, narrow_first=False, output=3, dims=dims)
-    return _built(model, "fcn_preprocessor", in_channels, classes, width, dims=dims)
+    return UNet(in_channels, classes, [scaled(m, width) for m in FCN_MAPS], narrow_first=False, output=3, dims=dims)
 
 
+@builder
 def fc_resnet(*, in_channels: int = 1, classes: int = 2, width: float = 1.0) -> FCResNet:
-    """FC-ResNet of table II. 11,042,273 parameters with 1 channel and 1 class (a sigmoid's), 140 convolutions on its main path."""
-    return _built(FCResNet(in_channels, classes, width), "fc_resnet", in_channels, classes, width)
+    """Build FC-ResNet of table II. 11,042,273 parameters with 1 channel and 1 class (a sigmoid's).
+
+    It has 140 convolutions on its main path.
+    """
+    return FCResNet(in_channels, classes, width)
 
 
+@builder
 def fcn_fc_resnet(*, in_channels: int = 1, classes: int = 2, width: float = 1.0) -> Pipeline:
-    """Pre-processor and FC-ResNet, trained as one. 12,874,418 parameters with 1 channel and 1 class."""
-    model = Pipeline(
+    """Build pre-processor and FC-ResNet, trained as one. 12,874,418 parameters with 1 channel and 1 class."""
+    return Pipeline(
         fcn_preprocessor(in_channels=in_channels, classes=in_channels, width=width),
         fc_resnet(in_channels=in_channels, classes=classes, width=width),
     )
-    return _built(model, "fcn_fc_resnet", in_channels, classes, width)
 
 
+@builder
 def unet2d(*, in_channels: int = 1, classes: int = 2, width: float = 1.0) -> UNet:
-    """The U-Net, zero-padded. 31,030,658 parameters (1 channel, 2 classes).
+    """Build the U-Net, zero-padded. 31,030,658 parameters (1 channel, 2 classes).
 
-    Source: Ronneberger, Fischer and Brox 2015; baseline of tables III and V.
+    Source: Ronneberger, Fischer and Brox 2015; baseline of Drozdzal et al. 2018, tables III and V.
+    Taught in notebook 08.
     """
-    model = UNet(in_channels, classes, [scaled(m, width) for m in UNET_MAPS], narrow_first=True, output=1)
-    return _built(model, "unet2d", in_channels, classes, width)
+    return UNet(in_channels, classes, [scaled(m, width) for m in UNET_MAPS], narrow_first=True, output=1)
 
 
+@builder
 def fcn8(*, in_channels: int = 1, classes: int = 2, width: float = 1.0) -> FCN8:
-    """FCN-8s on VGG-16. 134,271,430 parameters (3 channels, 2 classes)."""
-    return _built(FCN8(in_channels, classes, width), "fcn8", in_channels, classes, width)
+    """Build FCN-8s on VGG-16. 134,271,430 parameters (3 channels, 2 classes)."""
+    return FCN8(in_channels, classes, width)

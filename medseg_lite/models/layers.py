@@ -1,8 +1,9 @@
-"""What several of the networks share."""
+"""The parts that several networks share: convolution blocks, batch normalisation, initialisation."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,16 +14,17 @@ CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 class RollingBatchNorm(nn.Module):
     """Batch normalisation whose inference statistics are the plain average over the last `window` training batches.
 
-    DeepMedic keeps the mean and variance of its last 60 batches and averages them, the variance with the unbiased
-    factor n/(n-1). Unlike an exponential average this forgets the untrained network's statistics completely, which
-    matters in short runs. Works on `(B, C, ...)` of any dimension.
+    DeepMedic keeps the mean and variance of its last 60 batches and averages them, the variance with the unbiased factor n/(n-1).
+    An exponential average never quite forgets the statistics of the untrained network; this average does, which matters in
+    short runs. It works on `(B, C, ...)` of any dimension.
 
     Args:
-        channels: C.
+        channels: number of channels C.
         window: number of batches that the inference statistics average over.
-        eps: added to the variance.
+        eps: small number that is added to the variance.
 
     Source: Ioffe and Szegedy 2015; Kamnitsas et al. 2017, section 2.3, and its code (rolling average over 60 batches).
+    Taught in notebook 04.
     """
 
     def __init__(self, channels: int, *, window: int = 60, eps: float = 1e-5):
@@ -51,7 +53,7 @@ class RollingBatchNorm(nn.Module):
 
     @torch.no_grad()
     def remember(self, mean: Tensor, var: Tensor) -> None:
-        """Take the mean and unbiased variance `(C,)` of one more batch into the average."""
+        """Add the mean and the unbiased variance `(C,)` of one more batch to the average."""
         window = self.recent.shape[0]
         self.recent[self.batches % window] = torch.stack([mean, var])
         self.batches += 1
@@ -67,7 +69,8 @@ class RollingBatchNorm(nn.Module):
 class ConvBlock(nn.Sequential):
     """Dropout, valid convolution, batch normalisation, PReLU: `(B, C_in, *n) -> (B, C_out, *(n - kernel + 1))`.
 
-    Without batch normalisation the convolution has a bias instead. PReLU has one slope per channel, 0.01 at the start.
+    Without batch normalisation the convolution has a bias instead. PReLU has one slope per channel, 0.01 at the start. Without
+    dropout (a rate of 0) that layer does not exist.
     """
 
     def __init__(
@@ -93,22 +96,18 @@ def init_he(model: nn.Module) -> None:
     """Draw every convolution's kernel from N(0, √(2/n_in)), n_in = C_in · kernel voxels; set biases to zero.
 
     Source: He et al. 2015; Kamnitsas et al. 2017, section 2.3.
+    Taught in notebook 04.
     """
-    for conv in convolutions(model):
-        nn.init.normal_(conv.weight, std=(2 / conv.weight[0].numel()) ** 0.5)
-        if conv.bias is not None:
-            nn.init.zeros_(conv.bias)
+    _init(model, lambda kernel: nn.init.normal_(kernel, std=(2 / kernel[0].numel()) ** 0.5))
 
 
 def init_normal(model: nn.Module, std: float = 0.01) -> None:
     """Draw every convolution's kernel from N(0, std), std a standard deviation; set biases to zero.
 
     Source: Kamnitsas et al. 2017, appendix B (shallow networks); Kayalibay et al. 2017, section 3.2.1.
+    Taught in notebook 04.
     """
-    for conv in convolutions(model):
-        nn.init.normal_(conv.weight, std=std)
-        if conv.bias is not None:
-            nn.init.zeros_(conv.bias)
+    _init(model, lambda kernel: nn.init.normal_(kernel, std=std))
 
 
 def init_xavier(model: nn.Module) -> None:
@@ -116,34 +115,30 @@ def init_xavier(model: nn.Module) -> None:
 
     Source: Glorot and Bengio 2010; Kayalibay et al. 2017, section 3.2.1.
     """
+    _init(model, nn.init.xavier_normal_)
+
+
+def init_uniform(model: nn.Module, bound: float = 0.005) -> None:
+    """Draw every convolution's kernel from U(-bound, bound); set biases to zero.
+
+    Source: Havaei et al. 2017.
+    Taught in notebook 02.
+    """
+    _init(model, lambda kernel: nn.init.uniform_(kernel, -bound, bound))
+
+
+def _init(model: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
     for conv in convolutions(model):
-        nn.init.xavier_normal_(conv.weight)
+        draw(conv.weight)
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)
 
 
-def init_uniform(model: nn.Module, bound: float = 0.005) -> None:
-    """Draw every convolution's kernel from U(-bound, bound); set biases to zero. Source: Havaei et al. 2017."""
-    for conv in convolutions(model):
-        nn.init.uniform_(conv.weight, -bound, bound)
-        nn.init.zeros_(conv.bias)
-
-
-def check_size(model: nn.Module, x: Tensor | np.ndarray) -> None:
-    """Raise ValueError where a patch `(..., *space)` is too small for a network of valid convolutions."""
-    axes = x.shape[-model.spatial_dims :]
-    if any(n <= 2 * model.margin for n in axes):
-        raise ValueError(
-            f"the patch is {'×'.join(map(str, axes))} voxels; this network loses {model.margin} on each side and needs more "
-            f"than {2 * model.margin} along every axis. medseg_lite.inference.predict pads a whole volume for you"
-        )
-
-
 def convolutions(model: nn.Module) -> list[nn.Module]:
-    """Every convolution of a network, in the order of its definition."""
+    """Return every convolution of a network, in the order of its definition."""
     return [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
 
 
 def scaled(count: int, width: float) -> int:
-    """A feature-map count times `width`, at least one."""
+    """Return a number of feature maps times `width`, at least one."""
     return max(1, round(count * width))

@@ -1,4 +1,4 @@
-"""Mlynarski's networks: 2D networks with a subnetwork for every sequence, and 3D networks that are told what those see.
+"""Mlynarski's networks: 2D networks with a subnetwork for every sequence, and 3D networks that take the 2D scores as features.
 
 P. Mlynarski, H. Delingette, A. Criminisi, N. Ayache: "3D convolutional neural networks for tumor segmentation using long-range 2D
 context", Computerized Medical Imaging and Graphics 73, 2019, https://arxiv.org/abs/1807.08599.
@@ -10,12 +10,14 @@ numbers here are ours; those of the main 2D network (64 to 1024) are the author'
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import CONV, check_size, init_he, scaled
+from .layers import init_he, scaled
+from .network import Network, builder
 
 MAIN = (64, 128, 256, 512, 1024)  # feature maps of the main 2D network, scale by scale
 SUBNET = 32  # feature maps that each subnetwork hands over
@@ -24,7 +26,7 @@ VARIANTS = ("standard", "a", "b", "c")
 
 
 class Conv(nn.Sequential):
-    """Convolution padded with zeros, batch normalisation, ReLU: `(B, I, H, W) -> (B, O, H, W)`."""
+    """Zero-padded convolution, batch normalisation, ReLU: `(B, I, H, W) -> (B, O, H, W)`."""
 
     def __init__(self, in_maps: int, out_maps: int):
         super().__init__()
@@ -32,7 +34,7 @@ class Conv(nn.Sequential):
 
 
 class UpConv(nn.Module):
-    """Twice as many pixels by bilinear interpolation, then a 2² convolution, batch normalisation and ReLU."""
+    """Bilinear interpolation to twice the size, 2² convolution, batch normalisation, ReLU: `(B, I, H, W) -> (B, O, 2H, 2W)`."""
 
     def __init__(self, in_maps: int, out_maps: int):
         super().__init__()
@@ -44,7 +46,7 @@ class UpConv(nn.Module):
 
 
 class ReducedUNet(nn.Module):
-    """A subnetwork of model 1, a U-Net of two scales: `(B, C, H, W) -> (B, 32, H, W)`.
+    """The subnetwork of model 1, a U-Net of two scales: `(B, C, H, W) -> (B, 32, H, W)`.
 
     The first layer's feature maps are joined to the upsampled ones.
     """
@@ -56,18 +58,19 @@ class ReducedUNet(nn.Module):
         self.last = Conv(maps // 2 + maps, maps)
 
     def forward(self, x: Tensor) -> Tensor:
-        first = self.first(x)
-        coarse = self.coarse(F.max_pool2d(first, 2))
-        return self.last(torch.cat([first, F.interpolate(coarse, scale_factor=2, mode="bilinear")], dim=1))
+        first = self.first(x)  # (B, 16, H, W)
+        coarse = self.coarse(F.max_pool2d(first, 2))  # (B, 32, H/2, W/2)
+        coarse = F.interpolate(coarse, scale_factor=2, mode="bilinear")  # (B, 32, H, W)
+        return self.last(torch.cat([first, coarse], dim=1))
 
 
 def three_layers(in_channels: int, maps: int) -> nn.Sequential:
-    """A subnetwork of model 2: three convolutions, `(B, C, H, W) -> (B, 32, H, W)`."""
+    """Return the subnetwork of model 2: three convolutions, `(B, C, H, W) -> (B, 32, H, W)`."""
     return nn.Sequential(Conv(in_channels, maps // 2), Conv(maps // 2, maps // 2), Conv(maps // 2, maps))
 
 
-class Mlynarski2d(nn.Module):
-    """One subnetwork for every sequence and one for all together, whose feature maps enter a U-Net.
+class Mlynarski2d(Network):
+    """One subnetwork for every sequence and one for all together. Their feature maps enter a U-Net.
 
         sequence 1 ─ subnetwork ─┬─────── concat ─ U-Net ─ K          each subnetwork: ─ auxiliary classifier ─ K
             …                    │                                    (in training only)
@@ -78,49 +81,46 @@ class Mlynarski2d(nn.Module):
         in_channels: sequences C.
         classes: output classes K, background included.
         subnets: 1 for reduced U-Nets, 2 for three layers of convolutions.
-        width: scales every feature-map count.
+        width: factor for every number of feature maps.
 
     Attributes:
         subnetworks: C of them for single sequences, the last for all.
-        auxiliary: their classifiers, 1² convolutions. `forward` does not use them.
-        halo: nothing further away in pixels influences a prediction.
+        auxiliary: the classifiers of the subnetworks, 1² convolutions. `forward` does not use them.
+        halo: distance in pixels beyond which nothing influences a prediction.
 
-    Source: section 2.2 and figure 4.
+    Source: Mlynarski et al. 2019, section 2.2 and figure 4.
+    Taught in notebooks 09 and 10.
     """
 
-    margin, spatial_dims = 0, 2
-    multiple, halo = 16, 144
+    spatial_dims, multiple, halo = 2, 16, 144
 
     def __init__(self, in_channels: int, classes: int, *, subnets: int = 1, width: float = 1.0):
-        super().__init__()
-        _check(in_channels, classes)
+        super().__init__(in_channels, classes, fewest_classes=2)
         if subnets not in (1, 2):
             raise ValueError(f"subnets={subnets!r}; expected 1 (reduced U-Nets) or 2 (three layers)")
-        self.in_channels, self.classes = in_channels, classes
         shared = 2 * scaled(SUBNET // 2, width)
         build = ReducedUNet if subnets == 1 else three_layers
         self.subnetworks = nn.ModuleList(build(c, shared) for c in [1] * in_channels + [in_channels])
         self.auxiliary = nn.ModuleList(nn.Conv2d(shared, classes, 1) for _ in self.subnetworks)
         maps = [scaled(m, width) for m in MAIN]
-        seen = shared * len(self.subnetworks)
-        self.down = nn.ModuleList(nn.Sequential(Conv(a, b), Conv(b, b)) for a, b in zip((seen, *maps), maps))
-        pairs = list(zip(maps[:0:-1], maps[-2::-1]))
-        self.enlarge = nn.ModuleList(UpConv(a, b) for a, b in pairs)
-        self.up = nn.ModuleList(nn.Sequential(Conv(2 * b, b), Conv(b, b)) for _, b in pairs)
+        going_down, going_up = pairwise([shared * len(self.subnetworks), *maps]), list(pairwise(reversed(maps)))
+        self.down = nn.ModuleList(nn.Sequential(Conv(a, b), Conv(b, b)) for a, b in going_down)
+        self.enlarge = nn.ModuleList(UpConv(a, b) for a, b in going_up)
+        self.up = nn.ModuleList(nn.Sequential(Conv(2 * b, b), Conv(b, b)) for _, b in going_up)
         self.classifier = nn.Conv2d(maps[0], classes, 1)
         init_he(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, H, W) -> (B, K, H, W)` logits, the class scores that the 3D networks get as features."""
+        """`(B, C, H, W) -> (B, K, H, W)` logits. The 3D networks take these class scores as features."""
         return self._main(self._features(x))
 
     def with_auxiliary(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The logits, and those of every subnetwork's own classifier, for `losses.deep_supervision`."""
+        """Return the logits, and those of every subnetwork's own classifier, for `losses.deep_supervision`."""
         features = self._features(x)
         return self._main(features), [head(f) for head, f in zip(self.auxiliary, features)]
 
     def subnetwork(self, index: int) -> Subnetwork:
-        """One subnetwork and its auxiliary classifier as a network of its own, to be trained on cases that have its sequence.
+        """Return one subnetwork and its auxiliary classifier as a network, to be trained on cases that have its sequence.
 
         It shares its weights with this network.
         """
@@ -131,44 +131,46 @@ class Mlynarski2d(nn.Module):
         return Subnetwork(self.subnetworks[index], self.auxiliary[index], channels, self.classes)
 
     def _features(self, x: Tensor) -> list[Tensor]:
-        _check_multiple(self, x)
+        """Run the subnetworks: `(B, C, H, W)` to C + 1 tensors `(B, 32, H, W)`."""
+        self.check_size(x)
         return [net(part) for net, part in zip(self.subnetworks, [*x.split(1, dim=1), x])]
 
     def _main(self, features: Sequence[Tensor]) -> Tensor:
-        x, skips = torch.cat(list(features), dim=1), []
+        x, skips = torch.cat(list(features), dim=1), []  # (B, 32 (C + 1), H, W)
         for level, block in enumerate(self.down):
-            x = block(F.max_pool2d(x, 2) if level else x)
+            x = block(F.max_pool2d(x, 2) if level else x)  # (B, 64, H, W), (B, 128, H/2, W/2), …, (B, 1024, H/16, W/16)
             skips.append(x)
         skips.pop()
         for enlarge, block in zip(self.enlarge, self.up):
-            x = block(torch.cat([skips.pop(), enlarge(x)], dim=1))
+            x = block(torch.cat([skips.pop(), enlarge(x)], dim=1))  # (B, 512, H/8, W/8), …, (B, 64, H, W)
         return self.classifier(x)
 
 
-class Subnetwork(nn.Module):
+class Subnetwork(Network):
     """A subnetwork with its classifier: `(B, C, H, W) -> (B, K, H, W)` logits."""
 
-    margin, spatial_dims, multiple, halo = 0, 2, 2, 8
+    spatial_dims, multiple, halo = 2, 2, 8
 
     def __init__(self, features: nn.Module, classifier: nn.Module, in_channels: int, classes: int):
-        super().__init__()
+        super().__init__(in_channels, classes)
         self.features, self.classifier = features, classifier
-        self.in_channels, self.classes = in_channels, classes
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_multiple(self, x)
+        self.check_size(x)
         return self.classifier(self.features(x))
 
 
 class Trunk(nn.Module):
     """A valid 3D U-Net of three scales: `(B, C, n + 41) -> (B, 32, n)`, n one more than a multiple of 4.
 
-    Up-convolutions with kernels of 2 make the receptive field odd (45 voxels layer by layer; 46 for three of four voxels and 42
-    for the fourth when measured), but put it half a voxel beside the grid: output k lies between the voxels 20 and 21 further
-    in. We call it 20, as for the skip from the finest scale.
+    Up-convolutions with kernels of 2 make the receptive field odd: 45 voxels layer by layer; measured, 46 for three of four voxels
+    and 42 for the fourth. But they put it half a voxel beside the grid: output k lies between the voxels k + 20 and k + 21 of the
+    input. We take k + 20, as the skip from the finest scale does.
 
     Args:
-        extra: feature maps `(B, extra, n + 41)` that come in before the final convolutions, 0 for none.
+        in_channels: channels C of the input.
+        maps: feature maps of every scale, from the finest.
+        extra: number of feature maps `(B, extra, n + 41)` that come in before the final convolutions, 0 for none.
     """
 
     def __init__(self, in_channels: int, maps: Sequence[int], *, extra: int = 0):
@@ -181,50 +183,49 @@ class Trunk(nn.Module):
         self.enlarge1, self.up1 = _valid(b, a, 2), nn.Sequential(_valid(2 * a + extra, a), _valid(a, a))
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
-        fine = self.down1(x)
-        middle = self.down2(F.max_pool3d(fine, 2))
-        y = self.enlarge2(_double(self.down3(F.max_pool3d(middle, 2))))
-        y = self.up2(torch.cat([_crop(middle, y, 4), y], dim=1))
-        y = self.enlarge1(_double(y))
+        fine = self.down1(x)  # (B, 32, 68³) for n = 29, an input of 70³
+        middle = self.down2(F.max_pool3d(fine, 2))  # (B, 64, 30³)
+        y = self.enlarge2(_double(self.down3(F.max_pool3d(middle, 2))))  # (B, 128, 11³), then (B, 64, 21³)
+        y = self.up2(torch.cat([_crop(middle, y, 4), y], dim=1))  # (B, 64, 17³)
+        y = self.enlarge1(_double(y))  # (B, 32, 33³)
         joined = [_crop(fine, y, 17), y] if extra is None else [_crop(fine, y, 17), _crop(extra, y, 18), y]
-        return self.up1(torch.cat(joined, dim=1))
+        return self.up1(torch.cat(joined, dim=1))  # (B, 32, 29³)
 
 
-class Mlynarski3d(nn.Module):
+class Mlynarski3d(Network):
     """The 3D network, with the scores of 2D networks as further channels (variants A, B, C) or without (standard).
 
-    A: features beside the image, from the first layer on. B: before the final convolutions. C: two trunks, one of which sees
-    the image only, the other image and features.
+    In variant A the features enter beside the image, in the first layer. In variant B they enter before the final convolutions.
+    Variant C has two trunks: one sees the image only, the other one sees image and features.
 
     Args:
         in_channels: channels of the image.
         classes: output classes K, background included.
         variant: "standard", "a", "b" or "c".
         features: channels of the 2D features, by default a score for every class in three planes; 0 for "standard".
-        width: scales every feature-map count.
+        width: factor for every number of feature maps.
 
     Attributes:
-        in_channels: channels of what `forward` takes, image first, features after it.
+        in_channels: channels that `forward` takes, first the image, then the features.
         margin: voxels lost on each side, 21: the paper's patch of 70³ gives 28³ predictions.
 
-    Source: section 2.3 and figure 6.
+    Source: Mlynarski et al. 2019, section 2.3 and figure 6.
+    Taught in notebook 09.
     """
 
-    margin, multiple, spatial_dims = 21, 4, 3
+    margin, multiple = 21, 4
 
     def __init__(
         self, in_channels: int, classes: int, *, variant: str = "standard", features: int | None = None, width: float = 1.0
     ):
-        super().__init__()
-        _check(in_channels, classes)
+        super().__init__(in_channels, classes, fewest_classes=2)
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r}; expected one of {', '.join(VARIANTS)}")
         if features is None:
             features = 0 if variant == "standard" else 3 * classes
         if (features > 0) != (variant != "standard"):
             raise ValueError(f'variant={variant!r} with {features} features; "standard" has none, the others have some')
-        self.image_channels, self.variant, self.classes = in_channels, variant, classes
-        self.in_channels = in_channels + features
+        self.variant, self.image_channels, self.in_channels = variant, in_channels, in_channels + features
         maps = [scaled(m, width) for m in TRUNK]
         self.trunk = Trunk(self.in_channels if variant in "ac" else in_channels, maps, extra=features if variant == "b" else 0)
         self.image_trunk = Trunk(in_channels, maps) if variant == "c" else None
@@ -234,25 +235,16 @@ class Mlynarski3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C + features, n + 42) -> (B, K, n)` logits, n a multiple of 4."""
-        check_size(self, x)
-        axes = x.shape[2:]
-        if any((n - 2 * self.margin) % self.multiple for n in axes):
-            raise ValueError(
-                f"the patch is {'×'.join(map(str, axes))} voxels; this network needs {2 * self.margin} and a multiple of "
-                f"{self.multiple} along every axis, like 70. medseg_lite.inference.predict pads a whole volume for you"
-            )
+        self.check_size(x)
         image, extra = x[:, : self.image_channels], x[:, self.image_channels :]
-        if self.variant == "b":
-            y = self.trunk(image, extra)
-        else:
-            y = self.trunk(x)
+        y = self.trunk(image, extra) if self.variant == "b" else self.trunk(x)  # (B, 32, n + 1)
         if self.variant == "c":
             y = self.join(torch.cat([self.image_trunk(image), y], dim=1))
         return self.classifier(y[..., 1:, 1:, 1:])  # output k lies 20 voxels in: without the first, 21
 
 
 def _valid(in_maps: int, out_maps: int, kernel: int = 3) -> nn.Sequential:
-    return nn.Sequential(CONV[3](in_maps, out_maps, kernel), nn.ReLU())
+    return nn.Sequential(nn.Conv3d(in_maps, out_maps, kernel), nn.ReLU())
 
 
 def _double(x: Tensor) -> Tensor:
@@ -263,46 +255,21 @@ def _crop(x: Tensor, like: Tensor, start: int) -> Tensor:
     return x[(..., *(slice(start, start + n) for n in like.shape[2:]))]
 
 
-def _check(in_channels: int, classes: int) -> None:
-    if in_channels < 1 or classes < 2:
-        raise ValueError(f"in_channels={in_channels}, classes={classes}; expected at least 1 channel and 2 classes")
-
-
-def _check_multiple(model: nn.Module, x: Tensor) -> None:
-    if any(n % model.multiple for n in x.shape[2:]):
-        raise ValueError(
-            f"the slice is {'×'.join(map(str, x.shape[2:]))} pixels; this network halves it several times and needs multiples of "
-            f"{model.multiple}. medseg_lite.inference.predict pads a whole slice for you"
-        )
-
-
+@builder
 def mlynarski_2d(*, in_channels: int = 4, classes: int = 4, width: float = 1.0, subnets: int = 1) -> Mlynarski2d:
-    """Mlynarski's 2D network, model 1 or 2. 31,277,800 parameters (4 sequences, 4 classes; 31,173,400 with `subnets=2`).
+    """Build Mlynarski's 2D network, model 1 or 2. 31,277,800 parameters (4 sequences, 4 classes; 31,173,400 with `subnets=2`).
 
     660 of them belong to the auxiliary classifiers, which exist for training only.
     """
-    model = Mlynarski2d(in_channels, classes, subnets=subnets, width=width)
-    model.config = {
-        "builder": "mlynarski_2d",
-        "in_channels": int(in_channels),
-        "classes": int(classes),
-        "width": float(width),
-        "subnets": subnets,
-    }
-    return model
+    return Mlynarski2d(in_channels, classes, subnets=subnets, width=width)
 
 
+@builder
 def mlynarski_3d(
     *, in_channels: int = 4, classes: int = 4, width: float = 1.0, variant: str = "standard", features: int | None = None
 ) -> Mlynarski3d:
-    """Mlynarski's 3D network. 1,330,372 parameters (4 sequences, 4 classes; with features 1,340,740 as A or B, 2,673,060 as C)."""
-    model = Mlynarski3d(in_channels, classes, variant=variant, features=features, width=width)
-    model.config = {
-        "builder": "mlynarski_3d",
-        "in_channels": int(in_channels),
-        "classes": int(classes),
-        "width": float(width),
-        "variant": variant,
-        "features": features,
-    }
-    return model
+    """Build Mlynarski's 3D network. 1,330,372 parameters (4 sequences, 4 classes).
+
+    With features it has 1,340,740 in the variants A and B, and 2,673,060 in C.
+    """
+    return Mlynarski3d(in_channels, classes, variant=variant, features=features, width=width)
