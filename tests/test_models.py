@@ -97,7 +97,8 @@ def test_every_prediction_sees_only_its_own_field(network):
     x = patch(model, out=2 * g)
     dense = model(x)
     corner = (..., *(slice(g, None),) * model.spatial_dims)
-    torch.testing.assert_close(model(x[corner]), dense[corner], rtol=1e-4, atol=1e-4)
+    scale = dense.std()  # an untrained network's logits are small
+    torch.testing.assert_close(model(x[corner]) / scale, dense[corner] / scale, rtol=1e-4, atol=1e-3)
     assert x[corner].shape[-1] == g + 2 * m
 
 

@@ -159,7 +159,7 @@ def test_havaei_bad_input(cases):
         ({"network": "deepmedic"}, "network='deepmedic'; expected one of global_path_cnn"),
         ({"network": "mf_cascade_cnn"}, "mf_cascade_cnn needs a trained two_path_cnn: give it as first="),
         ({"first": first}, "two_path_cnn has no first network: leave first out"),
-        ({"network": "mf_cascade_cnn", "first": first}, "'width': 0.2.* mf_cascade_cnn needs .*'width': 0.1"),
+        ({"network": "mf_cascade_cnn", "first": first}, "'width': 0.2.* this cascade needs .*'width': 0.1"),
         ({"phase2_steps": -1}, "phase2_steps=-1; expected 0 or more"),
     ]
     for options, message in checks:

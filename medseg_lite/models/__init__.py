@@ -62,10 +62,10 @@ __all__ = [
 
 
 def _names(module: str) -> tuple[str, ...]:
-    """Return the names of the networks that one module of this package builds."""
-    return tuple(name for name, build in BUILDERS.items() if build.__module__ == f"{__name__}.{module}")
+    """Return the names of the networks that one module of this package builds, in alphabetical order."""
+    return tuple(sorted(name for name, build in BUILDERS.items() if build.__module__ == f"{__name__}.{module}"))
 
 
-NETWORKS = tuple(BUILDERS)
+NETWORKS = tuple(sorted(BUILDERS))
 DEEPMEDIC, HAVAEI, KAYALIBAY = _names("deepmedic"), _names("havaei"), _names("kayalibay")
 DROZDZAL, MLYNARSKI = _names("drozdzal"), _names("mlynarski")
