@@ -24,7 +24,6 @@ class RollingBatchNorm(nn.Module):
         eps: small number that is added to the variance.
 
     Source: Ioffe and Szegedy 2015; Kamnitsas et al. 2017, section 2.3, and its code (rolling average over 60 batches).
-    Taught in notebook 04.
     """
 
     def __init__(self, channels: int, *, window: int = 60, eps: float = 1e-5):
@@ -96,7 +95,6 @@ def init_he(model: nn.Module) -> None:
     """Draw every convolution's kernel from N(0, √(2/n_in)), n_in = C_in · kernel voxels; set biases to zero.
 
     Source: He et al. 2015; Kamnitsas et al. 2017, section 2.3.
-    Taught in notebook 04.
     """
     _init(model, lambda kernel: nn.init.normal_(kernel, std=(2 / kernel[0].numel()) ** 0.5))
 
@@ -105,7 +103,6 @@ def init_normal(model: nn.Module, std: float = 0.01) -> None:
     """Draw every convolution's kernel from N(0, std), std a standard deviation; set biases to zero.
 
     Source: Kamnitsas et al. 2017, appendix B (shallow networks); Kayalibay et al. 2017, section 3.2.1.
-    Taught in notebook 04.
     """
     _init(model, lambda kernel: nn.init.normal_(kernel, std=std))
 
@@ -122,7 +119,6 @@ def init_uniform(model: nn.Module, bound: float = 0.005) -> None:
     """Draw every convolution's kernel from U(-bound, bound); set biases to zero.
 
     Source: Havaei et al. 2017.
-    Taught in notebook 02.
     """
     _init(model, lambda kernel: nn.init.uniform_(kernel, -bound, bound))
 
