@@ -64,7 +64,7 @@ def measure(network: str, way: str, steps: int) -> None:
         )
         seconds = float(model.history["seconds"].diff().iloc[2:].median())
         peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
-        if distributed.number() == 0:
+        if distributed.rank() == 0:
             print(json.dumps({"seconds": seconds, "first": float(model.history["seconds"].iloc[0]), "gib": peak}))
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
+
+NO_SCORES = (
+    "step",
+    "loss",
+    "learning_rate",
+    "seconds",
+)  # of a row of the history; what else stands there is a validation score
 
 
 class RMSpropNesterov(torch.optim.Optimizer):
-    """RMSProp with Nesterov momentum, as DeepMedic trains.
+    """RMSProp with Nesterov momentum, the optimiser of DeepMedic.
 
         acc  ← ρ acc + (1 − ρ) g²
         step = (1 − m) · lr · g / √(acc + ε)
@@ -20,13 +28,14 @@ class RMSpropNesterov(torch.optim.Optimizer):
     adds ε outside the root.
 
     Args:
-        parameters: what to train.
+        parameters: parameters to train.
         lr: learning rate (1e-3 in the paper; 1e-4 for Shallow).
-        momentum: m (0.6).
-        rho: decay of the squared-gradient average (0.9).
-        eps: ε, inside the root (1e-4).
+        momentum: factor m of the momentum (0.6).
+        rho: decay ρ of the average of squared gradients (0.9).
+        eps: constant ε inside the root (1e-4).
 
     Source: Kamnitsas et al. 2017, appendix B, and its code for ρ, ε and the (1 − m) factor.
+    Taught in notebook 04.
     """
 
     def __init__(self, parameters: Iterable, *, lr: float = 1e-3, momentum: float = 0.6, rho: float = 0.9, eps: float = 1e-4):
@@ -41,7 +50,7 @@ class RMSpropNesterov(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update from the gradients in `.grad`."""
+        """Make one update from the gradients in `.grad`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -80,9 +89,9 @@ class MaxNormSGD(torch.optim.SGD):
     A kernel is what makes one output map: `weight[o]` of a convolution, one piece of a maxout unit. Biases are left free.
 
     Args:
-        parameters: what to train.
+        parameters: parameters to train.
         lr: learning rate (.005 in the paper).
-        momentum: m at the start (.5); `MomentumSchedule` raises it.
+        momentum: factor m of the momentum at the start (.5); `MomentumSchedule` raises it.
         max_norm: longest kernel. The paper bounds the kernels but gives no number.
 
     Source: Havaei et al. 2017, section 3.3.
@@ -98,50 +107,13 @@ class MaxNormSGD(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update from the gradients in `.grad`."""
+        """Make one update from the gradients in `.grad`."""
         loss = super().step(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim > 1 and p.grad is not None:
                     p.renorm_(p=2, dim=0, maxnorm=self.max_norm)
         return loss
-
-
-class MomentumSchedule:
-    """Raise the momentum evenly over a run, and cut the learning rate after each of its epochs.
-
-    Args:
-        optimizer: whose momentum and rate to change.
-        steps: updates of the whole run.
-        epochs: equal parts of the run; the rate is multiplied by `decay` after each.
-        decay: .1 in the paper.
-        momentum: at the start and at the end of the run (.5 and .9).
-
-    Source: Havaei et al. 2017, section 3.3.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        steps: int,
-        epochs: int = 3,
-        decay: float = 0.1,
-        momentum: tuple[float, float] = (0.5, 0.9),
-    ):
-        if steps < 1 or epochs < 1 or not all(0 <= m < 1 for m in momentum):
-            raise ValueError(
-                f"steps={steps}, epochs={epochs}, momentum={momentum}; expected at least 1 step and epoch, momenta from 0 to below 1"
-            )
-        self.optimizer, self.steps, self.epochs, self.decay, self.momentum = optimizer, steps, epochs, decay, momentum
-        self.rate = optimizer.param_groups[0]["lr"]
-
-    def after(self, step: int) -> None:
-        """Called after every update with the number of updates made."""
-        first, last = self.momentum
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * self.decay ** min(self.epochs * step // self.steps, self.epochs - 1)
-            group["momentum"] = first + (last - first) * step / self.steps
 
 
 class NormalizedSGD(torch.optim.Optimizer):
@@ -154,9 +126,9 @@ class NormalizedSGD(torch.optim.Optimizer):
     gradient is zero, only momentum moves.
 
     Args:
-        parameters: what to train.
+        parameters: parameters to train.
         lr: length of a step without momentum (.25 in the paper, at the start).
-        momentum: m. The paper has momentum but gives no number; .9 is the author's in later code.
+        momentum: factor m of the momentum. The paper gives no number; .9 is the author's in later code.
 
     Source: Mlynarski et al. 2019, eq. 4. The gradient is that of several batches: `training.fit(accumulate=...)`.
     """
@@ -168,7 +140,7 @@ class NormalizedSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update from the gradients in `.grad`."""
+        """Make one update from the gradients in `.grad`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -186,32 +158,184 @@ class NormalizedSGD(torch.optim.Optimizer):
         return loss
 
 
-class HalveOnSlowLoss:
-    """Halve the learning rate when the training loss no longer falls fast enough.
+class Schedule:
+    """The base class of every schedule. A schedule changes the learning rate during a run; this one keeps it constant.
 
-    After every `window` updates the mean loss of the window's second half is compared with that of its first half. If it is
-    above `ratio` times that, the rate is halved; if that happens twice in a row, the window is doubled, for the changes
-    have become too small to be seen in a short one.
+    A subclass either says in `factor` what the rate is multiplied by after a number of updates, or decides in `after` by what
+    happened so far.
 
     Args:
-        optimizer: whose rate to change.
-        window: updates F between comparisons, 200 in the paper.
+        optimizer: the optimizer whose rate changes.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.step = 0
+
+    def factor(self, step: int) -> float:
+        """Return the learning rate after `step` updates, as a multiple of the rate at the start."""
+        return 1.0
+
+    def apply(self, step: int) -> None:
+        """Give the optimizer the learning rate that is due after `step` updates."""
+        self.step = step
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = rate * self.factor(step)
+
+    def after(self, row: dict[str, float]) -> None:
+        """Take note of an update that was made.
+
+        Args:
+            row: row of the history: step, loss, learning_rate, seconds, and validation scores where there was a validation.
+        """
+        self.apply(row["step"])
+
+    def state_dict(self) -> dict:
+        """Return what a resumed run needs."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was taken, by this schedule's own plan."""
+        self.apply(state["step"])
+
+
+class HalveAt(Schedule):
+    """Halve the learning rate at given steps: the fixed schedule of DeepMedic's published configuration.
+
+    Args:
+        optimizer: the optimizer whose rate changes.
+        steps: numbers of updates after which the rate is halved.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, steps: Iterable[int]):
+        super().__init__(optimizer)
+        self.steps = frozenset(int(step) for step in steps)
+
+    def factor(self, step: int) -> float:
+        return 0.5 ** sum(0 < halving <= step for halving in self.steps)
+
+
+class InverseTimeDecay(Schedule):
+    """Set the learning rate to lr / (1 + decay · t) after t updates.
+
+    Args:
+        optimizer: the optimizer whose rate changes.
+        decay: strength of the decay, .001 in the paper.
+
+    Source: Drozdzal et al. 2018, section 4 ("learning rate decay", which means this in the library that they used).
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, decay: float = 0.001):
+        if decay < 0:
+            raise ValueError(f"decay={decay}; expected 0 or more")
+        super().__init__(optimizer)
+        self.decay = decay
+
+    def factor(self, step: int) -> float:
+        return 1 / (1 + self.decay * step)
+
+
+class MomentumSchedule(Schedule):
+    """Raise the momentum evenly over a run, and cut the learning rate after each of its epochs.
+
+    Args:
+        optimizer: the optimizer whose momentum and rate change.
+        steps: number of updates of the whole run.
+        epochs: number of equal parts of the run. The rate is multiplied by `decay` after each.
+        decay: factor of the rate, .1 in the paper.
+        momentum: momentum at the start and at the end of the run (.5 and .9).
+
+    Source: Havaei et al. 2017, section 3.3.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        steps: int,
+        epochs: int = 3,
+        decay: float = 0.1,
+        momentum: tuple[float, float] = (0.5, 0.9),
+    ):
+        if steps < 1 or epochs < 1 or not all(0 <= m < 1 for m in momentum):
+            raise ValueError(
+                f"steps={steps}, epochs={epochs}, momentum={momentum}; expected at least 1 step and epoch, momenta from 0 to below 1"
+            )
+        super().__init__(optimizer)
+        self.steps, self.epochs, self.decay, self.momentum = steps, epochs, decay, momentum
+
+    def factor(self, step: int) -> float:
+        return self.decay ** min(self.epochs * step // self.steps, self.epochs - 1)
+
+    def apply(self, step: int) -> None:
+        super().apply(step)
+        first, last = self.momentum
+        for group in self.optimizer.param_groups:
+            group["momentum"] = first + (last - first) * step / self.steps
+
+
+class Halving(Schedule):
+    """The base class of schedules that halve the rate when something happens, down to a minimum.
+
+    Args:
+        optimizer: the optimizer whose rate changes.
+        minimum: lowest rate.
+    """
+
+    kept: tuple[str, ...] = ()  # attributes that a resumed run needs, besides the number of halvings
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, minimum: float):
+        super().__init__(optimizer)
+        self.minimum, self.halvings = minimum, 0
+
+    def halve(self) -> None:
+        """Halve the rate once more."""
+        self.halvings += 1
+        self.set_rate()
+
+    def set_rate(self) -> None:
+        """Give the optimizer the rate that is due, by the rate that this schedule began with."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = max(rate * 0.5**self.halvings, min(self.minimum, rate))
+
+    def state_dict(self) -> dict:
+        return {name: vars(self)[name] for name in ("halvings", *self.kept)}
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update({name: state[name] for name in ("halvings", *self.kept)})
+        self.set_rate()
+
+
+class HalveOnSlowLoss(Halving):
+    """Halve the learning rate when the training loss no longer falls fast enough.
+
+    After every `window` updates the mean loss of the window's second half is compared with that of its first half. If it is above
+    `ratio` times that, the rate is halved. If that happens twice in a row, the window is doubled, because the changes have become too
+    small to be seen in a short one.
+
+    Args:
+        optimizer: the optimizer whose rate changes.
+        window: number of updates F between comparisons, 200 in the paper.
         ratio: d_loss, .98 in the paper.
-        minimum: the rate is never set below this, .001 in the paper.
+        minimum: lowest rate, .001 in the paper.
 
     Source: Mlynarski et al. 2019, section 2.4.
+    Taught in notebook 10.
     """
+
+    kept = ("window", "losses", "slow")
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, window: int = 200, ratio: float = 0.98, minimum: float = 0.001):
         if window < 2 or window % 2 or ratio <= 0 or minimum < 0:
             raise ValueError(f"window={window}, ratio={ratio}, minimum={minimum}; expected an even window and positive numbers")
-        self.optimizer, self.window, self.ratio, self.minimum = optimizer, window, ratio, minimum
+        super().__init__(optimizer, minimum=minimum)
+        self.window, self.ratio = window, ratio
         self.losses: list[float] = []
         self.slow = 0
 
-    def observe(self, loss: float) -> None:
-        """Called after every update with its training loss."""
-        self.losses.append(float(loss))
+    def after(self, row: dict[str, float]) -> None:
+        self.losses = [*self.losses, float(row["loss"])]
         if len(self.losses) < self.window:
             return
         half = self.window // 2
@@ -220,83 +344,78 @@ class HalveOnSlowLoss:
         if now <= self.ratio * before:
             self.slow = 0
             return
-        for group in self.optimizer.param_groups:
-            group["lr"] = max(group["lr"] / 2, self.minimum)
+        self.halve()
         self.slow += 1
         if self.slow == 2:
             self.window, self.slow = 2 * self.window, 0
 
-    def state_dict(self) -> dict:
-        """What a resumed run needs."""
-        return {"window": self.window, "losses": self.losses, "slow": self.slow}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict` was taken."""
-        self.window, self.losses, self.slow = state["window"], list(state["losses"]), state["slow"]
-
-
-class HalveOnPlateau(ReduceLROnPlateau):
-    """Halve the learning rate when a score has not improved for `patience` validations.
+class HalveOnPlateau(Halving):
+    """Halve the learning rate when the first validation score, or the training loss, has not improved for a while.
 
     Args:
-        optimizer: whose rate to change.
-        patience: validations without improvement to sit through.
-        mode: "max" for a score such as Dice, "min" for a loss.
+        optimizer: the optimizer whose rate changes.
+        patience: number of validations (or windows) without improvement to wait.
         threshold: smallest absolute change that counts as an improvement.
-        minimum: the rate is never set below this.
+        minimum: lowest rate.
+        window: None to watch the first score of each validation, which should rise; a number of updates to watch the mean training
+            loss over each of them, which should fall.
 
     Source: Kamnitsas et al. 2017, appendix B (halved whenever convergence plateaus).
     """
+
+    kept = ("losses", "best", "waited")
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         *,
         patience: int = 3,
-        mode: str = "max",
         threshold: float = 1e-3,
         minimum: float = 0.0,
+        window: int | None = None,
     ):
-        super().__init__(
-            optimizer, mode=mode, factor=0.5, patience=patience, threshold=threshold, threshold_mode="abs", min_lr=minimum
-        )
+        if window is not None and window < 1:
+            raise ValueError(f"window={window}; expected at least 1 update, or None to watch the validation score")
+        super().__init__(optimizer, minimum=minimum)
+        self.patience, self.threshold, self.window = patience, threshold, window
+        self.losses: list[float] = []
+        self.best, self.waited = -math.inf, 0
+
+    def after(self, row: dict[str, float]) -> None:
+        if self.window is None:
+            value = next((value for name, value in row.items() if name not in NO_SCORES), None)
+        else:
+            self.losses = [*self.losses, float(row["loss"])]
+            value = -sum(self.losses) / self.window if len(self.losses) == self.window else None
+        if value is None:
+            return
+        self.losses = []
+        if value > self.best + self.threshold:
+            self.best, self.waited = value, 0
+        else:
+            self.waited += 1
+        if self.waited > self.patience:
+            self.waited = 0
+            self.halve()
 
 
-class InverseTimeDecay:
-    """Learning rate lr / (1 + decay · t) after t updates.
-
-    Args:
-        optimizer: whose rate to change.
-        decay: .001 in the paper.
-
-    Source: Drozdzal et al. 2018, section 4 ("learning rate decay", which is this in the library that they used).
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, decay: float = 0.001):
-        if decay < 0:
-            raise ValueError(f"decay={decay}; expected 0 or more")
-        self.optimizer, self.decay = optimizer, decay
-        self.rates = [group["lr"] for group in optimizer.param_groups]
-
-    def after(self, step: int) -> None:
-        """Called after every update with the number of updates made."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate / (1 + self.decay * step)
-
-
-class HalveAt:
-    """Halve the learning rate at given steps, the fixed schedule of DeepMedic's published configuration.
+class FromTorch(Schedule):
+    """Use one of PyTorch's schedulers, such as `torch.optim.lr_scheduler.CosineAnnealingLR`, as a schedule.
 
     Args:
-        optimizer: whose rate to change.
-        steps: update counts after which the rate is halved.
+        scheduler: a scheduler that steps once an update.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, steps: Iterable[int]):
-        self.optimizer, self.steps = optimizer, frozenset(steps)
+    def __init__(self, scheduler: LRScheduler):
+        super().__init__(scheduler.optimizer)
+        self.scheduler = scheduler
 
-    def after(self, step: int) -> None:
-        """Called after every update with the number of updates made."""
-        if step in self.steps:
-            for group in self.optimizer.param_groups:
-                group["lr"] /= 2
+    def after(self, row: dict[str, float]) -> None:
+        self.scheduler.step()
+
+    def state_dict(self) -> dict:
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.scheduler.load_state_dict(state)

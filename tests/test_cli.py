@@ -90,7 +90,7 @@ def test_training_resumes(folder, tmp_path):
 
 def test_ensemble(folder, tmp_path):
     out = tmp_path / "run"
-    assert train(folder, out, "--ensemble", "2") == 0
+    assert train(folder, out, "--members", "2") == 0
     paths = [str(out / f"member{n}" / "model.safetensors") for n in range(2)]
     first, second = (models.load(p) for p in paths)
     assert not np.array_equal(first.classifier.weight.detach(), second.classifier.weight.detach())
@@ -162,7 +162,7 @@ def test_help_teaches(capsys):
         ("kayalibay_unet3d", ["--crop", "16", "--learning-rate", "1e-3"]),
         ("two_path_cnn", ["--phase2-steps", "1", "--batch-size", "4"]),
         ("unet2d", ["--crop", "16", "--batch-size", "2", "--patience", "3", "--validate-every", "1", "--hold-out", "case0"]),
-        ("mlynarski_3d", ["--block", "4"]),
+        ("mlynarski_3d", ["--output", "4"]),
     ],
 )
 def test_every_paper_s_networks_train(folder, tmp_path, network, options):
@@ -175,8 +175,12 @@ def test_every_paper_s_networks_train(folder, tmp_path, network, options):
 @pytest.mark.parametrize(
     "network, options, message",
     [
-        ("deepmedic", ["--crop", "16", "--patience", "2"], "--crop, --patience: the recipe of deepmedic has no such setting"),
-        ("kayalibay_unet3d", ["--block", "9"], "--block: the recipe of kayalibay_unet3d has no such setting"),
+        (
+            "deepmedic",
+            ["--crop", "16", "--phase2-steps", "2"],
+            "--crop, --phase2-steps: the recipe of deepmedic has no such setting",
+        ),
+        ("kayalibay_unet3d", ["--output", "9"], "--output: the recipe of kayalibay_unet3d has no such setting"),
         ("unet2d", ["--plane", "axial"], "--plane is for mlynarski_2d"),
     ],
 )
@@ -192,7 +196,7 @@ def test_2d_networks_in_three_planes_help_a_3d_network(folder, tmp_path, capsys)
     paths = []
     for plane in ("axial", "coronal", "sagittal"):
         out = tmp_path / plane
-        options = ["--plane", plane, "--block", "16", "--batch-size", "2"]
+        options = ["--plane", plane, "--output", "16", "--batch-size", "2"]
         assert main(["train", "mlynarski_2d", *data, *short, *options, "--out", str(out)]) == 0
         paths.append(str(out / "model.safetensors"))
         assert models.load(paths[-1]).card.get("plane") == plane
@@ -216,7 +220,7 @@ def test_2d_networks_in_three_planes_help_a_3d_network(folder, tmp_path, capsys)
     assert main(["scores", "--model", *paths, "--data", str(folder), "--out", scores, "--device", "cpu"]) == 0
     assert len(list((tmp_path / "scores").iterdir())) == 9
     out = tmp_path / "both"
-    assert main(["train", "mlynarski_3d", *data, *short, "--block", "4", "--scores", scores, "--out", str(out)]) == 0
+    assert main(["train", "mlynarski_3d", *data, *short, "--output", "4", "--scores", scores, "--out", str(out)]) == 0
     model = models.load(out / "model.safetensors")
     assert model.config["variant"] == "a" and model.card["channels"][:3] == ["flair", "t1c", "axial 0"]
     segment = ["segment", "--model", str(out / "model.safetensors"), "--data", str(folder), "--out", str(tmp_path / "p")]
@@ -250,7 +254,7 @@ def test_named_recipe_on_folders_of_the_reader(folder, tmp_path, capsys):
 def test_folds_of_a_network(folder, tmp_path):
     data = ["--data", str(folder), "--channels", "flair", "t1c", "--classes", "2", "--device", "cpu"]
     options = ["--steps", "2", "--width", "0.1", "--folds", "3", "--fold", "1", "--precision", "bfloat16", "--channels-last"]
-    assert main(["train", "deep_plus", *data, *options, "--out", str(tmp_path / "run"), "--store", str(tmp_path / "s")]) == 0
+    assert main(["train", "deep_plus", *data, *options, "--out", str(tmp_path / "run"), "--stored", str(tmp_path / "s")]) == 0
     assert [p.name for p in sorted((tmp_path / "run").iterdir())] == ["evaluation.csv", "fold1", "predictions", "run.json"]
     assert len(list((tmp_path / "s").glob("*.safetensors"))) == 3
 

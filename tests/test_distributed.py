@@ -115,7 +115,7 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
 
 
 def validate(model) -> dict[str, float]:
-    assert distributed.number() == 0  # the others wait
+    assert distributed.rank() == 0  # the others wait
     return {"dice": float(next(model.parameters()).abs().mean())}
 
 
@@ -126,7 +126,7 @@ class Deadly:
         self.sampler, self.at = sampler, at
 
     def batch(self, step: int):
-        if step == self.at and distributed.number() == 1:
+        if step == self.at and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.sampler.batch(step)
 
@@ -142,7 +142,7 @@ def work(folder: str, deadly: bool) -> None:
         for n, name in enumerate(RUNS):
             mine = Path(folder) / str(n)
             model, history = train(name, mine, validate_every=2, validate=validate)
-            torch.save((model.state_dict(), history.to_dict("list")), mine / f"process{distributed.number()}.pt")
+            torch.save((model.state_dict(), history.to_dict("list")), mine / f"process{distributed.rank()}.pt")
         with pytest.raises(ValueError, match="a batch of 1 and accumulate=1 leave nothing to do for some of the 2"):
             model = models.mlynarski_3d(in_channels=2, classes=2, width=0.1)
             sampler = SegmentSampler([case()], margin=model.margin, output=4, batch_size=1)
@@ -220,14 +220,14 @@ def test_normalisation_in_half_precision(alone):
 
 
 def test_shares(monkeypatch):
-    monkeypatch.setattr(distributed, "count", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     assert [(s.start, s.stop) for s in distributed.shares(7)] == [(0, 3), (3, 5), (5, 7)]
 
 
 def test_one_process_is_left_alone():
     with distributed.joined("cpu") as device:
-        assert device == "cpu" and distributed.count() == 1 and distributed.number() == 0
-        assert distributed.from_all(3) == [3] and distributed.from_first("a") == "a" and distributed.total(2.5) == 2.5
+        assert device == "cpu" and distributed.world_size() == 1 and distributed.rank() == 0
+        assert distributed.all_gather(3) == [3] and distributed.broadcast("a") == "a" and distributed.total(2.5) == 2.5
     with pytest.raises(ValueError, match="PyTorch sees no CUDA GPU"), distributed.joined("cuda:1"):
         pass
     with pytest.raises(RuntimeError, match="connection closed"), distributed.companions():

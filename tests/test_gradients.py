@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from medseg_lite import losses, models
-from medseg_lite.engine.gradients import Gradients
+from medseg_lite.engine.gradients import Engine, Gradients
 
 
 class Network(nn.Module):
@@ -41,8 +41,8 @@ def batches(count: int = 2, samples: int = 5):
 
 
 def gradients_of(model, *, loss=dice, accumulate=2, **options) -> tuple[float, dict]:
-    settings = {"forward": None, "l1": 0.0, "l2": 1e-2, "precision": "float32", "compiled": False, "channels_last": False}
-    gradients = Gradients(model, loss, accumulate=accumulate, seed=0, **settings | options)
+    engine = Engine(precision="float32", **options)
+    gradients = Gradients(model, loss, accumulate=accumulate, l2=1e-2, seed=0, engine=engine)
     with gradients.together():
         number = gradients(batches(accumulate), 1)
     return number, {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -167,18 +167,8 @@ def test_channels_last(dims, layout):
         x = torch.randn(size, generator=torch.Generator().manual_seed(0))
         label = (x[:, 0] > 0).long()[(slice(None), *(slice(model.margin, n - model.margin) for n in size[2:]))]
         model.register_forward_pre_hook(lambda m, given: seen.append(given[0].is_contiguous(memory_format=layout)))
-        gradients = Gradients(
-            model,
-            losses.cross_entropy,
-            forward=None,
-            accumulate=1,
-            l1=0.0,
-            l2=0.0,
-            precision="float32",
-            compiled=False,
-            channels_last=channels_last,
-            seed=0,
-        )
+        engine = Engine(precision="float32", channels_last=channels_last)
+        gradients = Gradients(model, losses.cross_entropy, engine=engine)
         with gradients.together():
             return gradients(iter([(x, label)]), 1), {n: p.grad for n, p in model.named_parameters()}
 

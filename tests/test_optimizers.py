@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from medseg_lite.optimizers import (
+    FromTorch,
     HalveAt,
     HalveOnPlateau,
     HalveOnSlowLoss,
@@ -15,6 +16,7 @@ from medseg_lite.optimizers import (
     MomentumSchedule,
     NormalizedSGD,
     RMSpropNesterov,
+    Schedule,
 )
 
 
@@ -142,7 +144,7 @@ def test_bad_settings(options):
 def rates(schedule, optimizer, scores) -> list[float]:
     found = []
     for score in scores:
-        schedule.step(score)
+        schedule.after({"step": len(found) + 1, "loss": 0.0, "learning_rate": 1.0, "seconds": 0.0, "dice": score})
         found.append(optimizer.param_groups[0]["lr"])
     return found
 
@@ -160,9 +162,17 @@ def test_halve_on_plateau_of_a_score():
 
 
 def test_halve_on_plateau_of_a_loss_down_to_a_minimum():
+    """Mean losses of every two updates: 2, 1, 1.5, .5, .5, .5, .5; scores play no part."""
     optimizer = adjustable()
-    schedule = HalveOnPlateau(optimizer, patience=0, mode="min", minimum=0.3)
-    assert rates(schedule, optimizer, [2, 1, 1.5, 0.5, 0.5, 0.5, 0.5]) == [1, 1, 0.5, 0.5, 0.3, 0.3, 0.3]
+    schedule = HalveOnPlateau(optimizer, patience=0, window=2, minimum=0.3)
+    found = []
+    for mean in [2, 1, 1.5, 0.5, 0.5, 0.5, 0.5]:
+        for loss in (mean - 0.4, mean + 0.4):
+            schedule.after({"step": 1, "loss": loss, "dice": 0.9})
+        found.append(optimizer.param_groups[0]["lr"])
+    assert found == [1, 1, 0.5, 0.5, 0.3, 0.3, 0.3]
+    with pytest.raises(ValueError, match="window=0"):
+        HalveOnPlateau(optimizer, window=0)
 
 
 def test_halve_on_plateau_resumes():
@@ -185,7 +195,7 @@ def test_halve_at():
     schedule = HalveAt(optimizer, steps=[2, 4, 5])
     found = []
     for step in range(1, 7):
-        schedule.after(step)
+        schedule.after({"step": step})
         found.append([g["lr"] for g in optimizer.param_groups])
     assert found == [[1, 0.4], [0.5, 0.2], [0.5, 0.2], [0.25, 0.1], [0.125, 0.05], [0.125, 0.05]]
 
@@ -238,7 +248,7 @@ def test_momentum_schedule():
     schedule = MomentumSchedule(optimizer, steps=8, epochs=4)
     rates, momenta = [], []
     for step in range(1, 9):
-        schedule.after(step)
+        schedule.after({"step": step})
         rates.append(optimizer.param_groups[0]["lr"])
         momenta.append(optimizer.param_groups[0]["momentum"])
     assert rates == pytest.approx([0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4, 1e-4])
@@ -314,7 +324,7 @@ def test_halve_on_slow_loss():
 
     def observe(*values):
         for value in values:
-            schedule.observe(value)
+            schedule.after({"loss": value})
         return optimizer.param_groups[0]["lr"], schedule.window
 
     assert observe(2, 2, 1, 1) == (0.25, 4)  # falls
@@ -328,8 +338,8 @@ def test_halve_on_slow_loss():
     again.load_state_dict(schedule.state_dict())
     for s in (schedule, again):
         for value in (2, 2, 2, 2):
-            s.observe(value)
-    assert again.state_dict() == schedule.state_dict() == {"window": 8, "losses": [], "slow": 1}
+            s.after({"loss": value})
+    assert again.state_dict() == schedule.state_dict() == {"halvings": 4, "window": 8, "losses": [], "slow": 1}
     with pytest.raises(ValueError, match="even window"):
         HalveOnSlowLoss(optimizer, window=3)
 
@@ -339,7 +349,57 @@ def test_inverse_time_decay():
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.1})
     schedule = InverseTimeDecay(optimizer, decay=0.01)
     for step, expected in ((1, (0.2 / 1.01, 0.1 / 1.01)), (100, (0.1, 0.05)), (300, (0.05, 0.025))):
-        schedule.after(step)
+        schedule.after({"step": step})
         assert [g["lr"] for g in optimizer.param_groups] == pytest.approx(expected)
     with pytest.raises(ValueError, match="decay=-1"):
         InverseTimeDecay(optimizer, decay=-1)
+
+
+def test_a_schedule_goes_on_by_its_own_plan():
+    """A run of 10 updates is continued as one of 20: the rate is that of a run planned so."""
+    short, long = adjustable(), adjustable()
+    schedule = HalveAt(short, steps=[4, 8])
+    for step in range(1, 11):
+        schedule.after({"step": step})
+    assert short.param_groups[0]["lr"] == 0.25
+    again = HalveAt(long, steps=[8, 16])
+    long.load_state_dict(short.state_dict())
+    again.load_state_dict(schedule.state_dict())
+    assert long.param_groups[0]["lr"] == 0.5
+    again.after({"step": 16})
+    assert long.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize(
+    "make", [lambda o: HalveOnSlowLoss(o, window=2, minimum=0), lambda o: HalveOnPlateau(o, patience=0, window=1)]
+)
+def test_another_rate_is_honoured_by_a_resumed_schedule(make):
+    first, second = adjustable(1.0), adjustable(0.1)
+    schedule, again = make(first), make(second)
+    for _ in range(4):
+        schedule.after({"loss": 1.0})
+    second.load_state_dict(first.state_dict())
+    again.load_state_dict(schedule.state_dict())
+    assert first.param_groups[0]["lr"] < 1
+    assert second.param_groups[0]["lr"] == pytest.approx(0.1 * first.param_groups[0]["lr"])
+
+
+def test_a_scheduler_of_torch():
+    ours, theirs = adjustable(), adjustable()
+    schedule = FromTorch(torch.optim.lr_scheduler.CosineAnnealingLR(ours, 6))
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(theirs, 6)
+    for step in range(1, 6):
+        ours.step(), theirs.step()
+        schedule.after({"step": step})
+        reference.step()
+        assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"] < 1
+    again = FromTorch(torch.optim.lr_scheduler.CosineAnnealingLR(adjustable(), 6))
+    again.load_state_dict(schedule.state_dict())
+    assert again.state_dict() == schedule.state_dict()
+
+
+def test_the_plain_schedule_changes_nothing():
+    optimizer = adjustable(0.3)
+    schedule = Schedule(optimizer)
+    schedule.after({"step": 7, "loss": 1.0})
+    assert optimizer.param_groups[0]["lr"] == 0.3 and schedule.state_dict() == {"step": 7}

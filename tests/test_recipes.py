@@ -173,7 +173,7 @@ def test_havaei_bad_input(cases):
 
 @pytest.mark.parametrize("classes, names", [(5, None), (2, ["lesion"]), (4, ["class_1", "class_2", "class_3"])])
 def test_regions(classes, names):
-    regions = recipes.regions_of(classes)
+    regions = recipes.regions_for(classes)
     assert regions == "brats2015" if names is None else list(regions) == names
 
 

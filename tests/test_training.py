@@ -16,6 +16,8 @@ import torch
 from scipy import ndimage
 
 from medseg_lite import losses, models, training
+from medseg_lite.engine import distributed
+from medseg_lite.engine.run import Interruptible
 from medseg_lite.optimizers import HalveAt, HalveOnPlateau, HalveOnSlowLoss, RMSpropNesterov
 from medseg_lite.sampling import SegmentSampler
 from medseg_lite.training import fit, validate_on
@@ -142,8 +144,9 @@ def test_validation_scores_are_in_the_history(setup):
         return next(calls)
 
     model, sampler, keywords = setup()
-    history = fit(model, sampler, steps=8, validate=validate, on_validation=lambda *given: seen.append(given), **keywords)
-    assert seen == [(4, {"dice_whole": 0.25, "dice_core": 0.5}), (8, {"dice_whole": 0.75, "dice_core": 1.0})]
+    history = fit(model, sampler, steps=8, validate=validate, on_update=lambda row: seen.append(row), **keywords)
+    scores = {row["step"]: (row["dice_whole"], row["dice_core"]) for row in seen if "dice_whole" in row}
+    assert scores == {4: (0.25, 0.5), 8: (0.75, 1.0)} and len(seen) == 8
     assert history["dice_whole"].dropna().to_dict() == {3: 0.25, 7: 0.75}
     assert history["dice_core"].dropna().to_dict() == {3: 0.5, 7: 1.0}
 
@@ -176,7 +179,7 @@ def test_validation_and_callbacks_do_not_disturb_training(setup):
     quiet, sampler, keywords = setup()
     fit(quiet, sampler, steps=8, **keywords)
     model, sampler, keywords = setup()
-    fit(model, sampler, steps=8, validate=meddle, on_validation=meddle, **keywords)
+    fit(model, sampler, steps=8, validate=meddle, on_update=meddle, **keywords)
     assert_same_network(quiet, model)
 
 
@@ -209,7 +212,7 @@ def test_halve_on_plateau_follows_the_first_score(setup):
 
 
 def test_halve_on_plateau_of_the_training_loss(setup):
-    model, sampler, keywords = setup(schedule=lambda o: HalveOnPlateau(o, patience=0, mode="min", threshold=100))
+    model, sampler, keywords = setup(schedule=lambda o: HalveOnPlateau(o, patience=0, window=2, threshold=100))
     keywords["validate_every"] = 2
     fit(model, sampler, steps=6, **keywords)
     assert keywords["optimizer"].param_groups[0]["lr"] == 0.01 / 4
@@ -226,7 +229,7 @@ def test_halve_at(setup):
 SCHEDULES = {
     "none": None,
     "HalveAt": lambda o: HalveAt(o, steps=[3, 6]),
-    "HalveOnPlateau": lambda o: HalveOnPlateau(o, patience=0, mode="min", threshold=100),
+    "HalveOnPlateau": lambda o: HalveOnPlateau(o, patience=0, window=3, threshold=100),
     "HalveOnSlowLoss": lambda o: HalveOnSlowLoss(o, window=2, ratio=0.1),
 }
 
@@ -341,7 +344,7 @@ def test_ctrl_c_during_a_validation(setup, tmp_path):
             steps=9,
             folder=tmp_path,
             validate=lambda m: {"dice": 0.5},
-            on_validation=lambda *given: (press_ctrl_c(), seen.append(given)),
+            on_update=lambda row: "dice" in row and (press_ctrl_c(), seen.append(row)),
             **keywords,
         )
     assert len(seen) == 1  # it was finished first
@@ -365,8 +368,8 @@ def test_a_second_ctrl_c_stops_at_once(setup, tmp_path):
 
 def test_an_echo_of_ctrl_c_is_no_second_one(monkeypatch):
     """`torchrun` passes on the Ctrl-C that its processes have heard already."""
-    monkeypatch.setattr(training.distributed, "count", lambda: 2)
-    with training._Interruptible() as interruption:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with Interruptible() as interruption:
         press_ctrl_c()
         press_ctrl_c()
         assert interruption.asked
@@ -501,10 +504,10 @@ def test_errors_of_the_sampler_and_the_validation_reach_the_caller(setup):
 def test_bad_settings(setup):
     model, sampler, keywords = setup()
     for options, message in [
-        ({"steps": 0}, "steps=0"),
+        ({"steps": 0}, "steps=0, validate_every="),
         ({"steps": 1, "validate_every": 0}, "validate_every=0, accumulate=1, workers=1; all must be at least 1"),
-        ({"steps": 1, "precision": "float8"}, "precision='float8'; expected auto, float32"),
-        ({"steps": 1, "precision": "float16"}, "float16 training needs a CUDA device"),
+        ({"steps": 1, "engine": {"precision": "float8"}}, "precision='float8'; expected auto, float32"),
+        ({"steps": 1, "engine": {"precision": "float16"}}, "float16 training needs a CUDA device"),
     ]:
         with pytest.raises(ValueError, match=message):
             fit(model, sampler, **(keywords | options))
@@ -512,7 +515,7 @@ def test_bad_settings(setup):
 
 def test_bfloat16(setup):
     model, sampler, keywords = setup()
-    history = fit(model, sampler, steps=3, precision="bfloat16", **keywords)
+    history = fit(model, sampler, steps=3, engine={"precision": "bfloat16"}, **keywords)
     assert np.isfinite(history["loss"]).all()
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
@@ -571,7 +574,10 @@ def test_the_best_network_is_kept_beside_the_last(setup, tmp_path):
     assert models.load(tmp_path / "cut" / "best.safetensors").card["step"] == 8  # .5 at the end is no better
 
 
-@pytest.mark.parametrize("options", [{"workers": 3}, {"precision": "bfloat16"}, {"channels_last": True}, {"accumulate": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{"engine": {"workers": 3}}, {"engine": {"precision": "bfloat16"}}, {"engine": {"channels_last": True}}, {"accumulate": 2}],
+)
 def test_options_resume_exactly(setup, tmp_path, options):
     whole, sampler, keywords = setup()
     history = fit(whole, sampler, steps=7, **options, **keywords)
@@ -596,7 +602,7 @@ def test_workers_prepare_batches_ahead_in_their_order(setup):
 
     three, _, keywords = setup()
     ahead = []
-    found = fit(three, Slow(), steps=6, workers=3, on_update=lambda row: ahead.append(len(made)), **keywords)
+    found = fit(three, Slow(), steps=6, engine={"workers": 3}, on_update=lambda row: ahead.append(len(made)), **keywords)
     assert_same_history(found, history)
     assert_same_network(one, three)
     assert sorted(made) == list(range(6)) and ahead[0] >= 3
@@ -616,7 +622,7 @@ class Sampler:
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 scores = itertools.count()
 fit(model, Sampler(), steps=10_000, optimizer=optimizer, folder=sys.argv[1], validate_every=1, progress=False,
-    validate=lambda m: {"dice": float(next(scores))}, on_validation=lambda step, _: print(step, flush=True))
+    validate=lambda m: {"dice": float(next(scores))}, on_update=lambda row: print(row["step"], flush=True))
 """
 
 
@@ -655,16 +661,18 @@ def test_tensorboard(setup, tmp_path, monkeypatch, capsys):
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     model, sampler, keywords = setup()
-    history = fit(model, sampler, steps=4, folder=tmp_path, tensorboard=True, validate=lambda m: {"dice": 0.5}, **keywords)
+    history = fit(
+        model, sampler, steps=4, folder=tmp_path, engine={"tensorboard": True}, validate=lambda m: {"dice": 0.5}, **keywords
+    )
     assert made == [(str(tmp_path / "tensorboard"), 1), "closed"]
     assert [r for r in rows if r[0] == "loss"] == [("loss", loss, n) for n, loss in enumerate(history["loss"], 1)]
     assert [r for r in rows if r[0] == "dice"] == [("dice", 0.5, 4)]
-    fit(model, sampler, steps=5, folder=tmp_path, tensorboard=True, validate=lambda m: {"dice": 0.5}, **keywords)
+    fit(model, sampler, steps=5, folder=tmp_path, engine={"tensorboard": True}, validate=lambda m: {"dice": 0.5}, **keywords)
     assert made[2:] == [(str(tmp_path / "tensorboard"), 5), "closed"] and rows[-1][2] == 5
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
     capsys.readouterr()
-    fit(model, sampler, steps=6, folder=tmp_path, tensorboard=True, **keywords)
+    fit(model, sampler, steps=6, folder=tmp_path, engine={"tensorboard": True}, **keywords)
     told = capsys.readouterr().out
     assert told == "tensorboard is not installed (pip install tensorboard); the history goes to history.csv alone\n"
     assert len(pd.read_csv(tmp_path / "history.csv")) == 6

@@ -31,12 +31,12 @@ PATIENCE = timedelta(hours=6)
 _LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "socket", "peer", "nccl", "gloo")
 
 
-def number() -> int:
+def rank() -> int:
     """Which process this is, from 0; 0 where there is only one."""
     return dist.get_rank() if _joined() else 0
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if _joined() else 1
 
@@ -91,47 +91,47 @@ def companions(hint: Callable[[], str] = str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error).lower()
-        if count() == 1 or not (isinstance(error, dist.DistError) or any(word in text for word in _LOST)):
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or any(word in text for word in _LOST)):
             raise
-        raise ConnectionError(f"another process of this run has ended, so process {number()} stops{hint()}") from error
+        raise ConnectionError(f"another process of this run has ended, so process {rank()} stops{hint()}") from error
 
 
 def total(value: float) -> float:
     """The sum of a number over all processes."""
-    if count() == 1:
+    if world_size() == 1:
         return value
     box = torch.tensor([float(value)], dtype=torch.float64)
     dist.all_reduce(box)
     return float(box)
 
 
-def from_first(value):
+def broadcast(value):
     """The value that the first process has, for all; a small Python object."""
-    if count() == 1:
+    if world_size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def from_all(value) -> list:
+def all_gather(value) -> list:
     """The values of all processes, in their order; small Python objects."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
-    values = [None] * count()
+    values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until every process is here."""
-    from_all(None)
+    all_gather(None)
 
 
 def shares(samples: int) -> list[slice]:
     """Which samples of a batch each process takes; they differ by at most one."""
-    sizes = [(samples + count() - 1 - n) // count() for n in range(count())]
-    return [slice(sum(sizes[:n]), sum(sizes[: n + 1])) for n in range(count())]
+    sizes = [(samples + world_size() - 1 - n) // world_size() for n in range(world_size())]
+    return [slice(sum(sizes[:n]), sum(sizes[: n + 1])) for n in range(world_size())]
 
 
 def whole_batch(own: Tensor, samples: int) -> Tensor:
@@ -147,7 +147,7 @@ def whole_batch(own: Tensor, samples: int) -> Tensor:
     places = [torch.empty_like(filled) for _ in parts]
     dist.all_gather(places, filled)
     pieces = [place[: part.stop - part.start] for place, part in zip(places, parts)]
-    pieces[number()] = own
+    pieces[rank()] = own
     return torch.cat(pieces)
 
 
@@ -172,7 +172,7 @@ def shared_statistics(model: nn.Module, *, one_batch: bool) -> Iterator[Callable
         A function to be called after all batches of an update, in every process: with batches of its own, it brings the
         statistics for inference up to date, in the order of the batches.
     """
-    layers = normalisations(model) if count() > 1 else []
+    layers = normalisations(model) if world_size() > 1 else []
     measured: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
 
     def settle() -> None:
@@ -180,11 +180,11 @@ def shared_statistics(model: nn.Module, *, one_batch: bool) -> Iterator[Callable
             return
         rows = [torch.cat([seen.flatten() for seen in batch]) for batch in zip(*measured.values())]
         width = sum(2 * layer.weight.numel() for layer in layers)
-        most = max(from_all(len(rows)))
+        most = max(all_gather(len(rows)))
         filled = torch.full((most, width), torch.nan, device=layers[0].weight.device)
         if rows:
             filled[: len(rows)] = torch.stack(rows)
-        places = [torch.empty_like(filled) for _ in range(count())]
+        places = [torch.empty_like(filled) for _ in range(world_size())]
         dist.all_gather(places, filled)
         for row in torch.stack(places, dim=1).flatten(0, 1):  # batch 0 of every process, then batch 1, …
             if not row.isnan().all():
@@ -242,7 +242,7 @@ class _Normalise(torch.autograd.Function):
         values = x if x.dtype == torch.float64 else x.float()
         var, mean = torch.var_mean(values, _all_but_channels(x), correction=0)
         own = torch.cat([mean, var, mean.new_tensor([x.numel() / x.shape[1]])])
-        places = [torch.empty_like(own) for _ in range(count())]
+        places = [torch.empty_like(own) for _ in range(world_size())]
         dist.all_gather(places, own)
         means, variances, sizes = torch.stack(places).split([len(mean), len(mean), 1], dim=1)
         total = sizes.sum()

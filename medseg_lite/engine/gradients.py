@@ -1,9 +1,10 @@
-"""The gradients of one update: in half precision, compiled, shared by several processes, or in parts that fit the memory."""
+"""The gradients of one update, also in half precision, compiled, shared by several processes, or in parts that fit the memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import losses
 from . import distributed
+from .random_state import random_state, set_random_state
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The use of the machine during a training. None of it changes which samples the network sees.
+
+    Attributes:
+        precision: "float32", "bfloat16", "float16", or "auto" (bfloat16 on CUDA where it is supported, else float32).
+        compiled: run the network through `torch.compile`, or as it is where that fails.
+        channels_last: keep the channels of a voxel side by side in memory, which some GPUs and CPUs convolve faster.
+        workers: number of threads that prepare batches ahead. Batches do not depend on it.
+        tensorboard: also write losses and scores to `folder/tensorboard`, where that package is installed.
+    """
+
+    precision: str = "auto"
+    compiled: bool = False
+    channels_last: bool = False
+    workers: int = 1
+    tensorboard: bool = False
 
 
 class Gradients:
@@ -23,7 +44,8 @@ class Gradients:
     together, whatever loss it is. Batch normalisation has to see a batch at once and cannot be halved.
 
     Args:
-        model, loss, forward, accumulate, l1, l2, precision, compiled, channels_last, seed: as in `training.fit`.
+        model, loss, forward, accumulate, l1, l2, seed: as in `training.fit`.
+        engine: use of the machine.
     """
 
     def __init__(
@@ -31,50 +53,50 @@ class Gradients:
         model: nn.Module,
         loss: Callable,
         *,
-        forward: Callable | None,
-        accumulate: int,
-        l1: float,
-        l2: float,
-        precision: str,
-        compiled: bool,
-        channels_last: bool,
-        seed: int,
+        forward: Callable | None = None,
+        accumulate: int = 1,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        seed: int = 0,
+        engine: Engine | None = None,
     ):
+        engine = engine or Engine()
         self.model, self.loss, self.l1, self.l2, self.seed = model, loss, l1, l2, seed
         self.accumulate, self.parts = accumulate, 1
         self.device = next(model.parameters()).device
-        self.autocast, self.scaler = _precision(precision, self.device)
+        self.autocast, self.scaler = _precision(engine.precision, self.device)
         self.format = None
-        if channels_last:
+        if engine.channels_last:
             self.format = torch.channels_last_3d if model.spatial_dims == 3 else torch.channels_last
             model.to(memory_format=self.format)
-        self.processes, self.process = distributed.count(), distributed.number()
-        self.own_batches = self.processes > 1 and accumulate >= self.processes
+        self.world_size, self.rank = distributed.world_size(), distributed.rank()
+        self.own_batches = self.world_size > 1 and accumulate >= self.world_size
         network = _Forward(model, forward)
-        if compiled:
-            network = _Compiled(network)
-        if self.processes > 1:
+        if engine.compiled:
+            network = compiled(network)
+        if self.world_size > 1:
             network = DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=forward is not None)
         self.network = network
 
     def numbers(self, first: int, last: int) -> Iterator[int]:
-        """The batches that this process needs for the updates `first + 1` to `last`."""
+        """Yield the numbers of the batches that this process needs for the updates `first + 1` to `last`."""
         for update in range(first, last):
             batches = range(update * self.accumulate, (update + 1) * self.accumulate)
-            yield from batches[self.process :: self.processes] if self.own_batches else batches
+            yield from batches[self.rank :: self.world_size] if self.own_batches else batches
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Batch normalisation of several processes within the block is that of one."""
+        """Inside this block, batch normalisation uses the statistics of all processes, as if there were one."""
         with distributed.shared_statistics(self.model, one_batch=not self.own_batches) as self.settle:
             yield
 
     def __call__(self, batches: Iterator, step: int) -> float:
-        """Add the gradients of update `step` to those of the parameters; its mean loss, without the penalties."""
-        if self.processes > 1:  # other numbers for dropout in every process, and the same again after an interruption
-            torch.manual_seed(hash((self.seed, step, self.process)) % 2**63)
+        """Give the parameters the gradients of update `step`, and return the mean loss without the penalties."""
+        if self.world_size > 1:  # other numbers for dropout in every process, and the same again after an interruption
+            torch.manual_seed(hash((self.seed, step, self.rank)) % 2**63)
+        self._clear()
         kept: list = []
-        state = _random_state(self.device)
+        state = random_state(self.device)
         while True:
             try:
                 number = self._add_up(batches, kept)
@@ -85,47 +107,57 @@ class Gradients:
                 largest = max((len(label) for _, label in kept), default=1)
                 found = str(error).split("\n")[0]
             self._halve(largest, found)  # out here, where the failed attempt's memory is no longer held
-            for p in self.model.parameters():
-                p.grad = None
-            _set_random_state(self.device, state)
+            self._clear()
+            set_random_state(self.device, state)
         self.settle()
         return number
 
+    def norm(self) -> float:
+        """Return the Euclidean norm of all gradients together; 0 in float16, where the scaler skips updates that are not finite."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self.scaler.is_enabled() or not gradients:
+            return 0.0
+        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+
     def update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the optimizer use the gradients."""
+        """Let the optimizer change the weights by these gradients."""
         self.scaler.step(optimizer)
         self.scaler.update()
+
+    def _clear(self) -> None:
+        for p in self.model.parameters():
+            p.grad = None
 
     def _add_up(self, batches: Iterator, kept: list) -> float:
         due = self.accumulate
         if self.own_batches:
-            due = len(range(self.process, self.accumulate, self.processes))
+            due = len(range(self.rank, self.accumulate, self.world_size))
         total = 0.0
         for n in range(due):
             if n == len(kept):
                 kept.append(next(batches))
             inputs, label = (self._here(part) for part in kept[n])
             # Several processes exchange their gradients with the last batch only.
-            waiting = self.processes > 1 and n + 1 < due
+            waiting = self.world_size > 1 and n + 1 < due
             with self.network.no_sync() if waiting else nullcontext():
                 total += self._add(inputs, label) / self.accumulate
         return distributed.total(total) if self.own_batches else total
 
     def _add(self, inputs, label: Tensor) -> float:
-        """Gradients and loss of one batch."""
+        """Add the gradients of one batch and return its loss."""
         if self.parts > 1:
             value = self._add_in_parts(inputs, label)
             if self.l1 or self.l2:
                 self._backward(self._penalty())
             return float(value)
         own = slice(None)
-        if self.processes > 1 and not self.own_batches:
-            if len(label) < self.processes:
+        if self.world_size > 1 and not self.own_batches:
+            if len(label) < self.world_size:
                 raise ValueError(
                     f"a batch of {len(label)} and accumulate={self.accumulate} leave nothing to do for some of the "
-                    f"{self.processes} processes; start fewer, or give one of the two at least as many"
+                    f"{self.world_size} processes; start fewer, or give one of the two at least as many"
                 )
-            own = distributed.shares(len(label))[self.process]
+            own = distributed.shares(len(label))[self.rank]
         with self.autocast:
             outputs = self.network(_each(inputs, lambda t: t[own]))
             if own != slice(None):
@@ -133,14 +165,14 @@ class Gradients:
             value = self.loss(outputs, label)
             # DistributedDataParallel takes the mean over processes. Each has a part of the loss, and all have the penalties,
             # unless each has batches of its own, with the penalties of those.
-            total = value * self.processes
+            total = value * self.world_size
             if self.l1 or self.l2:
-                total = total + self._penalty() * (self.processes if self.own_batches else 1)
+                total = total + self._penalty() * (self.world_size if self.own_batches else 1)
         self._backward(total)
         return float(value.detach())
 
     def _add_in_parts(self, inputs, label: Tensor) -> Tensor:
-        """The same with one part of the batch in memory at a time.
+        """Do the same with one part of the batch in memory at a time.
 
         All predictions are made first, without what their gradients would need; the loss of them gives the gradient of each;
         then each part is predicted again, with the same dropout, and takes its gradient back through the network.
@@ -149,14 +181,14 @@ class Gradients:
         states, outputs = [], []
         with torch.no_grad(), self.autocast:
             for part in slices:
-                states.append(_random_state(self.device))
+                states.append(random_state(self.device))
                 outputs.append(self.network(_each(inputs, lambda t, part=part: t[part])))
         leaves = [torch.cat(pieces).requires_grad_() for pieces in zip(*map(_leaves, outputs))]
         with self.autocast:
             value = self.loss(_rebuilt(outputs[0], iter(leaves)), label)
         self._backward(value)
         for part, state in zip(slices, states):
-            _set_random_state(self.device, state)
+            set_random_state(self.device, state)
             with self.autocast:
                 again = self.network(_each(inputs, lambda t, part=part: t[part]))
             torch.autograd.backward(_leaves(again), [leaf.grad[part] for leaf in leaves])
@@ -169,7 +201,7 @@ class Gradients:
         return losses.weight_penalty(self.model, l1=self.l1, l2=self.l2)
 
     def _halve(self, largest: int, found: str) -> None:
-        if self.processes > 1:
+        if self.world_size > 1:
             remedy = "start more processes, choose a smaller batch size, or train in bfloat16"
         elif distributed.normalisations(self.model):
             remedy = (
@@ -198,12 +230,12 @@ class Gradients:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or in the machine."""
+    """Return whether an error says that memory ran out, on a GPU or in the machine."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class _Forward(nn.Module):
-    """A network and the way through it that the loss wants, in one module."""
+    """A network and the way through it that the loss wants, in one module, for the compiler and for several processes."""
 
     def __init__(self, model: nn.Module, forward: Callable | None):
         super().__init__()
@@ -214,7 +246,7 @@ class _Forward(nn.Module):
 
 
 class _Compiled(nn.Module):
-    """A network through `torch.compile`, or as it is where that fails."""
+    """A network that runs through `torch.compile`, or as it is where that fails."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -237,7 +269,7 @@ class _Compiled(nn.Module):
 
 
 def compiled(network: nn.Module) -> nn.Module:
-    """`torch.compile(network)`, which says so in one line and runs the network as it is where compiling fails."""
+    """Return the network through `torch.compile`. Where compiling fails, it says so in one line and runs the network as it is."""
     return _Compiled(network)
 
 
@@ -256,7 +288,7 @@ def _precision(precision: str, device: torch.device) -> tuple[torch.autocast, to
 
 
 def _each(value, function: Callable[[Tensor], Tensor]):
-    """The function of every tensor of a nest of tuples and lists, in a nest of tuples."""
+    """Apply a function to every tensor in nested tuples and lists, and return nested tuples."""
     return function(value) if isinstance(value, Tensor) else tuple(_each(part, function) for part in value)
 
 
@@ -266,13 +298,3 @@ def _leaves(value) -> list[Tensor]:
 
 def _rebuilt(like, leaves: Iterator[Tensor]):
     return next(leaves) if isinstance(like, Tensor) else tuple(_rebuilt(part, leaves) for part in like)
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def _set_random_state(device: torch.device, state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)

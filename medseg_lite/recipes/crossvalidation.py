@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -12,21 +14,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
-from .. import __version__, context, datasets, ensembles, inference, metrics, models, postprocess, statistics
+from .. import __version__, context, datasets, ensembles, inference, metrics, models, postprocess, statistics, transforms
 from ..engine import distributed
 from ..files import write_nifti
+from ..models import Network
 from ..paths import atomic_write
 from ..training import BEST
 from ..volume import Case
-from . import named
+from .named import find_recipe
+from .papers import recipe_for
+from .recipe import Recipe, case_names
 
 RUN = "run.json"
 
 
 def cross_validate(
-    recipe: str | dict,
+    recipe: str | Recipe,
     cases: Sequence[Case],
     out: str | Path,
     *,
@@ -37,7 +41,7 @@ def cross_validate(
     members: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    engine: dict | None = None,
+    engine: Mapping[str, object] | None = None,
     command: str = "",
     progress: bool = True,
     **settings,
@@ -45,27 +49,27 @@ def cross_validate(
     """Train a recipe's network for each fold, segment the fold's cases and score them.
 
     The same call goes on from an interrupted run. Folds may be run one by one (`fold`), also on different machines that share
-    `out`. In several processes (`distributed`) the cases to segment are dealt out to them.
+    `out`. In several processes (`engine.distributed`) the cases to segment are dealt out to them.
 
     Args:
-        recipe: name of one of `named.RECIPES`, or one like those.
-        cases: the data set, as read, with labels. They are stored once as the network sees them, so that a cohort may be larger
+        recipe: name of one of `RECIPES`, or a `Recipe` of your own.
+        cases: the data set, as read, with labels. The cases are stored once as the network sees them, so that a cohort may be larger
             than memory.
-        out: gets `run.json` (recipe, folds, settings, command), for each fold `fold0/model.safetensors`, `best.safetensors` where
-            there was a validation, `history.csv` and `evaluation.csv`; `predictions/CASE.nii.gz` on the grid of the case's own
-            files, for any viewer; and `evaluation.csv` of all folds that are done.
-        folds: by default the recipe's; 1 trains on all cases and scores none.
-        fold: 0 to `folds` − 1, to do this one alone.
-        stored: where the prepared cases are kept; by default `out/cases`.
+        out: folder that gets `run.json` (recipe, folds, settings, command), for each fold `fold0/model.safetensors`,
+            `best.safetensors` where there was a validation, `history.csv` and `evaluation.csv`; `predictions/CASE.nii.gz` on the grid
+            of the case's own files, for any viewer; and `evaluation.csv` of all folds that are done.
+        folds: number of folds, by default the recipe's; 1 trains on all cases and scores none.
+        fold: number of one fold to run alone, 0 to `folds` − 1.
+        stored: folder of the prepared cases; by default `out/cases`.
         scores: folder with scores of 2D networks, which become further channels (see `context.with_scores`). "{fold}" in its name
             stands for the number of the fold, whose cases those networks must not have seen.
-        members: networks per fold, which differ by their seed and whose probabilities are averaged.
-        seed: of the folds, weights, samples and dropout.
-        device: "cpu", "cuda", ….
-        engine: options of `training.fit` for the machine at hand.
-        command: is kept in `run.json` and in the checkpoints' cards.
+        members: number of networks per fold, which differ by their seed and whose probabilities are averaged.
+        seed: seed of the folds, weights, samples and dropout.
+        device: "cpu", "cuda", …
+        engine: options for the machine at hand, as in `medseg_lite.recipes`.
+        command: command that started the run, kept in `run.json` and in the checkpoints' cards.
         progress: whether to show bars and results.
-        settings: of the paper's recipe that are to be others than the named ones: `steps=500, width=0.3`. "{fold}" in a text,
+        settings: arguments of the paper's recipe that replace the named recipe's: `steps=500, width=0.3`. "{fold}" in a text,
             such as `first="runs/two_path/fold{fold}/model.safetensors"`, stands for the number of the fold.
 
     Returns:
@@ -74,207 +78,247 @@ def cross_validate(
     Raises:
         ValueError: the folder holds another run, or folds and cases do not fit each other.
     """
-    recipe = {"name": recipe, **named.recipe_of(recipe)} if isinstance(recipe, str) else recipe
-    first, out = distributed.number() == 0, Path(out)
-    if recipe.get("needs") == "scores" and scores is None:
-        raise ValueError(f"{recipe['name']} is told what 2D networks see: give it the folder of their scores")
-    if recipe.get("needs") == "first" and "first" not in settings:
-        raise ValueError(f"{recipe['name']} starts from a trained two_path_cnn: give it as first")
-    settings = recipe["settings"] | settings
-    names = list(cases.names) if hasattr(cases, "names") else [c.name for c in cases]
-    count = recipe["folds"] if folds is None else folds
-    parts = named.folds_of(names, count, seed=seed) if count > 1 else [[]]
+    recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    if recipe.needs == "scores" and scores is None:
+        raise ValueError(f"{recipe.name} is told what 2D networks see: give it the folder of their scores")
+    if recipe.needs == "first" and "first" not in settings:
+        raise ValueError(f"{recipe.name} starts from a trained two_path_cnn: give it as first")
+    recipe = replace(recipe, settings={**recipe.settings, **settings}, members=members or recipe.members)
+    names, count = case_names(cases), recipe.folds if folds is None else folds
+    parts = split_folds(names, count, seed=seed) if count > 1 else [[]]
     if fold is not None and not 0 <= fold < len(parts):
         raise ValueError(f"fold {fold} of {len(parts)}; expected 0 to {len(parts) - 1}")
-    members = members or recipe.get("members", 1)
-    _same_run(out, recipe, parts, settings, members, seed, command)
-
-    plane = recipe.get("plane", "axial")
-    for k in range(len(parts)) if fold is None else [fold]:
-        folder = out / f"fold{k}" if count > 1 else out
-        seen = _prepared(cases, recipe, Path(stored or out / "cases"), scores, k, progress)
-        train, validation = _split(names, parts[k], recipe.get("validation", 0.0), seed)
-        networks = []
-        for member in range(members):
-            place = folder / f"member{member}" if members > 1 else folder
-            facts = {
-                "held_out": parts[k],
-                "command": command,
-                "normalise": recipe["normalise"],
-                "plane": plane,
-                "label_map": {str(old): new for old, new in (recipe.get("label_map") or {}).items()},
-            }
-            training, deciding = ([seen[name] for name in part] for part in (train, validation))
-            networks.append(
-                _trained(
-                    recipe,
-                    training,
-                    deciding,
-                    place,
-                    _of_fold(settings, k),
-                    seed + member,
-                    device,
-                    engine,
-                    progress and first,
-                    facts,
-                )
-            )
-        model = ensembles.Ensemble(networks) if members > 1 else networks[0]
-        rows = []
-        for name in parts[k][distributed.number() :: distributed.count()]:
-            original = cases[names.index(name)] if plane != "axial" else seen[name]
-            rows.append(_segmented(model, seen[name], original, plane, recipe, out / "predictions"))
-        tables = [t for some in distributed.from_all([r.to_dict("list") for r in rows]) for t in some]
-        if tables and first:
-            table = pd.concat([pd.DataFrame(t) for t in tables]).assign(fold=k)
-            _write(folder / "evaluation.csv", table.sort_values("case", kind="stable"))
+    out = Path(out)
+    _check_same_run(out, recipe, parts, seed, command)
+    run = _Run(recipe, cases, names, out, Path(stored or out / "cases"), scores, seed, device, engine, command, progress)
+    for number in range(len(parts)) if fold is None else [fold]:
+        run.fold(number, parts[number], out / f"fold{number}" if count > 1 else out)
     if count == 1:
         return pd.DataFrame()
-    distributed.wait()
-    done = [out / f"fold{k}" / "evaluation.csv" for k in range(len(parts))]
+    distributed.barrier()
+    done = [out / f"fold{number}" / "evaluation.csv" for number in range(len(parts))]
     table = pd.concat([pd.read_csv(path) for path in done if path.exists()], ignore_index=True)
-    if first:
+    if distributed.rank() == 0:
         _write(out / "evaluation.csv", table)
         if progress:
             print(report(table, recipe))
-    distributed.wait()
+    distributed.barrier()
     return table
 
 
-def report(table: pd.DataFrame, recipe: dict) -> str:
-    """Means (standard deviations) of a run beside the paper's own, each with the data that they are of."""
+@dataclass
+class _Run:
+    """What all folds of a cross-validation share."""
+
+    recipe: Recipe
+    cases: Sequence[Case]
+    names: list[str]
+    out: Path
+    stored: Path
+    scores: str | Path | None
+    seed: int
+    device: str | torch.device
+    engine: Mapping[str, object] | None
+    command: str
+    progress: bool
+
+    def fold(self, number: int, held_out: list[str], folder: Path) -> None:
+        """Train the networks of one fold, segment the cases that they have not seen, and write the scores."""
+        recipe, seen = self.recipe, self._store(number)
+        parts = _split(self.names, held_out, recipe.validation, self.seed)
+        training, validation = ([seen[name] for name in part] for part in parts)
+        networks = []
+        for member in range(recipe.members):
+            place = folder / f"member{member}" if recipe.members > 1 else folder
+            networks.append(self._train_member(number, held_out, training, validation, place, self.seed + member))
+        model = ensembles.Ensemble(networks) if recipe.members > 1 else networks[0]
+        rows = []
+        for name in held_out[distributed.rank() :: distributed.world_size()]:
+            original = self.cases[self.names.index(name)] if recipe.plane != "axial" else seen[name]
+            rows.append(segment_case(model, seen[name], original, recipe, self.out / "predictions"))
+        tables = [t for some in distributed.all_gather([row.to_dict("list") for row in rows]) for t in some]
+        if tables and distributed.rank() == 0:
+            table = pd.concat([pd.DataFrame(t) for t in tables]).assign(fold=number)
+            _write(folder / "evaluation.csv", table.sort_values("case", kind="stable"))
+
+    def _store(self, number: int) -> datasets.Cohort:
+        """Return the cases as the network sees them, on disk. The first process writes them, where they are not there yet."""
+        recipe, folder, scores = self.recipe, self.stored, self.scores
+        if scores is not None:
+            folder = folder / f"fold{number}" if "{fold}" in str(scores) else folder
+            scores = str(scores).replace("{fold}", str(number))
+        prepare = partial(
+            prepare_case,
+            channels=recipe.channels,
+            label_map=recipe.label_map,
+            normalise=recipe.normalise,
+            plane=recipe.plane,
+            scores=scores,
+        )
+        dtype = "float16" if recipe.normalise == "standardise" else "float32"  # raw intensities may be too large
+        first = distributed.rank() == 0
+        store = partial(datasets.store, self.cases, folder, normalise=prepare, dtype=dtype, progress=self.progress and first)
+        found = store() if first else None
+        distributed.barrier()
+        return found or store()
+
+    def _train_member(
+        self, number: int, held_out: list[str], training: list[Case], validation: list[Case], folder: Path, seed: int
+    ) -> Network:
+        """Train one network and save it with its card."""
+        recipe = self.recipe
+        without = () if validation else ("patience", "validate_every")
+        settings = {name: value for name, value in recipe.settings.items() if name not in without}
+        settings = {k: v.replace("{fold}", str(number)) if isinstance(v, str) else v for k, v in settings.items()}
+        model = recipe_for(recipe.network)(
+            training,
+            network=recipe.network,
+            classes=recipe.classes,
+            validation=validation,
+            folder=folder,
+            device=self.device,
+            seed=seed,
+            engine=self.engine,
+            progress=self.progress and distributed.rank() == 0,
+            **settings,
+        )
+        facts = {
+            "held_out": held_out,
+            "command": self.command,
+            "normalise": recipe.normalise,
+            "plane": recipe.plane,
+            "label_map": {str(old): new for old, new in recipe.label_map.items()},
+        }
+        model.card |= {name: value for name, value in facts.items() if value} | {"recipe": recipe.name}
+        save_with_card(model, folder)
+        distributed.barrier()
+        return model
+
+
+def save_with_card(model: Network, folder: Path) -> Path:
+    """Save a trained network in its run's folder, and give the best one of the run the same card; done by the first process."""
+    path = folder / "model.safetensors"
+    if distributed.rank() == 0:
+        models.save(path, model, model.card)
+        if (folder / BEST).exists():
+            best = models.load(folder / BEST)
+            models.save(folder / BEST, best, model.card | best.card)
+    return path
+
+
+def segment_case(model: Network, case: Case, original: Case, recipe: Recipe, folder: Path) -> pd.DataFrame:
+    """Segment and score one case, and write the prediction on the grid of its own files."""
+    if recipe.regions == "cells":
+        probabilities = inference.predict(model, case, output="probabilities", progress=False)
+        labels, inside = probabilities.argmax(0).astype(np.uint8), probabilities[0]
+        row = {"case": [case.name], "region": ["cells"]}
+        row |= {m.__name__: [m(inside, case.label == 0)] for m in (metrics.v_rand, metrics.v_info)}
+        table = pd.DataFrame(row)
+    else:
+        labels = inference.predict(model, case, progress=False)
+        if recipe.postprocess == "largest":
+            labels = postprocess.largest_component(labels)
+        table = metrics.evaluate(labels, case.label, regions=recipe.regions, spacing=case.spacing, case=case.name)
+    write_nifti(folder / f"{case.name}.nii.gz", context.facing_back(labels, recipe.plane), original)
+    return table
+
+
+def report(table: pd.DataFrame, recipe: Recipe) -> str:
+    """Return the means (standard deviations) of a run beside the paper's own, each with its data."""
     ours = statistics.summary(table.drop(columns="fold"), decimals=3)
     lines = [
-        f"{recipe.get('name', recipe['network'])}: mean (standard deviation) over {table['case'].nunique()} cases, each segmented by a "
-        "network that has not seen it",
+        f"{recipe.name}: mean (standard deviation) over {table['case'].nunique()} cases, each segmented by a network that has not "
+        "seen it",
         ours.to_string(),
     ]
-    reported = recipe.get("reported")
-    if reported:
-        numbers = {m: v for m, v in reported.items() if m != "where"}
-        lines += [f"\nthe paper ({reported['where']}):", pd.DataFrame(numbers).reindex(ours.index).to_string(na_rep="–")]
-    if recipe.get("data"):
-        lines.append(f"\nThe recipe is for {recipe['data']}.")
-    if recipe.get("departs"):
-        lines.append(f"Where it departs from the paper: {recipe['departs']}.")
+    if recipe.reported:
+        numbers = {metric: row for metric, row in recipe.reported.items() if metric != "where"}
+        paper = pd.DataFrame(numbers).reindex(ours.index).to_string(na_rep="–")
+        lines += [f"\nthe paper ({recipe.reported['where']}):", paper]
+    if recipe.data:
+        lines.append(f"\nThe recipe is for {recipe.data}.")
+    if recipe.departs:
+        lines.append(f"Where it departs from the paper: {recipe.departs}.")
     return "\n".join(lines)
 
 
-def _prepared(cases, recipe: dict, folder: Path, scores, fold: int, progress: bool) -> datasets.Cohort:
-    """The cases as the network sees them, on disk; written by the first process, and only where they are not there yet."""
+def prepare_case(
+    case: Case,
+    *,
+    channels: Sequence[str],
+    label_map: Mapping[int, int] | None = None,
+    normalise: str = "standardise",
+    plane: str = "axial",
+    scores: str | None = None,
+) -> Case:
+    """Return a case as a recipe's network sees it: channels in order, normalised, labels renumbered, turned to a plane."""
+    case = case.select(channels)
+    if label_map and case.label is not None:
+        case = case.relabelled(label_map)
+    case = transforms.normalise(case, normalise)
     if scores is not None:
-        folder = folder / f"fold{fold}" if "{fold}" in str(scores) else folder
-        scores = str(scores).replace("{fold}", str(fold))
-    prepare = partial(
-        named.prepared,
-        channels=tuple(recipe["channels"]),
-        label_map=recipe.get("label_map"),
-        normalise=recipe["normalise"],
-        plane=recipe.get("plane", "axial"),
-        scores=scores,
-    )
-    dtype = "float16" if recipe["normalise"] == "standardise" else "float32"  # raw intensities may be too large
-    first = distributed.number() == 0
-    store = partial(datasets.store, cases, folder, normalise=prepare, dtype=dtype, progress=progress and first)
-    found = store() if first else None
-    distributed.wait()
-    return found or store()
+        case = context.with_scores(case, scores)
+    return case if plane == "axial" else context.facing(case, plane)
 
 
-def _of_fold(settings: dict, fold: int) -> dict:
-    """The settings with the fold's number in the names of files."""
-    return {k: v.replace("{fold}", str(fold)) if isinstance(v, str) else v for k, v in settings.items()}
+def split_folds(names: Sequence[str], count: int, *, seed: int = 0) -> list[list[str]]:
+    """Deal cases out into folds of equal size, give or take one.
+
+    The order is that of a hash of seed and name, so it depends neither on the machine nor on the order of the files.
+
+    Args:
+        names: names of the cases, all different.
+        count: number of folds, 2 to the number of cases.
+        seed: seed of the order. Another one makes other folds.
+    """
+    if len(set(names)) != len(names):
+        raise ValueError("two cases have the same name; folds are made by name: rename one")
+    if not 2 <= count <= len(names):
+        raise ValueError(f"{count} folds of {len(names)} cases; expected 2 to {len(names)}")
+    ordered = sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())
+    return [sorted(ordered[n::count]) for n in range(count)]
 
 
 def _split(names: Sequence[str], test: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
-    """The cases to train on, and those that decide when to stop."""
+    """Return the cases to train on, and those that decide when to stop."""
     rest = [n for n in names if n not in set(test)]
     if not share:
         return rest, []
     if len(rest) < 2:
         raise ValueError(f"{len(rest)} cases are left to train on and to validate with; expected at least 2")
-    part = named.folds_of(rest, min(max(round(1 / share), 2), len(rest)), seed=seed + 1)[0]
+    part = split_folds(rest, min(max(round(1 / share), 2), len(rest)), seed=seed + 1)[0]
     return [n for n in rest if n not in set(part)], part
 
 
-def _trained(recipe, train, validation, folder: Path, settings, seed: int, device, engine, progress, facts) -> nn.Module:
-    from . import of_network
-
-    if not validation:
-        settings = {k: v for k, v in settings.items() if k not in ("patience", "validate_every")}
-    model = of_network(recipe["network"])(
-        train,
-        network=recipe["network"],
-        classes=recipe["classes"],
-        validation=validation,
-        folder=folder,
-        device=device,
-        seed=seed,
-        engine=engine,
-        progress=progress,
-        **settings,
-    )
-    model.card |= {key: value for key, value in facts.items() if value} | {"recipe": recipe.get("name", recipe["network"])}
-    if distributed.number() == 0:
-        models.save(folder / "model.safetensors", model, model.card)
-        if (folder / BEST).exists():
-            best = models.load(folder / BEST)
-            models.save(folder / BEST, best, model.card | best.card)
-    distributed.wait()
-    return model
-
-
-def _segmented(model: nn.Module, case: Case, original: Case, plane: str, recipe: dict, folder: Path) -> pd.DataFrame:
-    """Segment and score one case, and write what was found on the grid of its own files."""
-    truth, regions = case.label, recipe["regions"]
-    if regions == "cells":
-        probabilities = inference.predict(model, case, output="probabilities", progress=False)
-        labels, inside = probabilities.argmax(0).astype(np.uint8), probabilities[0]
-        row = {"case": [case.name], "region": ["cells"]}
-        row |= {m.__name__: [m(inside, truth == 0)] for m in (metrics.v_rand, metrics.v_info)}
-        table = pd.DataFrame(row)
-    else:
-        labels = inference.predict(model, case, progress=False)
-        if recipe.get("postprocess") == "largest":
-            labels = postprocess.largest_component(labels)
-        table = metrics.evaluate(labels, truth, regions=regions, spacing=case.spacing, case=case.name)
-    write_nifti(folder / f"{case.name}.nii.gz", context.facing_back(labels, plane), original)
-    return table
-
-
-def _same_run(out: Path, recipe: dict, parts, settings: dict, members: int, seed: int, command: str) -> None:
-    """Write down what is done in this folder, or see that it is what was done there before."""
+def _check_same_run(out: Path, recipe: Recipe, parts: list[list[str]], seed: int, command: str) -> None:
+    """Write down what is done in this folder, or check that it is what was done there before."""
+    if distributed.rank() > 0:
+        return
+    plain = (int, float, str, list, tuple, type(None))
     facts = {
-        "recipe": recipe.get("name", recipe["network"]),
-        "network": recipe["network"],
-        "members": members,
+        "recipe": recipe.name,
+        "network": recipe.network,
+        "members": recipe.members,
         "seed": seed,
-        "settings": {
-            k: v if isinstance(v, (int, float, str, list, tuple, type(None))) else str(v) for k, v in settings.items()
-        },
+        "settings": {k: v if isinstance(v, plain) else str(v) for k, v in recipe.settings.items()},
         "folds": parts,
     }
     facts = json.loads(json.dumps(facts))  # tuples become lists, as in the file
     path = out / RUN
-    if distributed.number() == 0:
-        if path.exists():
-            before = json.loads(path.read_text("utf-8"))
-            different = [key for key in facts if before.get(key) != facts[key]]
-            if different:
-                raise ValueError(
-                    f"{path} is of another run: {', '.join(different)} differ; choose another folder, or repeat the command"
-                )
-        else:
-            about = {k: recipe[k] for k in ("paper", "data", "reported", "departs") if recipe.get(k)}
-            made = {
-                "command": command,
-                "version": __version__,
-                "torch": torch.__version__,
-                "machine": platform.machine(),
-                "date": str(date.today()),
-            }
-            with atomic_write(path) as temporary:
-                temporary.write_text(json.dumps(facts | about | made, indent=1, ensure_ascii=False), "utf-8")
+    if path.exists():
+        before = json.loads(path.read_text("utf-8"))
+        different = [key for key in facts if before.get(key) != facts[key]]
+        if different:
+            raise ValueError(
+                f"{path} is of another run: {', '.join(different)} differ; choose another folder, or repeat the command"
+            )
+        return
+    about = {"paper": recipe.paper, "data": recipe.data, "reported": recipe.reported, "departs": recipe.departs}
+    facts |= {name: value for name, value in about.items() if value}
+    facts |= {"command": command, "version": __version__, "torch": torch.__version__}
+    facts |= {"machine": platform.machine(), "date": str(date.today())}
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(facts, indent=1, ensure_ascii=False), "utf-8")
 
 
 def _write(path: Path, table: pd.DataFrame) -> None:

@@ -1,18 +1,29 @@
-"""Havaei's two-pathway network and its cascades, in two phases."""
+"""Havaei's two-pathway network and its cascades, in two phases.
+
+networks    `models.two_path_cnn`, `models.input_cascade_cnn`, … (`models.HAVAEI`)
+samples     `sampling.SegmentSampler`: classes equally often, then as they are
+loss        `losses.cross_entropy`
+optimiser   `optimizers.MaxNormSGD`, `optimizers.MomentumSchedule`
+afterwards  `postprocess.remove_flat_components`
+notebook    02
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
 
-from .. import models, optimizers, training
+from .. import losses, models, optimizers
+from ..models import Network
 from ..sampling import SegmentSampler
 from ..volume import Case
-from ._shared import build, card, check, validation_of
+from .recipe import OptimizerMaker, Recipe, ScheduleMaker, prepare_network, prepare_optimizer, prepare_schedule, train
 
 # Our choice: the papers give no number of updates.
 HAVAEI_STEPS, HAVAEI_PHASE2_STEPS = 30_000, 10_000
@@ -21,111 +32,175 @@ HAVAEI_STEPS, HAVAEI_PHASE2_STEPS = 30_000, 10_000
 def havaei(
     cases: Sequence[Case],
     *,
-    network: str = "two_path_cnn",
-    first: nn.Module | str | Path | None = None,
+    network: str | Network = "two_path_cnn",
+    first: Network | str | Path | None = None,
     classes: int | None = None,
     steps: int = HAVAEI_STEPS,
     phase2_steps: int = HAVAEI_PHASE2_STEPS,
+    learning_rate: float | None = None,
+    halvings: Sequence[float] | None = None,
+    schedule: ScheduleMaker | None = None,
+    optimizer: OptimizerMaker | None = None,
+    loss: Callable = losses.cross_entropy,
+    augment: Callable | None = None,
+    output: int = 1,
+    batch_size: int = 128,
+    epochs: int = 3,
+    max_norm: float = 2.0,
+    init: str = "uniform",
     validation: Sequence[Case] = (),
     validate_every: int = 500,
     folder: str | Path | None = None,
     width: float = 1.0,
-    init: str = "uniform",
-    output: int = 1,
-    batch_size: int = 128,
-    learning_rate: float | None = None,
-    epochs: int = 3,
-    max_norm: float = 2.0,
     device: str | torch.device = "cpu",
     seed: int = 0,
     progress: bool = True,
-    engine: dict | None = None,
-) -> nn.Module:
+    engine: Mapping[str, object] | None = None,
+    **options,
+) -> Network:
     """Train one of Havaei's networks in two phases.
 
     Phase 1 trains the whole network on patches whose centres are of every class equally often. That is not how often the
     classes occur, so the network calls too many voxels tumour. Phase 2 trains the output layer alone on patches from
     anywhere in the brain: the features stay, the probabilities become right.
 
+    `classes`, `optimizer`, `schedule`, `validation`, `validate_every`, `folder`, `width`, `device`, `progress` and `engine` are described
+    in `medseg_lite.recipes`. The folder gets `phase1` and `phase2`.
+
     Args:
         cases: labelled cases, normalised (`transforms.standardise`).
-        network: one of `models.HAVAEI`: "two_path_cnn", "input_cascade_cnn", …
-        first: the trained "two_path_cnn" of a cascade, or its checkpoint; of the same width and classes.
-        classes: output classes; by default the highest label plus one.
-        steps: updates of phase 1. The papers give no number.
-        phase2_steps: updates of phase 2, 0 to leave it out.
-        validation: cases segmented every `validate_every` updates; their mean Dice goes into the history.
-        folder: where the run is kept, `phase1` and `phase2` in it; the same call goes on from an interrupted run.
-        width: scales every feature-map count; 1 is the paper's size.
-        init: "uniform", the paper's, or "he", which short runs need (see `models.havaei.TwoPathCNN`).
+        network: one of `models.HAVAEI`, "two_path_cnn", "input_cascade_cnn", …; or a built network with a layer `output`.
+        first: trained "two_path_cnn" of a cascade, or its checkpoint; of the same width and classes.
+        steps: number of updates of phase 1. The papers give no number.
+        phase2_steps: number of updates of phase 2, 0 to leave it out.
+        learning_rate: learning rate at the start of each phase; by default .005, the paper's, or 1e-4 / width with `init="he"`:
+            features that are larger from the start need smaller steps, and the more of them the output layer sees, the smaller.
+        halvings: fractions of each phase after which the rate is halved, in place of the paper's schedule.
+        loss: function of logits and label.
+        augment: function `(image, label, *, rng)` of each batch of patches, or None.
         output: side of the predicted square: 1 for the paper's patches (of 33²), more for dense segments, which cost far less
             per labelled pixel; then only their middle pixels are of every class equally often.
-        batch_size: patches or segments per update (our choice).
-        learning_rate: at the start of each phase; by default .005, the paper's, or 1e-4 / width with `init="he"`: features that
-            are larger from the start need smaller steps, and the more of them the output layer sees, the smaller.
-        epochs: equal parts of each phase; the rate falls to a tenth after each.
+        batch_size: number of patches or segments per update (our choice).
+        epochs: number of equal parts of each phase; the rate falls to a tenth after each.
         max_norm: longest kernel (the paper gives no number).
-        device: "cpu", "cuda", ….
-        seed: of the initial weights, the patches and the dropout.
-        engine: options of `training.fit` for the machine at hand: precision, compiled, channels_last, workers, tensorboard.
+        init: "uniform", the paper's, or "he", which short runs need (see `models.havaei.TwoPathCNN`).
+        seed: seed of the initial weights, the patches and the dropout.
+        options: further options of the builder, such as dropout=0.
 
     Returns:
-        The network in evaluation mode; `network.history` has one row per update of either phase, `network.card` what was done.
+        The network in evaluation mode. `network.history` has one row per update of either phase, and `network.card` says what was done.
 
     Source: Finzel 2017, section 3.1; Havaei et al. 2017, sections 3.2 and 3.3. The weight penalties are DeepMedic's.
+    Taught in notebook 02.
     """
-    classes = check(cases, network, models.HAVAEI, classes)
     if phase2_steps < 0:
         raise ValueError(f"phase2_steps={phase2_steps}; expected 0 or more")
-    cascade = "cascade" in network
-    if cascade != (first is not None):
-        needs = "needs a trained two_path_cnn: give it as first=" if cascade else "has no first network: leave first out"
-        raise ValueError(f"{network} {needs}")
-    if isinstance(first, (str, Path)):
-        first = models.load(first)
-    model = build(network, cases, classes, width, seed, device, init=init, **({"first": first} if cascade else {}))
-    rate = learning_rate or (0.005 if init == "uniform" else 1e-4 / width)
+    if isinstance(network, str):
+        options |= {"init": init, **_first_network(network, first)}
+    model = prepare_network(network, cases, models.HAVAEI, classes=classes, width=width, seed=seed, device=device, **options)
+    rate = 0.005 if init == "uniform" else 1e-4 / width
 
     def phase(number: int, steps: int, scheme: str) -> pd.DataFrame:
         sampler = SegmentSampler(
             cases,
             output=output,
             margin=model.margin,
+            cut=model.cut,
             batch_size=batch_size,
             scheme=scheme,
             spatial_dims=2,
+            augment=augment,
             seed=2 * seed + number - 1,
         )
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = optimizers.MaxNormSGD(trained, lr=rate, max_norm=max_norm)
-        history = training.fit(
+        sgd = prepare_optimizer(model, optimizer, learning_rate, partial(optimizers.MaxNormSGD, max_norm=max_norm), rate)
+        paper = partial(optimizers.MomentumSchedule, steps=steps, epochs=epochs)
+        train(
             model,
             sampler,
+            cases,
             steps=steps,
-            optimizer=optimizer,
+            optimizer=sgd,
+            loss=loss,
             l1=1e-6,
             l2=1e-4,
-            schedule=optimizers.MomentumSchedule(optimizer, steps=steps, epochs=epochs),
-            validate=validation_of(validation, classes),
-            validate_every=min(validate_every, steps),
+            schedule=prepare_schedule(sgd, schedule, halvings, steps, paper=paper),
+            validation=validation,
+            validate_every=validate_every,
             folder=Path(folder) / f"phase{number}" if folder else None,
             seed=seed,
             progress=progress,
-            **engine or {},
+            engine=engine,
         )
-        return history.assign(phase=number)
+        return model.history.assign(phase=number)
 
-    model.history = phase(1, steps, "equal")
+    history = phase(1, steps, "equal")
     if phase2_steps:
-        fixed = [p for p in model.parameters() if p.requires_grad and all(p is not q for q in model.output.parameters())]
-        try:
-            for p in fixed:
-                p.requires_grad_(False)
+        with _output_layer_alone(model):
             second = phase(2, phase2_steps, "uniform")
-        finally:
-            for p in fixed:
-                p.requires_grad_(True)
         second["step"] += steps
-        model.history = pd.concat([model.history, second], ignore_index=True)
-    model.card = card(network, cases, classes, steps, seed, device) | {"phase2_steps": phase2_steps}
+        history = pd.concat([history, second], ignore_index=True)
+    model.history = history
+    model.card |= {"steps": steps, "phase2_steps": phase2_steps}
     return model
+
+
+def _first_network(network: str, first: Network | str | Path | None) -> dict[str, Network]:
+    """Return the first network of a cascade as an option of its builder."""
+    cascade = "cascade" in network
+    if cascade != (first is not None):
+        needs = "needs a trained two_path_cnn: give it as first=" if cascade else "has no first network: leave first out"
+        raise ValueError(f"{network} {needs}")
+    if first is None:
+        return {}
+    return {"first": models.load(first) if isinstance(first, (str, Path)) else first}
+
+
+@contextmanager
+def _output_layer_alone(model: nn.Module) -> Iterator[None]:
+    """Within the block, only the output layer is trained."""
+    output = {id(p) for p in model.output.parameters()}
+    fixed = [p for p in model.parameters() if p.requires_grad and id(p) not in output]
+    try:
+        for p in fixed:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in fixed:
+            p.requires_grad_(True)
+
+
+RECIPES = (
+    Recipe(
+        "havaei-brats2013",
+        network="two_path_cnn",
+        paper="Havaei et al. 2017, sections 3.2 and 3.3",
+        data="BRATS 2013 training set, 30 cases; by registration",
+        loader="brats2015",
+        channels=("flair", "t1", "t1c", "t2"),
+        classes=5,
+        settings={"learning_rate": 0.005},
+        reported={
+            "where": "Table 1, TwoPathCNN*, BRATS 2013's challenge cases",
+            "dice": {"whole": 0.85, "core": 0.78, "enhancing": 0.73},
+            "sensitivity": {"whole": 0.80, "core": 0.76, "enhancing": 0.75},
+        },
+        departs="no bias-field correction and no clipping of intensities; numbers of updates, patches per update and longest "
+        "kernel are our choice; postprocess.remove_flat_components is left to you",
+    ),
+    Recipe(
+        "havaei-brats2013-cascade",
+        network="input_cascade_cnn",
+        needs="first",
+        paper="Havaei et al. 2017, section 3.4",
+        data="BRATS 2013 training set, 30 cases; by registration",
+        loader="brats2015",
+        channels=("flair", "t1", "t1c", "t2"),
+        classes=5,
+        settings={"learning_rate": 0.005},
+        reported={
+            "where": "Table 2, InputCascadeCNN*, BRATS 2013's challenge cases",
+            "dice": {"whole": 0.88, "core": 0.79, "enhancing": 0.73},
+        },
+        departs="as havaei-brats2013, whose network of the same fold is to be given as --first",
+    ),
+)

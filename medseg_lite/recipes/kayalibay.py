@@ -1,34 +1,45 @@
-"""Kayalibay's 3D U-Net."""
+"""Kayalibay's 3D U-Net.
+
+network     `models.kayalibay_unet3d`
+samples     `sampling.VolumeSampler`: whole volumes or crops, with `transforms.augment`
+loss        `losses.jaccard_distance`
+optimiser   Adam
+evaluation  `metrics.evaluate`
+notebooks   06 and 07
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from .. import losses, models, optimizers, training, transforms
+from .. import losses, models, transforms
+from ..models import Network
 from ..sampling import VolumeSampler
 from ..volume import Case
-from ._shared import build, card, check, validation_of
+from .recipe import OptimizerMaker, Recipe, ScheduleMaker, prepare_network, prepare_optimizer, prepare_schedule, train
 
 # 50 epochs of 220 cases, one case an update.
 KAYALIBAY_STEPS = 11_000
+LOSSES = {"jaccard": losses.jaccard_distance, "cross_entropy": losses.cross_entropy}
 
 
 def kayalibay(
     cases: Sequence[Case],
     *,
-    network: str = "kayalibay_unet3d",
+    network: str | Network = "kayalibay_unet3d",
     classes: int | None = None,
     steps: int = KAYALIBAY_STEPS,
-    learning_rate: float = 5e-5,
+    learning_rate: float | None = None,
     halvings: Sequence[float] = (),
-    loss: str = "jaccard",
+    schedule: ScheduleMaker | None = None,
+    optimizer: OptimizerMaker | None = None,
+    loss: str | Callable = "jaccard",
+    augment: bool | Callable = True,
     crop: int | Sequence[int] | None = None,
     batch_size: int = 1,
-    augment: bool = True,
     validation: Sequence[Case] = (),
     validate_every: int = 500,
     patience: int | None = None,
@@ -37,64 +48,96 @@ def kayalibay(
     device: str | torch.device = "cpu",
     seed: int = 0,
     progress: bool = True,
-    engine: dict | None = None,
+    engine: Mapping[str, object] | None = None,
     **options,
-) -> nn.Module:
+) -> Network:
     """Train Kayalibay's 3D U-Net on whole volumes, or crops of them, with the paper's settings.
+
+    `classes`, `optimizer`, `schedule`, `validation`, `validate_every`, `patience`, `folder`, `width`, `device`, `progress` and `engine`
+    are described in `medseg_lite.recipes`.
 
     Args:
         cases: labelled cases. The authors feed raw intensities; `transforms.standardise` is the safer choice.
-        network: "kayalibay_unet3d".
-        classes: output classes; by default the highest label plus one.
-        steps: updates. The paper makes 50 epochs of 220 brains, or 600 of 20 hands.
-        learning_rate: Adam's, 5e-5 in the paper. Short runs need more, 1e-3 or so.
+        network: "kayalibay_unet3d", or a built network.
+        steps: number of updates. The paper makes 50 epochs of 220 brains, or 600 of 20 hands.
+        learning_rate: Adam's learning rate, 5e-5 in the paper. Short runs need more, 1e-3 or so.
         halvings: fractions of the run after which it is halved; the paper has none.
-        loss: "jaccard" (`losses.jaccard_distance`) or "cross_entropy".
+        loss: "jaccard" (`losses.jaccard_distance`), "cross_entropy", or a function of logits and label.
+        augment: whether to flip or rotate volumes (`transforms.augment`), or a function `(image, label, *, rng)` in its place.
         crop: voxels along each axis of random crops; None for whole volumes, as in the paper.
-        batch_size: volumes per update; 1 in the paper.
-        augment: leave as is, flip or rotate each volume (`transforms.augment`).
-        validation: cases segmented every `validate_every` updates; their mean Dice goes into the history.
-        patience: stop when it has not risen for this many validations, and go back to the best weights.
-        folder: where the run is kept; the same call goes on from an interrupted run.
-        width: scales every feature-map count; 1 is the paper's size.
-        device: "cpu", "cuda", ….
-        seed: of the initial weights, the order of cases and the augmentation.
-        engine: options of `training.fit` for the machine at hand: precision, compiled, channels_last, workers, tensorboard.
-        options: further ones of `models.kayalibay.KayalibayUNet3d`, such as merge="sum" or maps=1.
+        batch_size: number of volumes per update; 1 in the paper.
+        seed: seed of the initial weights, the order of cases and the augmentation.
+        options: further options of the builder, such as merge="sum" or maps=1.
 
     Returns:
-        The network in evaluation mode; `network.history` has one row per update and `network.card` what was done.
+        The network in evaluation mode. `network.history` has one row per update, and `network.card` says what was done.
 
     Source: Kayalibay et al. 2017, section 3.2.
+    Taught in notebooks 06 and 07.
     """
-    classes = check(cases, network, models.KAYALIBAY, classes)
-    functions = {"jaccard": losses.jaccard_distance, "cross_entropy": losses.cross_entropy}
-    if loss not in functions:
-        raise ValueError(f"loss={loss!r}; expected one of {', '.join(functions)}")
-    model = build(network, cases, classes, width, seed, device, **options)
+    if isinstance(loss, str) and loss not in LOSSES:
+        raise ValueError(f"loss={loss!r}; expected one of {', '.join(LOSSES)}, or a function")
+    model = prepare_network(network, cases, models.KAYALIBAY, classes=classes, width=width, seed=seed, device=device, **options)
     sampler = VolumeSampler(
         cases,
         crop=crop,
         multiple=model.multiple,
         batch_size=batch_size,
-        augment=transforms.augment if augment else None,
+        augment=augment if callable(augment) else transforms.augment if augment else None,
         seed=seed,
     )
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    model.history = training.fit(
+    optimizer = prepare_optimizer(model, optimizer, learning_rate, torch.optim.Adam, 5e-5)
+    return train(
         model,
         sampler,
+        cases,
         steps=steps,
         optimizer=optimizer,
-        loss=functions[loss],
-        schedule=optimizers.HalveAt(optimizer, steps=[round(f * steps) for f in halvings]),
-        validate=validation_of(validation, classes),
-        validate_every=min(validate_every, steps),
+        loss=loss if callable(loss) else LOSSES[loss],
+        schedule=prepare_schedule(optimizer, schedule, halvings, steps),
+        validation=validation,
+        validate_every=validate_every,
         patience=patience,
         folder=folder,
         seed=seed,
         progress=progress,
-        **engine or {},
+        engine=engine,
+        facts={"loss": loss if isinstance(loss, str) else "given"},
     )
-    model.card = card(network, cases, classes, steps, seed, device) | {"loss": loss}
-    return model
+
+
+RECIPES = (
+    Recipe(
+        "kayalibay-brats2015",
+        network="kayalibay_unet3d",
+        paper="Kayalibay et al. 2017, sections 3.2 and 4",
+        data="BRATS 2015 training set, 274 cases; by registration",
+        loader="brats2015",
+        channels=("flair", "t1", "t1c", "t2"),
+        classes=5,
+        normalise="none",
+        settings={"learning_rate": 5e-5, "crop": (160, 144, 128), "validate_every": 220},
+        validation=0.11,
+        reported={
+            "where": "Tables 3 to 5, cross-validation over the same 274 cases",
+            "dice": {"whole": 0.90, "core": 0.79, "enhancing": 0.44},
+            "precision": {"whole": 0.90, "core": 0.81, "enhancing": 0.57},
+            "sensitivity": {"whole": 0.92, "core": 0.87, "enhancing": 0.68},
+        },
+        departs="crops anywhere in the volume instead of around the brain's centre of mass",
+    ),
+    Recipe(
+        "kayalibay-hands",
+        network="kayalibay_unet3d",
+        paper="Kayalibay et al. 2017, sections 3.2 and 4",
+        data="30 hand MRI of 120×120×64 voxels; not public: your own folder, or generated ones (phantoms.hand)",
+        channels=("t1",),
+        classes=5,
+        normalise="none",
+        settings={"steps": 12_000, "learning_rate": 5e-5, "validate_every": 20, "patience": 100},
+        folds=6,
+        validation=0.2,
+        regions={"metacarpal": [1], "proximal": [2], "middle": [3], "distal": [4]},
+        departs="stops by the Dice score of the validation cases instead of their loss",
+    ),
+)

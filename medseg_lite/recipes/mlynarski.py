@@ -1,162 +1,181 @@
-"""Mlynarski's 2D networks, and the 3D networks that take their scores."""
+"""Mlynarski's 2D networks, and the 3D networks that take their scores.
+
+networks    `models.mlynarski_2d`, `models.mlynarski_3d`
+samples     `sampling.SegmentSampler`: squares of slices, or cubes; `context.with_scores` joins the scores to the image
+loss        `losses.balanced_cross_entropy`, with `losses.deep_supervision` in 2D
+optimiser   `optimizers.NormalizedSGD`, `optimizers.HalveOnSlowLoss`
+afterwards  `ensembles.Vote`
+notebooks   09 and 10
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
 
 from .. import context, losses, models, optimizers, training, transforms
+from ..models import Network
 from ..models.mlynarski import Mlynarski2d
 from ..sampling import SegmentSampler
 from ..volume import Case
-from ._shared import build, card, check, validation_of
+from .recipe import OptimizerMaker, Recipe, ScheduleMaker, prepare_network, prepare_optimizer, prepare_schedule, train
 
 # Our choice: the paper names no number of updates.
 MLYNARSKI_STEPS = 10_000
+SAMPLES_2D = {"output": 192, "batch_size": 4, "accumulate": 10, "scheme": "uniform"}
+SAMPLES_3D = {"output": 28, "batch_size": 1, "accumulate": 5, "scheme": "foreground"}
 
 
 def mlynarski(
     cases: Sequence[Case],
     *,
-    network: str = "mlynarski_2d",
+    network: str | Network = "mlynarski_2d",
     classes: int | None = None,
     steps: int = MLYNARSKI_STEPS,
-    target_weights: Sequence[float] | None = None,
-    learning_rate: float = 0.25,
+    learning_rate: float | None = None,
     window: int = 200,
+    halvings: Sequence[float] | None = None,
+    schedule: ScheduleMaker | None = None,
+    optimizer: OptimizerMaker | None = None,
+    target_weights: Sequence[float] | None = None,
+    loss: Callable | None = None,
+    augment: Callable | None = None,
     output: int | None = None,
     batch_size: int | None = None,
     accumulate: int | None = None,
     scheme: str | None = None,
     flip: bool = True,
+    drop: float = 0.0,
     incomplete: Sequence[Case] = (),
     pretrain_steps: int = 0,
-    drop: float = 0.0,
     validation: Sequence[Case] = (),
     validate_every: int = 500,
+    patience: int | None = None,
     folder: str | Path | None = None,
     width: float = 1.0,
     device: str | torch.device = "cpu",
     seed: int = 0,
     progress: bool = True,
-    engine: dict | None = None,
+    engine: Mapping[str, object] | None = None,
     **options,
-) -> nn.Module:
+) -> Network:
     """Train one of Mlynarski's networks: 2D on squares of slices, 3D on cubes, with or without scores of 2D networks.
 
-    For a 2D network of another plane, turn the cases first (`context.facing`) and leave `flip` out where the first axis is not
+    For a 2D network of another plane, turn the cases first (`context.facing`) and set `flip=False` where the first axis is not
     left to right. For a 3D network with features, give cases `context.with_scores` and `variant="a"`, "b" or "c".
+
+    `classes`, `optimizer`, `schedule`, `validation`, `validate_every`, `patience`, `folder`, `width`, `device`, `progress` and `engine`
+    are described in `medseg_lite.recipes`.
 
     Args:
         cases: labelled cases, normalised.
-        network: "mlynarski_2d" or "mlynarski_3d".
-        classes: output classes; by default the highest label plus one.
-        steps: updates.
-        target_weights: what each class counts in a batch; by default .7 for the background in 2D and .4 in 3D, and the same for
-            each of the others, as in the paper.
+        network: "mlynarski_2d" or "mlynarski_3d"; or a built network.
+        steps: number of updates.
         learning_rate: length of a step of `optimizers.NormalizedSGD`, .25 in the paper.
-        window: updates between decisions on it (`optimizers.HalveOnSlowLoss`), 200 in the paper.
+        window: number of updates between decisions on it (`optimizers.HalveOnSlowLoss`), 200 in the paper.
+        halvings: fractions of the run after which the rate is halved, in place of those decisions.
+        target_weights: weight of each class in a batch; by default .7 for the background in 2D and .4 in 3D, and the same for
+            each of the others, as in the paper.
+        loss: function of logits and label, by default `losses.balanced_cross_entropy` with these weights.
+        augment: function `(image, label, *, rng)` of each batch, or None.
         output: side of the predicted square (by default 192) or cube (28, from 70³ voxels).
-        batch_size: squares or cubes per batch, by default 4 or 1.
-        accumulate: batches per update, 10 (2D) or 5 (3D) in the paper.
-        scheme: see `SegmentSampler`; by default "uniform" in 2D and "foreground" in 3D.
-        flip: mirror left to right with probability one half.
-        incomplete: further labelled cases, each lacking sequences, for `pretrain_steps`. The network as a whole never sees them.
-        pretrain_steps: updates of every 2D subnetwork of one sequence by itself, on the cases and incomplete cases that have the
-            sequence (`pretrain_subnetwork`), before the network is trained.
+        batch_size: number of squares or cubes per batch, by default 4 or 1.
+        accumulate: number of batches per update, 10 (2D) or 5 (3D) in the paper.
+        scheme: scheme of the samples' centres, see `SegmentSampler`; by default "uniform" in 2D and "foreground" in 3D.
+        flip: whether to mirror samples left to right with probability one half.
         drop: probability with which a square of the 2D network lacks a sequence, so that it learns to do without one
             (`transforms.drop_channels`; not in the paper).
-        validation: cases segmented every `validate_every` updates; their mean Dice goes into the history.
-        folder: where the run is kept; the same call goes on from an interrupted run.
-        width: scales every feature-map count.
-        device: "cpu", "cuda", ….
-        seed: of the initial weights and the segments.
-        engine: options of `training.fit` for the machine at hand: precision, compiled, channels_last, workers, tensorboard.
-        options: further ones of the builder: subnets=2, variant="a".
+        incomplete: further labelled cases, each without some sequence, for `pretrain_steps`. The network as a whole never sees them.
+        pretrain_steps: number of updates of every 2D subnetwork of one sequence by itself, on the cases and incomplete cases that have
+            the sequence (`pretrain_subnetwork`), before the network is trained.
+        seed: seed of the initial weights and the samples.
+        options: further options of the builder, such as subnets=2 or variant="a".
 
     Returns:
-        The network in evaluation mode; `network.history` has one row per update and `network.card` what was done.
+        The network in evaluation mode. `network.history` has one row per update, and `network.card` says what was done.
 
     Source: Mlynarski et al. 2019, sections 2.4 and 3. Squares and their number are our choice: the paper has whole slices.
+    Taught in notebooks 09 and 10.
     """
-    classes = check(cases, network, models.MLYNARSKI, classes)
-    flat = network == "mlynarski_2d"
-    features = sum(channel.split()[0] in context.PLANES for channel in cases[0].channels)  # of context.with_scores
-    if not flat:
-        options = {"features": features, "variant": "a" if features else "standard"} | options
-    elif features:
-        raise ValueError(f"{cases[0].name} has scores of 2D networks among its channels; those are for mlynarski_3d")
+    model = _prepare(network, cases, classes=classes, width=width, seed=seed, device=device, options=options)
+    flat = isinstance(model, Mlynarski2d)
+    _check_2d_only(flat, incomplete=incomplete, pretrain_steps=pretrain_steps, drop=drop)
+    given = {"output": output, "batch_size": batch_size, "accumulate": accumulate, "scheme": scheme}
+    samples = (SAMPLES_2D if model.spatial_dims == 2 else SAMPLES_3D) | {k: v for k, v in given.items() if v is not None}
+    target_weights = target_weights or class_weights(model.classes, 0.7 if model.spatial_dims == 2 else 0.4)
+    if pretrain_steps:
+        how = {
+            "target_weights": target_weights,
+            "learning_rate": 0.25 if learning_rate is None else learning_rate,
+            "window": window,
+        }
+        how |= {"flip": flip, "seed": seed, "progress": progress, **samples}
+        channels = cases[0].channels
+        for channel in channels:
+            place = Path(folder) / f"subnetwork_{channel}" if folder else None
+            everybody = [*cases, *incomplete]
+            pretrain_subnetwork(model, channel, everybody, channels=channels, steps=pretrain_steps, folder=place, **how)
+    accumulate = samples.pop("accumulate")
+    sampler = SegmentSampler(
+        cases,
+        margin=model.margin,
+        cut=model.cut if model.margin else None,
+        flip=flip,
+        spatial_dims=model.spatial_dims,
+        augment=partial(transforms.drop_channels, probability=drop) if drop else augment,
+        seed=seed,
+        **samples,
+    )
+    loss = loss or partial(losses.balanced_cross_entropy, target_weights=target_weights)
+    optimizer = prepare_optimizer(model, optimizer, learning_rate, optimizers.NormalizedSGD, 0.25)
+    return train(
+        model,
+        sampler,
+        cases,
+        steps=steps,
+        optimizer=optimizer,
+        loss=partial(losses.deep_supervision, loss=loss) if flat else loss,
+        forward=model.with_auxiliary if flat else None,
+        accumulate=accumulate,
+        schedule=prepare_schedule(
+            optimizer, schedule, halvings, steps, paper=partial(optimizers.HalveOnSlowLoss, window=window)
+        ),
+        validation=validation,
+        validate_every=validate_every,
+        patience=patience,
+        folder=folder,
+        seed=seed,
+        progress=progress,
+        engine=engine,
+        facts={"pretrained_on": [c.name for c in incomplete], "pretrain_steps": pretrain_steps} if pretrain_steps else None,
+    )
+
+
+def _prepare(network: str | Network, cases: Sequence[Case], *, classes, width, seed, device, options: dict) -> Network:
+    """Build the network, told how many of the channels are scores of 2D networks."""
+    channels = None
+    if isinstance(network, str) and cases:
+        features = sum(channel.split()[0] in context.PLANES for channel in cases[0].channels)  # of context.with_scores
+        if network == "mlynarski_3d":
+            options = {"features": features, "variant": "a" if features else "standard"} | options
+        elif features:
+            raise ValueError(f"{cases[0].name} has scores of 2D networks among its channels; those are for mlynarski_3d")
+        channels = len(cases[0].channels) - features
+    return prepare_network(
+        network, cases, models.MLYNARSKI, classes=classes, width=width, seed=seed, device=device, channels=channels, **options
+    )
+
+
+def _check_2d_only(flat: bool, *, incomplete: Sequence[Case], pretrain_steps: int, drop: float) -> None:
     if not flat and (incomplete or pretrain_steps or drop):
         raise ValueError("incomplete, pretrain_steps and drop are for mlynarski_2d: only it has a subnetwork for each sequence")
     if incomplete and not pretrain_steps:
         raise ValueError("incomplete cases serve to pre-train subnetworks only; give pretrain_steps=, or leave them out")
-    model = build(network, cases, classes, width, seed, device, channels=len(cases[0].channels) - features, **options)
-    target_weights = target_weights or _weights(classes, 0.7 if flat else 0.4)
-    channels = cases[0].channels
-    if pretrain_steps:
-        for channel in channels:
-            pretrain_subnetwork(
-                model,
-                channel,
-                [*cases, *incomplete],
-                channels=channels,
-                steps=pretrain_steps,
-                target_weights=target_weights,
-                learning_rate=learning_rate,
-                window=window,
-                output=output or 192,
-                batch_size=batch_size or 4,
-                accumulate=accumulate or 10,
-                scheme=scheme or "uniform",
-                flip=flip,
-                folder=Path(folder) / f"subnetwork_{channel}" if folder else None,
-                seed=seed,
-                progress=progress,
-            )
-    sampler = SegmentSampler(
-        cases,
-        output=output or (192 if flat else 28),
-        margin=model.margin,
-        batch_size=batch_size or (4 if flat else 1),
-        scheme=scheme or ("uniform" if flat else "foreground"),
-        flip=flip,
-        spatial_dims=model.spatial_dims,
-        augment=partial(transforms.drop_channels, probability=drop) if drop else None,
-        seed=seed,
-    )
-
-    def balanced(logits, target):
-        return losses.balanced_cross_entropy(logits, target, target_weights=target_weights)
-
-    def supervised(outputs, target):
-        return losses.deep_supervision(outputs, target, loss=balanced)
-
-    optimizer = optimizers.NormalizedSGD(model.parameters(), lr=learning_rate)
-    model.history = training.fit(
-        model,
-        sampler,
-        steps=steps,
-        optimizer=optimizer,
-        loss=supervised if flat else balanced,
-        forward=model.with_auxiliary if flat else None,
-        accumulate=accumulate or (10 if flat else 5),
-        schedule=optimizers.HalveOnSlowLoss(optimizer, window=window),
-        validate=validation_of(validation, classes),
-        validate_every=min(validate_every, steps),
-        folder=folder,
-        seed=seed,
-        progress=progress,
-        **engine or {},
-    )
-    model.card = card(network, cases, classes, steps, seed, device)
-    if pretrain_steps:
-        model.card |= {"pretrained_on": [c.name for c in incomplete], "pretrain_steps": pretrain_steps}
-    return model
 
 
 def pretrain_subnetwork(
@@ -185,10 +204,10 @@ def pretrain_subnetwork(
 
     Args:
         model: a 2D network.
-        channel: whose subnetwork.
-        cases: labelled, normalised; those whose `channels` lack this one are left aside.
+        channel: sequence of the subnetwork.
+        cases: labelled cases, normalised. Those whose `channels` lack this one are left aside.
         channels: the network's sequences in the order of its inputs.
-        steps: updates.
+        steps: number of updates.
         target_weights, learning_rate, window, output, batch_size, accumulate, scheme, flip, folder, seed, progress: as for
             `mlynarski`.
 
@@ -196,6 +215,7 @@ def pretrain_subnetwork(
         One row per update, as `training.fit`.
 
     Source: Mlynarski et al. 2019, sections 2.2 and 3.2.
+    Taught in notebook 10.
     """
     channels = tuple(channels)
     if len(channels) != model.in_channels:
@@ -213,7 +233,7 @@ def pretrain_subnetwork(
     if not having:
         raise ValueError(f"none of the {len(cases)} cases has {channel}, so its subnetwork has nothing to learn from")
     subnetwork = model.subnetwork(channels.index(channel))
-    weights = target_weights or _weights(model.classes, 0.7)
+    weights = target_weights or class_weights(model.classes, 0.7)
     sampler = SegmentSampler(having, output=output, batch_size=batch_size, scheme=scheme, flip=flip, spatial_dims=2, seed=seed)
     optimizer = optimizers.NormalizedSGD(subnetwork.parameters(), lr=learning_rate)
     return training.fit(
@@ -231,5 +251,47 @@ def pretrain_subnetwork(
     )
 
 
-def _weights(classes: int, background: float) -> list[float]:
+def class_weights(classes: int, background: float) -> list[float]:
+    """Return the weight of each class in a batch: `background`, and the rest shared equally by the others."""
     return [background, *[(1 - background) / (classes - 1)] * (classes - 1)]
+
+
+_AXIAL = Recipe(
+    "mlynarski-brats2017-axial",
+    network="mlynarski_2d",
+    paper="Mlynarski et al. 2019, sections 2.2 and 2.4",
+    data="BRATS 2017 training set, 285 cases; by registration",
+    loader="brats2017",
+    channels=("flair", "t1", "t1c", "t2"),
+    label_map={4: 3},
+    classes=4,
+    normalise="median",
+    settings={"learning_rate": 0.25, "target_weights": (0.7, 0.1, 0.1, 0.1), **SAMPLES_2D},
+    regions={"whole": [1, 2, 3], "core": [1, 3], "enhancing": [3]},
+    reported={
+        "where": "Table 1, 2D model 1, axial, on 50 of the 285 cases",
+        "dice": {"whole": 0.866, "core": 0.794, "enhancing": 0.736},
+    },
+    departs="squares of 192 instead of whole slices, four a batch, and the number of updates are our choice; five folds "
+    "instead of one part of 50 cases",
+)
+
+RECIPES = (
+    _AXIAL,
+    replace(_AXIAL, name="mlynarski-brats2017-coronal", plane="coronal"),
+    replace(_AXIAL, name="mlynarski-brats2017-sagittal", plane="sagittal", settings={**_AXIAL.settings, "flip": False}),
+    replace(
+        _AXIAL,
+        name="mlynarski-brats2017-3d",
+        network="mlynarski_3d",
+        needs="scores",
+        paper="Mlynarski et al. 2019, sections 2.3 and 2.4",
+        settings={"learning_rate": 0.25, "target_weights": (0.4, 0.2, 0.2, 0.2), "variant": "a", **SAMPLES_3D},
+        reported={
+            "where": "Table 1, model A with 2D model 1, on 50 of the 285 cases",
+            "dice": {"whole": 0.873, "core": 0.809, "enhancing": 0.774},
+        },
+        departs="numbers of feature maps and of updates are our choice; five folds instead of one part of 50 cases. The scores "
+        "must come from 2D networks that were trained without the fold's cases",
+    ),
+)

@@ -1,0 +1,79 @@
+"""The command line: `python -m medseg_lite train | recipes | scores | segment | evaluate | phantom | download`.
+
+Every sub-command has a file of its own, with its options and its work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+
+from .. import __version__
+from ..engine import distributed
+from . import download, evaluate, phantom, recipes, scores, segment, train
+
+COMMANDS = (train, recipes, scores, segment, evaluate, phantom, download)
+
+EXAMPLES = """\
+examples
+
+  twelve generated brains, and a small DeepMedic trained on them for a minute or two
+    python -m medseg_lite phantom --count 12 --out my_phantoms
+    python -m medseg_lite train deepmedic --data my_phantoms --channels flair t1 t1c t2 --width 0.3 --steps 200 --out runs/first
+
+  real brain tumours: fetch, train on all cases but one, segment and score that one
+    python -m medseg_lite download brats2013_deepmedic
+    python -m medseg_lite train deepmedic --data brats2013_deepmedic --hold-out brats_2013_pat0003_1 --steps 500 --out runs/real
+    python -m medseg_lite segment --model runs/real/model.safetensors --data brats2013_deepmedic --cases brats_2013_pat0003_1 --out runs/real/predictions
+    python -m medseg_lite evaluate --predictions runs/real/predictions --data brats2013_deepmedic --cases brats_2013_pat0003_1
+
+  a paper's complete recipe, in five folds, on all GPUs of the machine (`recipes` lists the others; --fold 0 for one fold)
+    torchrun --nproc-per-node gpu -m medseg_lite train deepmedic-msd-brain --data Task01_BrainTumour --out runs/brains
+    torchrun --nproc-per-node gpu -m medseg_lite segment --model runs/brains/fold0/model.safetensors --data my_scans --out runs/mine
+
+  2D networks in three planes, and a 3D network that is told what they see (the same for coronal and sagittal)
+    python -m medseg_lite train mlynarski_2d --plane axial --data my_phantoms --channels flair t1 t1c t2 --width 0.2 --steps 200 --out runs/axial
+    python -m medseg_lite scores --model runs/{axial,coronal,sagittal}/model.safetensors --data my_phantoms --out runs/scores
+    python -m medseg_lite train mlynarski_3d --scores runs/scores --data my_phantoms --channels flair t1 t1c t2 --width 0.5 --steps 200 --out runs/both
+
+  your own scans: one sub-folder per case; say how each file is named
+    python -m medseg_lite train deepmedic --data my_scans --channels 'flair=*flair.nii.gz' 't1c=*t1ce.nii.gz' --label '*seg.nii.gz' --out runs/mine
+
+`python -m medseg_lite COMMAND --help` explains each command. Not for clinical use.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return the exit status. Mistakes in the input end with one readable line on standard error."""
+    options = make_parser().parse_args(arguments)
+    options.typed = "python -m medseg_lite " + shlex.join(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with distributed.joined(options.device) as options.device:
+            options.run(options)
+    except (ValueError, FileNotFoundError, FloatingPointError, ConnectionError, MemoryError, OSError) as error:
+        print(f"medseg_lite {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'stopped'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all sub-commands."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m medseg_lite",
+        description="Train, use and judge networks that segment medical images.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=f"medseg_lite {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        name, text = module.__name__.rsplit(".", 1)[1], " ".join(module.__doc__.split())
+        command = commands.add_parser(name, help=text.split(".")[0].lower(), description=text, formatter_class=raw)
+        command.set_defaults(run=module.run, device="cpu")
+        module.add_options(command)
+    return parser

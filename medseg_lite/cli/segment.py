@@ -1,0 +1,51 @@
+"""Segment cases with a trained network, or with the average of several. Writes one NIfTI file of classes per case, on the grid of the
+case's own files. Images are normalised as the network's card says.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .. import context, ensembles, inference, models
+from ..engine import distributed
+from ..files import write_nifti
+from ._data import add_data, add_device, is_name, positive, read_cases
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of `segment`."""
+    command.add_argument("--model", nargs="+", required=True, help="model.safetensors; several are averaged")
+    command.add_argument("--out", required=True, help="folder for the results")
+    add_data(command)
+    command.add_argument("--probabilities", action="store_true", help="also write the class probabilities as a 4-D file")
+    command.add_argument("--tile", type=positive, help="side of the tiles (default: as memory allows; the result is the same)")
+    command.add_argument("--compiled", action="store_true", help="through torch.compile; for many cases of one size")
+    add_device(command)
+
+
+def run(options) -> None:
+    """Segment the cases and write the predictions."""
+    members = [models.load(path).to(options.device) for path in options.model]
+    model = ensembles.Ensemble(members) if len(members) > 1 else members[0]
+    cards = [member.card for member in members]
+    card, plane = cards[0], cards[0].get("plane", "axial")
+    if any(c.get("normalise") != card.get("normalise") for c in cards):
+        raise ValueError("the networks of the ensemble were trained on differently normalised images")
+    if any(c.get("plane", "axial") != plane for c in cards):
+        raise ValueError("the networks of the ensemble were trained on slices of different planes; segment with each")
+    channels = card.get("channels")
+    if options.channels is None and not is_name(options.data):
+        options.channels = channels
+    if channels and options.channels:
+        options.channels = [c for c in options.channels if c.split()[0] not in context.PLANES]
+    out, how = Path(options.out), {"compiled": options.compiled, "progress": distributed.rank() == 0, "tile": options.tile}
+    for case in read_cases(options, label=False, normalise=card.get("normalise", "standardise"), shared=True):
+        if channels:
+            case = case.select(channels)
+        output = "probabilities" if options.probabilities else "labels"
+        prediction = context.facing_back(inference.predict(model, context.facing(case, plane), output=output, **how), plane)
+        if options.probabilities:
+            write_nifti(out / f"{case.name}_probabilities.nii.gz", prediction, case)
+            prediction = prediction.argmax(0).astype("uint8")
+        print(f"wrote {write_nifti(out / f'{case.name}.nii.gz', prediction, case)}")

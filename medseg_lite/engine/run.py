@@ -1,0 +1,297 @@
+"""What surrounds the updates of a training: the state that outlives an interruption, batches made ahead, logs, Ctrl-C."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..models import save as save_network
+from ..optimizers import Schedule
+from ..paths import atomic_write
+from . import distributed
+from .random_state import own_random_numbers, random_state, set_random_state
+
+STATE, BEST = "last.pt", "best.safetensors"
+
+
+class Run:
+    """A training run: its history, its best weights, and its state on disk.
+
+    Args:
+        model, optimizer, schedule: the parts whose state is kept.
+        scaler: gradient scaler of a training in float16, whose state is kept too.
+        folder: folder of the run, or None to keep nothing.
+        seed, accumulate, validate_every: as in `training.fit`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        scaler: torch.amp.GradScaler,
+        folder: str | Path | None,
+        *,
+        seed: int,
+        accumulate: int,
+        validate_every: int,
+    ):
+        self.model, self.optimizer = model, optimizer
+        self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "schedule": schedule}
+        self.device = next(model.parameters()).device
+        self.config = {
+            "network": model.config or type(model).__name__,
+            "optimizer": type(optimizer).__name__,
+            "schedule": type(schedule).__name__,
+            "seed": seed,
+        }
+        if accumulate > 1:
+            self.config["accumulate"] = accumulate
+        self.path = Path(folder) / STATE if folder else None
+        self.validate_every = validate_every
+        self.history: list[dict[str, float]] = []
+        self.saved = 0
+        self.best: dict | None = None  # weights, score and step of the highest first validation score
+        self.score = ""  # the last validation score, for the progress bar
+        self.start = time.perf_counter()
+
+    def resume(self, steps: int) -> int:
+        """Restore the state if there is one, and return the number of updates made so far.
+
+        Raises:
+            ValueError: the folder holds another run, a damaged state, or more updates than `steps`.
+        """
+        state = self._read()
+        if state is not None:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            set_random_state(self.device, state["rng"])
+            self.history, self.best = state["history"], state.get("best")
+            self.saved = len(self.history)
+            self.start -= self.history[-1]["seconds"]
+        if self.saved > steps:
+            raise ValueError(
+                f"{self.path} has {self.saved} updates already, more than the {steps} asked for; use another folder"
+            )
+        return self.saved
+
+    def _read(self) -> dict | None:
+        if self.path is None:
+            return None
+        found = distributed.all_gather(self.path.exists())
+        if any(found) != all(found):
+            raise ValueError(
+                f"some processes see {self.path} and others do not; the folder must be on a disk that all machines share"
+            )
+        if distributed.rank() == 0:
+            for leftover in self.path.parent.glob(".partial-*"):  # of a process that was killed while it wrote
+                leftover.unlink(missing_ok=True)
+        if not all(found):
+            return None
+        try:
+            state = torch.load(self.path, map_location=self.device, weights_only=True)
+            config, _ = state["config"], state["rng"]
+        except Exception:  # whatever is wrong with it; PyTorch's own message would advise to load it unsafely
+            raise ValueError(
+                f"{self.path} is not a training state: it is damaged or was not written by fit; remove it or choose another folder"
+            ) from None
+        if config != self.config:
+            raise ValueError(f"{self.path} is of another run, {config}; this one is {self.config}: choose another folder")
+        return state
+
+    def note(self, step: int, loss: float, gradient: float) -> dict[str, float]:
+        """Add the row of an update to the history and return it.
+
+        Args:
+            step: number of the update, from 1.
+            loss: its loss.
+            gradient: norm of its gradients, which the weights have not been changed by yet.
+
+        Raises:
+            FloatingPointError: the loss or a gradient is not finite.
+        """
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        for name, value in (("loss", loss), ("gradient", gradient)):
+            if not math.isfinite(value):
+                self._stop_for(f"the {name} became {value} at update {step} (learning rate {rate:g})")
+        row = {"step": step, "loss": loss, "learning_rate": rate, "seconds": time.perf_counter() - self.start}
+        self.history.append(row)
+        return row
+
+    def check_weights(self, step: int) -> None:
+        """Raise FloatingPointError where a weight, or a statistic of batch normalisation, is not finite."""
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point() and not value.isfinite().all():
+                self._stop_for(f"{name} is not finite after update {step}")
+
+    def _stop_for(self, reason: str) -> None:
+        kept = f". The state of update {self.saved} is kept in {self.path}" if self.saved else ""
+        raise FloatingPointError(
+            f"{reason}; lower the learning rate, check the images for extreme values, or train in float32{kept}"
+        )
+
+    def validate(self, validation: Callable[[nn.Module], dict[str, float]], step: int) -> dict[str, float]:
+        """Return the scores of a validation, made by the first process, and keep the weights if the first score is the highest."""
+        self.check_weights(step)
+        scores = None
+        if distributed.rank() == 0:
+            with aside(self.model):
+                scores = {name: float(value) for name, value in validation(self.model).items()}
+        scores = distributed.broadcast(scores)
+        name, score = next(iter(scores.items()))
+        self.score = f", {name.replace('_', ' ')} {score:.3f}"
+        if self.best is None or score > self.best["score"]:
+            weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            self.best = {"score": score, "step": step, "weights": weights}
+            if self.path is not None and distributed.rank() == 0 and self.model.config:
+                save_network(self.path.with_name(BEST), self.model, {"step": step, name: score})
+        return scores
+
+    def patience_lost(self, patience: int | None, done: int) -> bool:
+        """Return whether the first score has not risen for `patience` validations."""
+        if patience is None or self.best is None:
+            return False
+        return done - self.best["step"] >= patience * self.validate_every
+
+    def go_back_to_best(self) -> None:
+        """Give the network the weights that had the highest first score."""
+        if self.best is not None:
+            self.model.load_state_dict(self.best["weights"])
+
+    def how_to_go_on(self) -> str:
+        """Return the end of an error message: how to go on from the last saved state."""
+        return f"; the same command goes on from update {self.saved}, in {self.path}" if self.saved else ""
+
+    def save(self, step: int) -> None:
+        """Write the state and the history, each to a temporary name first."""
+        if self.path is None:
+            return
+        self.check_weights(step)
+        self.saved = step
+        if distributed.rank() > 0:
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if self.best is not None:
+            state["best"] = self.best
+        state |= {"config": self.config, "rng": random_state(self.device), "history": self.history}
+        with atomic_write(self.path) as temporary:
+            torch.save(state, temporary)
+        with atomic_write(self.path.with_name("history.csv")) as temporary:
+            pd.DataFrame(self.history).to_csv(temporary, index=False)
+
+    def stop(self, step: int) -> None:
+        """Save the state and stop, as the reader asked with Ctrl-C."""
+        self.save(step)
+        raise KeyboardInterrupt(
+            f"stopped after update {step}" + (f"; the same call goes on from {self.path}" if self.path else "")
+        )
+
+
+class Interruptible:
+    """Within the block, the first Ctrl-C (or the notebook's stop button) is noted instead of raised, so that the update under way
+    is finished and saved. A second one stops at once.
+
+    A process under `torchrun` hears of one Ctrl-C twice, from the terminal and from `torchrun`. There a second one counts only after
+    some seconds.
+    """
+
+    asked, since = False, 0.0
+
+    def __enter__(self) -> Interruptible:
+        self.previous = None
+        if threading.current_thread() is threading.main_thread():
+            self.previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, number, frame) -> None:
+        now = time.monotonic()
+        if self.asked and (distributed.world_size() == 1 or now - self.since > 5):
+            raise KeyboardInterrupt
+        if not self.asked:
+            self.asked, self.since = True, now
+
+    def __exit__(self, *_) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+
+
+class Reports:
+    """Show every update: in a progress bar, in TensorBoard where it is asked for and installed, and to a function of the reader's.
+
+    Args:
+        run: run to report on.
+        steps: number of updates of the whole run.
+        progress: whether to show a bar.
+        tensorboard: whether to write to `folder/tensorboard`.
+        on_update: function of the row of an update, or None.
+    """
+
+    def __init__(self, run: Run, steps: int, *, progress: bool, tensorboard: bool, on_update: Callable | None):
+        self.run, self.first = run, distributed.rank() == 0
+        self.on_update = on_update if self.first else None
+        hidden = not (progress and self.first)
+        self.bar = tqdm(total=steps, initial=run.saved, desc="training", disable=hidden, dynamic_ncols=True)
+        self.writer = self._open_writer() if tensorboard and run.path and self.first else None
+
+    def _open_writer(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            print("tensorboard is not installed (pip install tensorboard); the history goes to history.csv alone")
+            return None
+        return SummaryWriter(str(self.run.path.parent / "tensorboard"), purge_step=self.run.saved + 1)
+
+    def show(self, row: dict[str, float]) -> None:
+        """Show the row of an update."""
+        if self.writer is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self.writer.add_scalar(name, value, row["step"])
+        if self.on_update is not None:
+            with aside(self.run.model):
+                self.on_update(row)
+        self.bar.update()
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, rate {row['learning_rate']:.1e}{self.run.score}")
+
+    def __enter__(self) -> Reports:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def made_ahead(sampler, numbers: Iterable[int], workers: int) -> Iterator:
+    """Yield the batches of these numbers, made by threads while the network works on those before."""
+    numbers = iter(numbers)
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        waiting = deque(pool.submit(sampler.batch, n) for n in islice(numbers, workers))
+        while waiting:
+            batch = waiting.popleft().result()
+            waiting.extend(pool.submit(sampler.batch, n) for n in islice(numbers, 1))
+            yield batch
+
+
+@contextmanager
+def aside(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode without gradients. Afterwards the training goes on with the random numbers it would have had."""
+    model.eval()
+    try:
+        with own_random_numbers(next(model.parameters()).device), torch.no_grad():
+            yield
+    finally:
+        model.train()
