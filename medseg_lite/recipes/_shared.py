@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from .. import models, training
-from ..engine.stored import StoredCase
 from ..volume import Case
 
 
@@ -22,10 +21,10 @@ def check(cases: Sequence[Case], network: str, networks: Sequence[str], classes:
 
 
 def _highest_label(case: Case) -> int:
-    """Of a stored case, without reading its label: a cohort of hundreds is looked through in milliseconds."""
-    if not (case.labelled if isinstance(case, StoredCase) else case.label is not None):
+    """Return the highest class of a labelled case. A stored case knows it without reading its label."""
+    if not case.labelled:
         raise ValueError(f"{case.name} has no label; training needs one")
-    return case.highest_label if isinstance(case, StoredCase) else int(case.label.max())
+    return case.highest_label
 
 
 def build(
