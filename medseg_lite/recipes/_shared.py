@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from .. import models, training
+from .. import datasets, models, training
 from ..volume import Case
 
 
@@ -58,7 +58,7 @@ def card(network: str, cases: Sequence[Case], classes: int, steps: int, seed: in
         "network": network,
         "channels": list(cases[0].channels),
         "classes": classes,
-        "trained_on": list(cases.names) if hasattr(cases, "names") else [c.name for c in cases],
+        "trained_on": datasets.case_names(cases),
         "steps": steps,
         "seed": seed,
         "device": str(device),

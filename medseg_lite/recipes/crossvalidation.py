@@ -81,7 +81,7 @@ def cross_validate(
     if recipe.get("needs") == "first" and "first" not in settings:
         raise ValueError(f"{recipe['name']} starts from a trained two_path_cnn: give it as first")
     settings = recipe["settings"] | settings
-    names = list(cases.names) if hasattr(cases, "names") else [c.name for c in cases]
+    names = datasets.case_names(cases)
     count = recipe["folds"] if folds is None else folds
     parts = named.folds_of(names, count, seed=seed) if count > 1 else [[]]
     if fold is not None and not 0 <= fold < len(parts):

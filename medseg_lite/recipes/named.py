@@ -27,8 +27,6 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from .. import context, datasets, transforms
 from ..volume import Case
 from .deepmedic import DEEPMEDIC_HALVINGS, DEEPMEDIC_STEPS
@@ -395,12 +393,7 @@ def prepared(
     scores: str | None = None,
 ) -> Case:
     """A case as a recipe's network sees it: its channels in order, normalised, its labels renumbered, turned to a plane."""
-    case = case.select(channels)
-    if label_map and case.label is not None:
-        table = np.arange(256, dtype=np.uint8)
-        table[list(label_map)] = list(label_map.values())
-        case = case.replace(label=table[case.label])
-    case = normalised(case, normalise)
+    case = transforms.normalise(case.select(channels).relabelled(label_map), normalise)
     if scores is not None:
         case = context.with_scores(case, scores)
     return case if plane == "axial" else context.facing(case, plane)
@@ -408,10 +401,7 @@ def prepared(
 
 def normalised(case: Case, how: str) -> Case:
     """A case normalised by "standardise", "median" or "none"."""
-    known = {"standardise": transforms.standardise, "median": transforms.median_normalise, "none": lambda case: case}
-    if how not in known:
-        raise ValueError(f"normalise={how!r}; expected one of {', '.join(known)}")
-    return known[how](case)
+    return transforms.normalise(case, how)
 
 
 def folds_of(names: Sequence[str], count: int, *, seed: int = 0) -> list[list[str]]:
