@@ -1,4 +1,4 @@
-"""Where the project's files lie: shipped data, downloads, and the reader's own scans."""
+"""Paths of the project's files: shipped data, downloads, and your own scans."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pooch
+import platformdirs
 
 _PACKAGE = Path(__file__).resolve().parent
 _CLONE = _PACKAGE.parent
 
 
 def shipped(*parts: str) -> Path:
-    """A file that ships with the project (anatomy, checkpoints): in the clone's `data/`, or inside the installed wheel."""
+    """Return the path of a file that ships with the project (anatomy, checkpoints).
+
+    It lies in `data/` of the clone, or inside the installed package.
+    """
     root = _CLONE / "data" if (_CLONE / "pyproject.toml").is_file() else _PACKAGE / "data"
     path = root.joinpath(*parts)
     if not path.exists():
@@ -24,24 +27,24 @@ def shipped(*parts: str) -> Path:
 
 
 def cache() -> Path:
-    """The folder for downloads and generated data: `data/cache` in a clone, a per-user cache folder otherwise."""
+    """Return the folder for downloads and generated data: `data/cache` in a clone, otherwise a cache folder of the user."""
     if (_CLONE / "pyproject.toml").is_file():
         return _CLONE / "data" / "cache"
-    return Path(pooch.os_cache("medseg_lite"))
+    return platformdirs.user_cache_path("medseg_lite")
 
 
 def real_data(dataset: str) -> Path:
-    """Where a data set is looked for: `$MEDSEG_DATA_DIR/<dataset>` when that variable is set, else the cache."""
+    """Return the folder in which a data set is looked for: `$MEDSEG_DATA_DIR/<dataset>`, or `cache()/<dataset>` without it."""
     given = os.environ.get("MEDSEG_DATA_DIR")
     return (Path(given).expanduser() if given else cache()) / dataset
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block succeeds, remove it when it fails.
+    """Yield a temporary path beside `path`. Rename it to `path` if the block succeeds, remove it if the block fails.
 
-    A reader therefore sees the old file or the whole new one, never a half-written one. The temporary name keeps the
-    suffixes of `path`, because writers such as nibabel choose the format by them.
+    So a reader sees the old file or the whole new one, never a half-written one. The temporary name keeps the endings of `path`,
+    because writers such as nibabel choose the format by them.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

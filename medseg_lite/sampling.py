@@ -1,9 +1,8 @@
-"""Where training segments come from."""
+"""Draw training batches from cases: segments for networks that lose a margin, whole volumes and crops for the others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,93 +10,99 @@ import torch
 from torch import Tensor
 
 from .engine.stored import StoredCase, copied
-from .volume import Case, bounding_box, padded_region
+from .volume import Case, bounding_box, group_voxels, padded_region, size_text
 
 SCHEMES = ("foreground", "uniform", "equal")
 Augment = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Batch(NamedTuple):
-    """Network input (a tensor `(B, C, *n)`, or a tuple of them where the network has several) and labels `(B, *n_out)`."""
+    """A batch: the input of the network, `(B, C, *n)` or a tuple of such tensors, and the label `(B, *n_out)`."""
 
     inputs: Tensor | tuple[Tensor, ...]
     label: Tensor
 
 
-@dataclass
 class _InMemory:
-    """A case that segments are cut from: the part of it that they can reach."""
+    """A case in memory: the part of it that segments can reach, mirrored once beyond the border of the volume."""
 
-    image: np.ndarray  # (C, *(region + 2 margin)), mirrored beyond the border of the volume
-    label: np.ndarray  # (*region)
-    groups: list[np.ndarray]  # flat voxel numbers within the region, from which centres are drawn
-    std: np.ndarray  # (C,) inside the mask
+    def __init__(self, case: Case, groups: Sequence[str], output: Sequence[int], margin: Sequence[int]):
+        mask = case.whole_mask()
+        box = bounding_box(mask | (case.label > 0))
+        half = [n // 2 for n in output]
+        start = [max(0, min(s.start - h, n - b)) for s, h, n, b in zip(box, half, case.shape, output)]
+        stop = [min(n, max(s.stop + h, a + b)) for s, h, n, a, b in zip(box, half, case.shape, start, output)]
+        image = padded_region(case.image, [a - m for a, m in zip(start, margin)], [b + m for b, m in zip(stop, margin)])
+        region = tuple(map(slice, start, stop))
+        self.image = np.ascontiguousarray(image, np.float32)  # (C, *(region + 2 margin))
+        self.label = np.ascontiguousarray(case.label[region])
+        self.std = case.std
+        # Flat voxel numbers within the region.
+        self.voxels = {g: np.flatnonzero(group_voxels(g, self.label, mask[region])).astype(np.int32) for g in groups}
 
-    def count(self, group: int) -> int:
-        return len(self.groups[group])
+    def count(self, group: str) -> int:
+        """Return the number of voxels from which a centre is drawn."""
+        return len(self.voxels[group])
 
-    def segment(self, group: int, number: int, block, margin) -> tuple[np.ndarray, np.ndarray]:
-        """Patch and label of the block centred on voxel `number` of the group, as far as the border allows."""
-        centre = np.unravel_index(self.groups[group][number], self.label.shape)
-        start, stop = _around(centre, block, self.label.shape)
+    def cut(self, group: str, number: int, output: Sequence[int], margin: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return patch and label of the segment centred on a voxel of the group, or as near to it as the border allows."""
+        centre = np.unravel_index(self.voxels[group][number], self.label.shape)
+        start, stop = _place(centre, output, self.label.shape)
         patch = tuple(slice(a, b + 2 * m) for a, b, m in zip(start, stop, margin))
         return self.image[(slice(None), *patch)], self.label[tuple(map(slice, start, stop))]
 
 
-@dataclass
 class _OnDisk:
-    """The same of a stored case, of which nothing is kept in memory."""
+    """A stored case with the methods of `_InMemory`. Nothing of it is kept in memory."""
 
-    case: StoredCase
-    groups: list[str]
+    def __init__(self, case: StoredCase):
+        self.case, self.std, self.count = case, case.std, case.count
 
-    @property
-    def std(self) -> np.ndarray:
-        return self.case.std
-
-    def count(self, group: int) -> int:
-        return self.case.counts.get(self.groups[group], 0)
-
-    def segment(self, group: int, number: int, block, margin) -> tuple[np.ndarray, np.ndarray]:
+    def cut(self, group: str, number: int, output: Sequence[int], margin: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """See `_InMemory.cut`. The patch may be float16, and a view of the file."""
         file = self.case.open()
-        start, stop = _around(file.voxel(self.groups[group], number), block, self.case.shape)
-        patch = file.block([a - m for a, m in zip(start, margin)], [b + m for b, m in zip(stop, margin)], raw=True)
+        start, stop = _place(file.voxel(group, number), output, self.case.shape)
+        patch = file.block([a - m for a, m in zip(start, margin)], [b + m for b, m in zip(stop, margin)])
         return patch, file.label_block(start, stop)
 
 
-def _around(centre, block, shape) -> tuple[list[int], list[int]]:
-    start = [min(max(int(c) - b // 2, 0), n - b) for c, b, n in zip(centre, block, shape)]
-    return start, [a + b for a, b in zip(start, block)]
+def _place(centre: Sequence[int], output: Sequence[int], shape: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the corners of the output centred on a voxel, moved so that it lies inside the volume."""
+    start = [min(max(int(c) - b // 2, 0), n - b) for c, b, n in zip(centre, output, shape)]
+    return start, [a + b for a, b in zip(start, output)]
 
 
 class SegmentSampler:
-    """Draws batches of image segments and the labels of the voxels that the network predicts for them.
+    """A sampler of image segments, with the labels of the voxels that the network predicts for them.
 
-    `batch(step)` depends on the seed and the step alone: any worker can make it, in any order, and a resumed run sees the
-    segments that the interrupted one would have seen.
+    `batch(step)` depends on the seed and the step alone. Any worker can make it, in any order, and a resumed run sees the segments
+    that the interrupted one would have seen.
 
-    Schemes (Kamnitsas et al. 2017, sections 2.2 and 3.2), each choosing the centre of a segment among the mask's voxels:
-        "foreground": half of each batch centred on a labelled voxel, half on background: the paper's proposal;
-        "uniform": every voxel equally likely (P_uni with `output=1`);
-        "equal": every class equally likely (P_eq with `output=1`).
-    Cases are drawn with equal probability among those that have such a voxel. Near the border of the volume a centre moves
+    A scheme chooses the centre of a segment among the voxels of the mask:
+        "foreground": half of each batch is centred on labelled voxels, half on background. This is the paper's proposal.
+        "uniform": every voxel is equally likely (P_uni with `output=1`).
+        "equal": every class is equally likely (P_eq with `output=1`).
+    The case is drawn with equal probability among those that have such a voxel. Near the border of the volume a segment moves
     inwards until all its predicted voxels exist.
 
     Args:
-        cases: labelled cases, normalised as the network is to see them, all with the same channels. Segments of stored cases
-            (`datasets.store`) are read from disk when they are drawn, those of others from memory; both are the same segments.
-        output: side of the predicted block in voxels (9 for the paper's 25³ segments).
+        cases: labelled cases, normalised for the network, all with the same channels. Segments of stored cases (`datasets.store`)
+            are read from disk when they are drawn. Segments of other cases are cut from memory. Both are the same segments.
+        output: number of predicted voxels along each side (9 for the paper's 25³ segments).
         margin: voxels of context on each side, `model.margin`.
-        cut: `model.cut` of networks that take several inputs; it is applied to each patch before anything is copied.
-        batch_size: segments per batch.
+        cut: `model.cut` of a network that takes several inputs. It is applied to each patch before anything is copied.
+        batch_size: number of segments in a batch.
         scheme: one of the above.
-        flip: mirror each segment left to right with probability one half.
-        shift: standard deviation of the random intensity shift r_c · σ_c of each channel (.1 for TBI, section 4.1.2;
-            σ_c is the channel's standard deviation inside the mask).
+        flip: True mirrors each segment left to right with probability one half.
+        shift: standard deviation of the random intensity shift r_c · σ_c of each channel (.1 for TBI, section 4.1.2).
+            σ_c is the channel's standard deviation inside the mask.
         spatial_dims: 3, or 2 for axial slices.
-        augment: `augment(image, label, rng=...)` for every batch, such as `transforms.distort`; for networks with one input
-            that lose no margin.
-        seed: of all random choices.
+        augment: function `augment(image, label, rng=...)` that changes every batch, such as `transforms.distort`. It needs a
+            network with one input and no margin.
+        seed: seed of all random choices.
+
+    Source: Kamnitsas et al. 2017, sections 2.2, 3.2 and 4.1.2.
+    Taught in notebooks 01 and 03.
     """
 
     def __init__(
@@ -122,68 +127,44 @@ class SegmentSampler:
         if output < 1 or batch_size < 1:
             raise ValueError(f"output={output}, batch_size={batch_size}; both must be at least 1")
         _check_cases(cases)
-        self.block = (output,) * spatial_dims + (1,) * (3 - spatial_dims)
+        self.output = (output,) * spatial_dims + (1,) * (3 - spatial_dims)
         self.margin = (margin,) * spatial_dims + (0,) * (3 - spatial_dims)
         self.cut = cut or (lambda patch: (patch,))
         self.batch_size, self.scheme, self.flip, self.shift = batch_size, scheme, flip, shift
         self.spatial_dims, self.augment, self.seed = spatial_dims, augment, seed
-        self._classes = 1 + max(c.highest_label for c in cases)
-        self._cases = [self._prepare(c) for c in cases]
+        self._groups = {
+            "foreground": ["labelled", "background"],
+            "uniform": ["mask"],
+            "equal": ["background", *(f"class {c}" for c in range(1, 1 + max(c.highest_label for c in cases)))],
+        }[scheme]
+        self._cases = [self._prepare(case) for case in cases]
         # For every group of voxels, the cases that have any.
-        self._holders = [
-            np.array([n for n, case in enumerate(self._cases) if case.count(g)]) for g in range(len(self._cases[0].groups))
-        ]
+        self._holders = {g: np.array([n for n, case in enumerate(self._cases) if case.count(g)]) for g in self._groups}
+        empty = [group for group, holders in self._holders.items() if not len(holders)]
         if scheme == "equal":  # a class that no case has cannot be drawn
-            self._present = [g for g, holders in enumerate(self._holders) if len(holders)]
-        elif not all(len(holders) for holders in self._holders):
-            empty = ["labelled", "background"][[len(h) > 0 for h in self._holders].index(False)]
+            self._groups = [group for group in self._groups if group not in empty]
+        elif empty:
             raise ValueError(
-                f"none of the {len(cases)} cases has a {empty} voxel inside its mask; scheme={scheme!r} needs some"
+                f"none of the {len(cases)} cases has a {empty[0]} voxel inside its mask; scheme={scheme!r} needs some"
             )
 
     def _prepare(self, case: Case) -> _InMemory | _OnDisk:
-        half = [b // 2 for b in self.block]
-        for what, need, have in zip("DHW", self.block, case.shape):
+        for axis, need, have in zip("DHW", self.output, case.shape):
             if have < need:
                 raise ValueError(
-                    f"{case.name} is only {have} voxels along {what}; the predicted block needs {need}: choose a smaller output"
+                    f"{case.name} is only {have} voxels along {axis}; the output needs {need}: choose a smaller one"
                 )
-        stored = isinstance(case, StoredCase)
-        mask = None if stored else np.ones(case.shape, bool) if case.mask is None else case.mask
-        if not (case.counts["mask"] if stored else mask.any()):
+        if not case.count("mask"):
             raise ValueError(f"{case.name}: the mask is empty; correct it, or leave it out to sample the whole volume")
-        if stored:
-            classes = [f"class {c}" for c in range(1, self._classes)]
-            groups = {"uniform": ["mask"], "foreground": ["labelled", "background"], "equal": ["background", *classes]}
-            return _OnDisk(case, groups[self.scheme])
-        box = bounding_box(mask | (case.label > 0))
-        start = [max(0, min(s.start - h, n - b)) for s, h, n, b in zip(box, half, case.shape, self.block)]
-        stop = [min(n, max(s.stop + h, a + b)) for s, h, n, a, b in zip(box, half, case.shape, start, self.block)]
-        region = tuple(slice(a, b) for a, b in zip(start, stop))
-        image = padded_region(
-            case.image, [a - m for a, m in zip(start, self.margin)], [b + m for b, m in zip(stop, self.margin)]
-        )
-        label, mask = np.ascontiguousarray(case.label[region]), mask[region]
-        if self.scheme == "uniform":
-            groups = [mask]
-        elif self.scheme == "foreground":
-            groups = [label > 0, mask & (label == 0)]
-        else:
-            groups = [(label == c) & (mask | (c > 0)) for c in range(self._classes)]
-        return _InMemory(
-            image=np.ascontiguousarray(image, np.float32),
-            label=label,
-            groups=[np.flatnonzero(g).astype(np.int32) for g in groups],
-            std=case.image[:, case.mask].std(axis=1) if case.mask is not None else case.image.std(axis=(1, 2, 3)),
-        )
+        return _InMemory(case, self._groups, self.output, self.margin) if case.in_memory else _OnDisk(case)
 
     def batch(self, step: int) -> Batch:
-        """Batch number `step`."""
+        """Return batch number `step`."""
         rng = np.random.default_rng([self.seed, step])
         inputs, label = None, None
         for n, group in enumerate(self._draw_groups(rng)):
             case = self._cases[rng.choice(self._holders[group])]
-            patch, target = case.segment(group, rng.integers(case.count(group)), self.block, self.margin)
+            patch, target = case.cut(group, rng.integers(case.count(group)), self.output, self.margin)
             if self.spatial_dims == 2:
                 patch, target = patch[..., 0], target[..., 0]
             if self.flip and rng.random() < 0.5:
@@ -204,29 +185,32 @@ class SegmentSampler:
             return Batch(*self.augment(tensors[0], label, rng=rng))
         return Batch(tensors if len(tensors) > 1 else tensors[0], label)
 
-    def _draw_groups(self, rng: np.random.Generator) -> np.ndarray:
+    def _draw_groups(self, rng: np.random.Generator) -> list[str]:
+        """Return the group of voxels for the centre of each segment of a batch."""
         if self.scheme == "uniform":
-            return np.zeros(self.batch_size, int)
+            return self._groups * self.batch_size
         if self.scheme == "equal":
-            return rng.choice(self._present, self.batch_size)
-        return (np.arange(self.batch_size) + rng.integers(2)) % 2
+            return [self._groups[n] for n in rng.choice(len(self._groups), self.batch_size)]
+        first = rng.integers(2)
+        return [self._groups[(n + first) % 2] for n in range(self.batch_size)]
 
 
 class VolumeSampler:
-    """Draws whole volumes, or crops of them, for networks that put out as many voxels as they take in.
+    """A sampler of whole volumes, or crops of them, for networks that predict as many voxels as they take in.
 
     Every case comes up once before any comes up again, in a new order each time. `batch(step)` depends on the seed and
-    the step alone, as `SegmentSampler`'s does.
+    the step alone, like that of `SegmentSampler`.
 
     Args:
-        cases: labelled cases, normalised as the network is to see them, all with the same channels. Stored cases
-            (`datasets.store`) are read when they are drawn, others are kept in memory, on `device`.
-        crop: voxels along each axis (one number, or three) of a crop from anywhere in the volume; None for whole volumes.
-        multiple: whole volumes are filled up to a multiple of this by mirroring, `model.multiple`.
-        batch_size: volumes per batch; they must be of one size.
-        augment: `augment(image, label, rng=...)` for every batch, such as `transforms.augment`.
-        seed: of all random choices.
-        device: where batches are made and augmented.
+        cases: labelled cases, normalised for the network, all with the same channels. Stored cases (`datasets.store`) are read
+            when they are drawn. Other cases are kept in memory, on `device`.
+        crop: number of voxels of a crop along each axis, one number or three. Crops lie anywhere in the volume. None for whole
+            volumes.
+        multiple: size of which the sides of a whole volume become multiples, by mirroring: `model.multiple`.
+        batch_size: number of volumes in a batch. They must have one size.
+        augment: function `augment(image, label, rng=...)` that changes every batch, such as `transforms.augment`.
+        seed: seed of all random choices.
+        device: device on which batches are made and augmented.
     """
 
     def __init__(
@@ -250,16 +234,17 @@ class VolumeSampler:
             for case in cases:
                 if any(n < c for n, c in zip(case.shape, self.crop)):
                     raise ValueError(
-                        f"{case.name} is {'×'.join(map(str, case.shape))} voxels, smaller than the crop of {self.crop}; choose a smaller one"
+                        f"{case.name} is {size_text(case.shape)} voxels, smaller than the crop of {self.crop}; choose a smaller one"
                     )
         elif batch_size > 1 and len({case.shape for case in cases}) > 1:
             raise ValueError("the cases are of different sizes, so whole volumes make no batch; use batch_size=1 or a crop")
         self.batch_size, self.augment, self.seed, self.device = batch_size, augment, seed, torch.device(device)
         self._sizes = [c.shape if self.crop else tuple(-(-n // multiple) * multiple for n in c.shape) for c in cases]
-        self._volumes = [c if isinstance(c, StoredCase) else self._load(c, (0, 0, 0), s) for c, s in zip(cases, self._sizes)]
+        self._volumes = [self._load(c, (0, 0, 0), s) if c.in_memory else None for c, s in zip(cases, self._sizes)]
+        self._stored = [None if c.in_memory else c for c in cases]
 
     def batch(self, step: int) -> Batch:
-        """Batch number `step`."""
+        """Return batch number `step`."""
         rng = np.random.default_rng([self.seed, step])
         images, labels = zip(*(self._cut(n, rng) for n in self._turns(step)))
         image, label = torch.stack(images), torch.stack(labels)
@@ -268,29 +253,26 @@ class VolumeSampler:
         return Batch(image, label)
 
     def _turns(self, step: int) -> list[int]:
-        """Which cases a batch holds."""
+        """Return the numbers of the cases in a batch."""
         count = len(self._volumes)
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
         order = {r: np.random.default_rng([self.seed, r, 1]).permutation(count) for r in {n // count for n in numbers}}
         return [int(order[n // count][n % count]) for n in numbers]
 
     def _cut(self, number: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        volume, size = self._volumes[number], self._sizes[number]
+        size = self._sizes[number]
         crop = self.crop or size
         start = [int(rng.integers(n - c + 1)) if self.crop else 0 for n, c in zip(size, crop)]
         stop = [a + c for a, c in zip(start, crop)]
-        if isinstance(volume, StoredCase):
-            return self._load(volume, start, stop)
-        block = tuple(map(slice, start, stop))
-        return volume[0][(slice(None), *block)], volume[1][block]
+        if self._volumes[number] is None:
+            return self._load(self._stored[number], start, stop)
+        image, label = self._volumes[number]
+        return image[(slice(None), *map(slice, start, stop))], label[tuple(map(slice, start, stop))]
 
-    def _load(self, case: Case, start, stop) -> tuple[Tensor, Tensor]:
-        """A part of the image and label, mirrored beyond the border, where batches are made."""
-        if isinstance(case, StoredCase):
-            image, label = case.block(start, stop), case.label_block(start, stop)
-        else:
-            image, label = padded_region(case.image, start, stop), padded_region(case.label[None], start, stop)[0]
-        image, label = np.ascontiguousarray(image, np.float32), np.ascontiguousarray(label, np.int64)
+    def _load(self, case: Case, start: Sequence[int], stop: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a part of image and label, mirrored beyond the border, on the device."""
+        image = np.ascontiguousarray(case.block(start, stop), np.float32)
+        label = np.ascontiguousarray(case.label_block(start, stop), np.int64)
         return torch.from_numpy(image).to(self.device), torch.from_numpy(label).to(self.device)
 
 

@@ -1,4 +1,4 @@
-"""Intensity normalisation, healthy brains made of ill ones, and augmentation of batches on the device they lie on."""
+"""Normalise the intensities of cases, make healthy brains from ill ones, and augment batches on their device."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from torch.nn import functional as F
 from .volume import Case
 
 
-def standardise(case: Case) -> Case:
-    """Zero mean and unit variance of each channel inside the mask (the whole image without one).
+def normalise(case: Case, how: str) -> Case:
+    """Normalise a case by "standardise", by "median" (`median_normalise`), or not at all by "none"."""
+    known = {"standardise": standardise, "median": median_normalise, "none": lambda case: case}
+    if how not in known:
+        raise ValueError(f"normalise={how!r}; expected one of {', '.join(known)}")
+    return known[how](case)
 
-    The same shift and scale apply to the whole image, so a background of zero becomes a negative constant, as in the
-    data that DeepMedic was trained on.
+
+def standardise(case: Case) -> Case:
+    """Shift and scale each channel to zero mean and unit variance inside the mask, or in the whole image without a mask.
+
+    The same shift and scale apply outside the mask. So a background of 0 becomes a negative constant, as in the data that DeepMedic
+    was trained on.
 
     Source: Kamnitsas et al. 2017, section 4.2.1.
+    Taught in notebook 00.
     """
     inside = _inside(case)
     mean = inside.mean(axis=1, dtype=np.float64)
@@ -31,9 +40,10 @@ def standardise(case: Case) -> Case:
 
 
 def rescale(case: Case) -> Case:
-    """Shift and scale each channel so that it reaches from 0 to 1 inside the mask (in the whole image without one).
+    """Shift and scale each channel so that it reaches from 0 to 1 inside the mask, or in the whole image without a mask.
 
-    Source: Drozdzal et al. 2018, section 1 ("range normalization"), one of the pre-processings that theirs replaces.
+    Source: Drozdzal et al. 2018, section 1 ("range normalization"), one of the pre-processings that their network replaces.
+    Taught in notebook 08.
     """
     inside = _inside(case)
     low, high = inside.min(axis=1), inside.max(axis=1)
@@ -43,14 +53,17 @@ def rescale(case: Case) -> Case:
 
 
 def equalise(case: Case, *, bins: int = 256) -> Case:
-    """Replace each intensity by the share of the mask (of the whole image without one) that is darker: a flat histogram, 0 to 1.
+    """Replace each intensity by the share of darker voxels in the mask, or in the whole image without a mask.
 
-    Any rising function of the intensities, such as another gain and offset, gives the same result.
+    The histogram becomes flat, from 0 to 1. Any rising function of the intensities, such as another gain and offset, leads to the
+    same result.
 
     Args:
-        bins: of the histogram, between which the share is interpolated.
+        case: case to equalise.
+        bins: number of histogram bins. Values between bin edges are interpolated.
 
     Source: Drozdzal et al. 2018, section 1 ("histogram equalization").
+    Taught in notebook 08.
     """
     inside = _inside(case)
     _check_varies(case, inside.max(axis=1) > inside.min(axis=1))
@@ -60,13 +73,15 @@ def equalise(case: Case, *, bins: int = 256) -> Case:
 
 
 def median_normalise(case: Case, *, constant: float = 1.0) -> Case:
-    """Divide each channel by its median inside the mask (where the image is above 0 without one), times `constant`.
+    """Divide each channel by its median inside the mask, and multiply it by `constant`.
 
-    Keeps 0 at 0 and ratios as they are. It is for raw intensities; standardised ones have medians near 0.
+    Without a mask, the median is that of the voxels above 0. 0 stays 0, and ratios stay as they are. Use it for raw intensities:
+    standardised ones have medians near 0.
 
     Args:
-        constant: the new median. The paper has one but does not say which; the author's later data have 100. A small one keeps
-            networks without batch normalisation near the scale of the scores of 2D networks.
+        case: case with raw intensities.
+        constant: the new median. The paper has such a constant but does not give its value. The author's later data have 100. A
+            small one keeps networks without batch normalisation near the scale of the scores of 2D networks.
 
     Source: Mlynarski et al. 2019, section 2.1.
     """
@@ -84,10 +99,15 @@ def median_normalise(case: Case, *, constant: float = 1.0) -> Case:
 
 
 def complete(case: Case, channels: Sequence[str], *, value: float = 0.0) -> Case:
-    """The case with these channels in this order; a channel that it lacks is `value` everywhere.
+    """Return the case with these channels in this order. A channel that it lacks is `value` everywhere.
 
-    For a network that expects every sequence. Normalise first: 0 is then the mean of `standardise`d channels, the least
-    surprising thing to say about a sequence that was not acquired.
+    Use it for a network that expects every sequence. Normalise first: then 0 is the mean of a standardised channel, the least
+    surprising value for a sequence that was not acquired.
+
+    Args:
+        case: normalised case.
+        channels: names of the channels that the network expects.
+        value: value of the missing channels.
 
     Raises:
         ValueError: the case has a channel that is not asked for (drop it with `case.select`), or none of them.
@@ -106,20 +126,21 @@ def complete(case: Case, channels: Sequence[str], *, value: float = 0.0) -> Case
 
 
 def mirror_healthy(case: Case, *, midline: np.ndarray | None = None) -> Case:
-    """A healthy brain made of an ill one: the hemisphere without a lesion, and its mirror image in place of the other.
+    """Make a healthy brain from an ill one: replace the hemisphere with the lesion by the mirror image of the other.
 
-    Every line of voxels from left to right is mirrored about the place where it meets the midline, so image, mask and
-    extra maps stay on their grid. What would come from outside it is 0. The label is 0 everywhere.
+    Every line of voxels from left to right is mirrored about the point where it meets the midline, so image, mask and extra maps
+    stay on their grid. Voxels that would come from outside the grid are 0. The label is 0 everywhere.
 
     Args:
-        case: labelled, its first axis from left to right (RAS+, as all cases here are).
-        midline: `(D, H, W)`, negative left of the midline and positive right of it. By default `case.extra["midline"]`,
-            which generated brains have, or else the sagittal plane between two voxels about which the mask is most symmetric.
+        case: labelled case in RAS+, so its first axis runs from left to right.
+        midline: `(D, H, W)`, negative left of the midline and positive right of it. None takes `case.extra["midline"]`, which
+            generated brains have, or else the sagittal plane between two voxels about which the mask is most symmetric.
 
     Raises:
-        ValueError: the lesion reaches into both hemispheres, there is none, or nothing says where the midline is.
+        ValueError: there is no lesion, it reaches into both hemispheres, or the midline is not known.
 
     Source: Kayalibay et al. 2017, section 4.2 (Table 6, Figure 14).
+    Taught in notebook 07.
     """
     if case.label is None or not case.label.any():
         raise ValueError(f"{case.name} has no lesion in its label, so neither hemisphere is the healthy one")
@@ -154,12 +175,13 @@ def mirror_healthy(case: Case, *, midline: np.ndarray | None = None) -> Case:
 def mirror_hemisphere(array: np.ndarray, midline: np.ndarray, side: float) -> np.ndarray:
     """Replace one hemisphere of `(D, H, W)` by the mirror image of the other.
 
-    The falx is not quite plane, and a tumour bends it: every line of voxels from left to right is mirrored about the place
-    where it meets the midline. What would come from outside the grid is 0.
+    The falx is not quite plane, and a tumour bends it. So every line of voxels from left to right is mirrored about the point where
+    it meets the midline. Voxels that would come from outside the grid are 0.
 
     Args:
-        midline: `(D, H, W)`, negative left of it.
-        side: of the hemisphere that is replaced, negative for the left one.
+        array: image channel, mask or map.
+        midline: `(D, H, W)`, negative left of the midline.
+        side: negative replaces the left hemisphere, otherwise the right one is replaced.
     """
     left = np.count_nonzero(midline < 0, axis=0)  # (H, W): the midline lies between voxels left - 1 and left
     twin = 2 * left - 1 - np.arange(array.shape[0])[:, None, None]
@@ -169,7 +191,7 @@ def mirror_hemisphere(array: np.ndarray, midline: np.ndarray, side: float) -> np
 
 
 def _offset_from_symmetry_plane(mask: np.ndarray) -> np.ndarray:
-    """Voxels, left to right, from the sagittal plane between two voxels about which the mask is most symmetric."""
+    """Return the distance of each voxel along D, in voxels, from the sagittal plane about which the mask is most symmetric."""
     count = mask.shape[0]
     best, plane = -1, count // 2
     for left in range(count // 4, count - count // 4 + 1):  # so many voxels lie left of the plane
@@ -181,14 +203,15 @@ def _offset_from_symmetry_plane(mask: np.ndarray) -> np.ndarray:
 
 
 def drop_channels(image: Tensor, label: Tensor, *, rng: np.random.Generator, probability: float) -> tuple[Tensor, Tensor]:
-    """With this probability, an image of the batch has one of its channels, each equally likely, replaced by 0.
+    """Replace one channel of some images of a batch by 0. Each channel is equally likely.
 
-    What `complete` makes of a case that lacks a sequence; a network trained so has met it.
+    This imitates what `complete` does to a case without one sequence, so the network sees such input in training.
 
     Args:
-        image: `(B, C, *space)`.
-        label: passed through.
-        rng: decides.
+        image: images `(B, C, *space)`.
+        label: label, returned as it is.
+        rng: random generator that picks the images and the channels.
+        probability: probability that an image loses a channel.
 
     Returns:
         A new tensor of images, and the label.
@@ -207,20 +230,20 @@ def drop_channels(image: Tensor, label: Tensor, *, rng: np.random.Generator, pro
 def augment(image: Tensor, label: Tensor, *, rng: np.random.Generator, angle: float = 180.0) -> tuple[Tensor, Tensor]:
     """Leave each volume of a batch as it is, flip it along a random axis, or rotate it in the plane of two random axes.
 
-    All three are equally likely. Rotations are about the volume's middle, by linear interpolation of the image; what comes in
-    from outside has each channel's lowest value, and label 0. Labels are those of the nearest voxel. Voxels are taken to
-    be cubes.
+    All three are equally likely. Rotations are about the middle of the volume, as if voxels were cubes. The image is interpolated
+    linearly, the label takes the nearest voxel. Voxels from outside the volume get the lowest value of the channel, and label 0.
 
     Args:
-        image: `(B, C, *space)`, 2D or 3D.
-        label: `(B, *space)`, whole numbers, on the same device.
-        rng: decides, so that the same state gives the same batch on every device.
-        angle: rotations are by at most this many degrees either way; the paper does not limit them.
+        image: images `(B, C, *space)`, 2D or 3D.
+        label: label `(B, *space)`, whole numbers, on the same device.
+        rng: random generator. The same state gives the same batch on every device.
+        angle: largest rotation in degrees, either way. The paper does not limit it.
 
     Returns:
         New tensors of the same shape, type and device.
 
     Source: Kayalibay et al. 2017, section 3.2.1.
+    Taught in notebook 06.
     """
     dims = image.ndim - 2
     if dims not in (2, 3) or label.shape != (image.shape[0], *image.shape[2:]):
@@ -256,23 +279,24 @@ def distort(
 ) -> tuple[Tensor, Tensor]:
     """Flip, shear, rotate and bend every image of a 2D batch, each by its own random amounts.
 
-    Images are interpolated linearly, labels are those of the nearest pixel; beyond the border the image is mirrored. The
-    bending is a smooth field of displacements, cubic through random ones on a coarse grid of 3 × 3 points.
+    Images are interpolated linearly, labels take the nearest pixel. Beyond the border the image is mirrored. The bending is a smooth
+    field of displacements: random ones on a coarse grid of 3 × 3 points, with cubic interpolation between them.
 
     Args:
-        image: `(B, C, H, W)`.
-        label: `(B, H, W)`, whole numbers, on the same device.
-        rng: decides, so that the same state gives the same batch on every device.
-        flip: along each axis with probability one half.
-        shear: the angle of the shear is uniform up to this many radians either way.
-        angle: the rotation is uniform up to this many degrees either way.
-        warp: standard deviation of the coarse grid's displacements, 1 being half the image's side.
+        image: images `(B, C, H, W)`.
+        label: label `(B, H, W)`, whole numbers, on the same device.
+        rng: random generator. The same state gives the same batch on every device.
+        flip: True flips the image along each axis with probability one half.
+        shear: largest angle of the shear in radians, either way. The angle is uniform.
+        angle: largest rotation in degrees, either way. The rotation is uniform.
+        warp: standard deviation of the displacements on the coarse grid. 1 is half the side of the image.
 
     Returns:
         New tensors of the same shape, type and device.
 
     Source: Drozdzal et al. 2018, section 4 (.41 and 25 degrees for electron microscopy, .1 radians and 10 degrees for the prostate);
     the grid and `warp` are those of the authors' published code, whose unit we took to be half the side.
+    Taught in notebook 08.
     """
     if image.ndim != 4 or label.shape != (image.shape[0], *image.shape[2:]):
         raise ValueError(f"image {tuple(image.shape)} and label {tuple(label.shape)}; expected (B, C, H, W) and (B, H, W)")
@@ -296,7 +320,7 @@ def distort(
 
 
 def _rotate(image: Tensor, label: Tensor, planes: np.ndarray, angles: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Every volume of a batch by its own angle (radians) in the plane of its own two axes."""
+    """Rotate every volume of a batch by its own angle (radians) in the plane of its own two axes."""
     space = image.shape[2:]
     matrices = np.zeros((len(angles), len(space), len(space) + 1))
     for matrix, (a, b), angle in zip(matrices, planes, angles):
@@ -314,7 +338,7 @@ def _rotate(image: Tensor, label: Tensor, planes: np.ndarray, angles: np.ndarray
 
 
 def _inside(case: Case) -> np.ndarray:
-    """Intensities inside the mask, or all of them, `(C, n)`."""
+    """Return the intensities inside the mask, or all of them without a mask, `(C, n)`."""
     inside = case.image[:, case.mask] if case.mask is not None else case.image.reshape(len(case.channels), -1)
     if not inside.size:
         raise ValueError(f"{case.name}: the mask is empty, so there is nothing to measure; correct it or leave it out")

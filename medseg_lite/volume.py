@@ -1,15 +1,14 @@
-"""A case: the image, label and mask of one subject on one voxel grid. `files` reads and writes them.
+"""A case: the image, label and mask of one subject on one voxel grid. The module `files` reads and writes cases.
 
-Axes. Everything in memory is in RAS+ order: an image is `(C, D, H, W)` where D runs from the patient's left to the
-right, H from posterior to anterior and W from inferior to superior. `Case.affine` maps voxel indices (d, h, w) to world
-millimetres. Files in another orientation are turned on reading and turned back on writing, so that a result always lies
-on the very grid of the file it was made from.
+Axes. Every array in memory is in RAS+ order. An image is `(C, D, H, W)`: D runs from the patient's left to the right, H from
+posterior to anterior, W from inferior to superior. `Case.affine` maps voxel indices (d, h, w) to world millimetres. A file in
+another orientation is turned when it is read. A result is turned back when it is written, so it lies on the grid of its file.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import nibabel
@@ -20,20 +19,23 @@ BRATS_CLASSES = ("background", "necrosis", "oedema", "non-enhancing tumour", "en
 
 @dataclass(eq=False)
 class Case:
-    """One subject.
+    """The images of one subject, with label and mask.
 
     Attributes:
         image: `(C, D, H, W)` intensities, one channel per sequence.
         channels: name of each channel, for example `("flair", "t1c")`.
-        name: what messages, plots and result files call this case.
-        label: `(D, H, W)` uint8 class of each voxel, or None where it is not known.
-        mask: `(D, H, W)` bool, True inside the region of interest (the brain), or None for the whole volume.
-        affine: `(4, 4)` voxel indices to RAS+ world millimetres.
-        native_axes: orientation of the file it came from, such as "LPS"; `write_nifti` turns results back to it.
-        header: NIfTI header of the file it came from, kept for writing.
-        extra: further maps `(D, H, W)` on the same grid (a phantom's tissue fractions, say).
-        info: facts about the case (site, grade, voxel counts), for tables and captions.
+        name: name of the case in messages, plots and result files.
+        label: `(D, H, W)` uint8 class of each voxel. None if the classes are not known.
+        mask: `(D, H, W)` bool, True inside the brain or organ. None for the whole volume.
+        affine: `(4, 4)` matrix from voxel indices to RAS+ world millimetres.
+        native_axes: orientation of the file that the case was read from, such as "LPS". `write_nifti` turns results back to it.
+        header: NIfTI header of that file, kept for writing.
+        extra: further maps `(D, H, W)` on the same grid, for example the tissue fractions of a phantom.
+        info: facts about the case (site, grade, voxel counts) for tables and captions.
+        in_memory: True if the arrays are in memory, False if they are read from a file every time (`engine.stored.StoredCase`).
     """
+
+    in_memory = True
 
     image: np.ndarray
     channels: tuple[str, ...]
@@ -78,17 +80,17 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Voxels along (D, H, W)."""
+        """The number of voxels along (D, H, W)."""
         return self.image.shape[1:]
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        """Voxel size in mm along (D, H, W)."""
+        """The voxel size in mm along (D, H, W)."""
         return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
 
     @property
     def labelled(self) -> bool:
-        """Whether the classes of its voxels are known."""
+        """True if the case has a label."""
         return self.label is not None
 
     @property
@@ -97,24 +99,37 @@ class Case:
         return int(self.label.max())
 
     @property
+    def std(self) -> np.ndarray:
+        """The standard deviation of each channel inside the mask, `(C,)`."""
+        return self.image[:, self.mask].std(axis=1) if self.mask is not None else self.image.std(axis=(1, 2, 3))
+
+    @property
     def axes(self) -> str:
-        """Direction in which each index grows, for example "RAS"."""
+        """The direction in which each index grows, for example "RAS"."""
         return "".join(nibabel.aff2axcodes(self.affine))
 
     def replace(self, **changes) -> Case:
-        """A copy with some attributes changed (arrays that are not changed are shared, not copied)."""
+        """Return a copy with some attributes changed. The other arrays are shared, not copied."""
         return dataclasses.replace(self, **changes)
 
     def select(self, channels: Iterable[str]) -> Case:
-        """A copy with only these channels, in this order."""
+        """Return a copy with only these channels, in this order."""
         channels = tuple(channels)
         missing = [c for c in channels if c not in self.channels]
         if missing:
             raise ValueError(f"{self.name} has no {', '.join(missing)}; its channels are {', '.join(self.channels)}")
         return self.replace(image=self.image[[self.channels.index(c) for c in channels]], channels=channels)
 
+    def relabelled(self, mapping: Mapping[int, int] | None) -> Case:
+        """Return a copy whose classes are renumbered, `{4: 3}` for 4 to 3. Other classes, and a case without a label, stay.
+
+        All classes change in one step, so `{1: 2, 2: 1}` swaps them.
+        """
+        table = label_table(mapping or {})
+        return self.replace(label=table[self.label]) if mapping and self.labelled else self
+
     def crop(self, box: tuple[slice, slice, slice]) -> Case:
-        """The part of the case inside `box`, with the affine moved along so that world coordinates stay true."""
+        """Return the part of the case inside `box`. The affine is moved with it, so world coordinates stay true."""
         start = [s.indices(n)[0] for s, n in zip(box, self.shape)]
         affine = self.affine.copy()
         affine[:3, 3] += affine[:3, :3] @ start
@@ -130,9 +145,42 @@ class Case:
             extra={k: cut(v) for k, v in self.extra.items()},
         )
 
+    def count(self, group: str) -> int:
+        """Return the number of voxels in a group of `group_voxels`."""
+        return int(np.count_nonzero(group_voxels(group, self.label, self.whole_mask())))
+
+    def whole_mask(self) -> np.ndarray:
+        """Return the mask, or an array of True if the case has none."""
+        return np.ones(self.shape, bool) if self.mask is None else self.mask
+
+    def block(self, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
+        """Return `image[:, start:stop]` `(C, *n)`. Voxels beyond the border are mirrored, see `padded_region`."""
+        return padded_region(self.image, start, stop)
+
+    def label_block(self, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
+        """Return `label[start:stop]`, mirrored beyond the border like the image."""
+        return padded_region(self.label, start, stop)
+
+
+def group_voxels(group: str, label: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
+    """Return where the voxels of a group are, `(D, H, W)` bool.
+
+    Args:
+        group: "mask", "labelled" (any class but 0), "background" (class 0 inside the mask), or "class 1", "class 2" and so on.
+        label: label of the case. It is not needed for "mask".
+        mask: mask of the case.
+    """
+    if group == "mask":
+        return mask
+    if group == "labelled":
+        return label > 0
+    if group == "background":
+        return mask & (label == 0)
+    return label == int(group.removeprefix("class "))
+
 
 def bounding_box(mask: np.ndarray, border: int = 0) -> tuple[slice, ...]:
-    """Smallest box that holds every True voxel of `mask`, widened by `border` voxels within the array."""
+    """Return the smallest box that holds every True voxel of `mask`, widened by `border` voxels within the array."""
     box = []
     for axis, size in enumerate(mask.shape):
         inside = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
@@ -142,33 +190,71 @@ def bounding_box(mask: np.ndarray, border: int = 0) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def padded_region(array: np.ndarray, start: Iterable[int], stop: Iterable[int]) -> np.ndarray:
-    """`array[..., start:stop]` over the last axes, where indices beyond the border are mirrored back inside.
+def padded_region(array: np.ndarray, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
+    """Return `array[..., start:stop]` over the last axes. Voxels beyond the border are mirrored.
 
-    The border voxel itself is not repeated (`numpy.pad`'s "reflect"), and any distance is allowed.
+    The border voxel itself is not repeated (`numpy.pad`'s "reflect"). Any distance beyond the border is allowed.
     """
-    start, stop = list(start), list(stop)
-    for axis, (a, b) in enumerate(zip(start, stop), array.ndim - len(start)):
-        size = array.shape[axis]
-        if a >= 0 and b <= size:
-            array = array[(slice(None),) * axis + (slice(a, b),)]
-            continue
-        array = np.take(array, mirrored(a, b, size), axis=axis)
-    return array
+
+    def read(low, high):
+        return array[(..., *map(slice, low, high))]
+
+    return mirrored_region(read, array.shape[array.ndim - len(start) :], start, stop)
+
+
+def mirrored_region(read: Callable, shape: Sequence[int], start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
+    """Return the region of `padded_region` of an array that `read` gives parts of.
+
+    Args:
+        read: function of two corners, `low` and `high`. It returns `array[..., low:high]` and is called once, with corners
+            inside the array.
+        shape: size of the array along its last axes.
+        start, stop: corners of the region, which may lie outside the array.
+    """
+    before, after = [max(-a, 0) for a in start], [max(b - n, 0) for b, n in zip(stop, shape)]
+    # What is mirrored lies as far inside the border as it comes to lie beyond it.
+    low = [max(min(a, n - 1 - beyond), 0) for a, n, beyond in zip(start, shape, after)]
+    high = [min(max(b, beyond + 1), n) for b, n, beyond in zip(stop, shape, before)]
+    region = read(low, high)
+    if any(beyond >= n for beyond, n in zip((*before, *after), (*shape, *shape))):
+        # NumPy 1's pad is wrong where voxels are mirrored more than once.
+        for axis, (a, b, n, first) in enumerate(zip(start, stop, shape, low), -len(shape)):
+            region = np.take(region, mirrored(a, b, n) - first, axis=axis)
+    elif any(before) or any(after):
+        widths = [(0, 0)] * (region.ndim - len(shape)) + list(zip(before, after))
+        place = (slice(a - c + w, b - c + w) for a, b, c, w in zip(start, stop, low, before))
+        region = np.pad(region, widths, mode="reflect")[(..., *place)]
+    return region
 
 
 def mirrored(start: int, stop: int, size: int) -> np.ndarray:
-    """Indices start … stop - 1 along an axis of `size` voxels, those beyond its border mirrored back inside."""
+    """Return the indices start … stop - 1 along an axis of `size` voxels. Those beyond its border are mirrored back inside."""
     if size == 1:
         return np.zeros(stop - start, int)
     index = np.arange(start, stop) % (2 * size - 2)
     return np.where(index < size, index, 2 * size - 2 - index)
 
 
+def label_table(mapping: Mapping[int, int]) -> np.ndarray:
+    """Return the new number of each class from 0 to 255, uint8. Classes that `mapping` does not name keep their number."""
+    for number in (*mapping.keys(), *mapping.values()):
+        if not 0 <= number <= 255:
+            raise ValueError(f"label_map holds {number}; expected classes from 0 to 255")
+    table = np.arange(256, dtype=np.uint8)
+    table[list(mapping)] = list(mapping.values())
+    return table
+
+
 def as_label(array: np.ndarray, labels: Iterable[int] | None = None, source: object = "the label") -> np.ndarray:
     """Check class numbers and return them as uint8.
 
-    Raises ValueError where a value is not finite, not whole, or not among `labels`.
+    Args:
+        array: class numbers, integers or floats.
+        labels: classes that are allowed. None allows 0 to 255.
+        source: name of the array's file in error messages.
+
+    Raises:
+        ValueError: a value is not finite, not whole, or not among `labels`.
     """
     if array.dtype.kind == "f":
         whole = np.rint(array)

@@ -302,7 +302,7 @@ def test_errors(noise_case):
         ),
         (
             lambda: SegmentSampler([case], output=10),
-            "noise is only 9 voxels along W; the predicted block needs 10: choose a smaller output",
+            "noise is only 9 voxels along W; the output needs 10: choose a smaller one",
         ),
         (
             lambda: SegmentSampler([case.replace(label=dark)] * 2, output=3),

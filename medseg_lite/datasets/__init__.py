@@ -1,20 +1,20 @@
-"""Real scans: one module per public data set, and a loader for the reader's own folder.
+"""Real scans: one module per public data set, and a loader for your own folder.
 
-Nothing here is needed to run the course, whose default data are generated. Data sets are looked for under
-`$MEDSEG_DATA_DIR`, or in the cache where a download puts them. `downloads` holds what can be fetched, by name. `store` keeps a
-cohort on disk, ready for sampling.
+The course runs without them, because its default data are generated. A data set is looked for in `$MEDSEG_DATA_DIR`, or else in
+the cache, where a download puts it. `downloads` holds the functions that fetch data sets, by name. `store` keeps a cohort on disk,
+ready for sampling.
 """
 
 from functools import partial
 
-from ._cohort import Cohort
+from ._cohort import Cohort, case_names
 from ._store import store, stored
 from .brats import brats2015, brats2017
 from .brats2013_deepmedic import brats2013_deepmedic, download_brats2013_deepmedic
 from .isbi2012 import download_isbi2012, isbi2012
 from .lits import lits
 from .msd import TASKS, download_msd, msd
-from .nifti_folder import NiftiFolder, nifti_folder
+from .nifti_folder import nifti_folder
 from .promise12 import download_promise12, promise12
 
 downloads = {
@@ -26,10 +26,10 @@ downloads = {
 
 __all__ = [
     "Cohort",
-    "NiftiFolder",
     "brats2013_deepmedic",
     "brats2015",
     "brats2017",
+    "case_names",
     "download_brats2013_deepmedic",
     "download_isbi2012",
     "download_msd",

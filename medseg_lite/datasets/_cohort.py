@@ -1,20 +1,27 @@
-"""Cases that are read when they are asked for."""
+"""Cohorts: cases that are read when they are asked for, and what the readers of all data sets share."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 
+import numpy as np
+
+from ..files import is_nifti
 from ..volume import Case
 
 
 class Cohort(Sequence):
-    """Cases by number or by name, each read from its files every time, so that a cohort may be larger than memory.
+    """Cases by number or by name. Each is read from its files every time, so a cohort may be larger than memory.
 
-    `list(...)` keeps them all in memory, which is much faster where cases are used again and again, as in training; `store`
-    does as well for cohorts larger than memory.
+    `list(...)` keeps all cases in memory. That is much faster where cases are used again and again, as in training. `store` is as
+    fast for cohorts larger than memory.
+
+    Args:
+        readers: function that reads each case, by the name of the case.
     """
 
     def __init__(self, readers: Mapping[str, Callable[[], Case]]):
@@ -22,6 +29,7 @@ class Cohort(Sequence):
 
     @property
     def names(self) -> list[str]:
+        """The names of the cases. No case is read."""
         return list(self._readers)
 
     def __len__(self) -> int:
@@ -36,15 +44,23 @@ class Cohort(Sequence):
         return self._readers[name]()
 
     def origin(self, name: str) -> object:
-        """What a case is read from and how, without reading it: changes when one of its files does."""
+        """Describe the files of a case and how they are read, see `describe`. The case is not read."""
         return describe(self._readers[name])
 
     def __repr__(self) -> str:
         return f"Cohort({len(self)} cases: {some(self.names)})"
 
 
+def case_names(cases: Sequence[Case]) -> list[str]:
+    """Return the names of cases. Those of a cohort are known without reading it."""
+    return cases.names if isinstance(cases, Cohort) else [case.name for case in cases]
+
+
 def choose(found: Mapping[str, object], cases: Iterable[str] | None, folder: Path) -> dict:
-    """The cases wanted, in the order asked for; all where `cases` is None."""
+    """Return the entries of some cases in the order asked for. None returns all.
+
+    Raises ValueError if `cases` is empty or names a case that was not found in `folder`.
+    """
     if cases is None:
         return dict(found)
     cases = [cases] if isinstance(cases, str) else list(cases)
@@ -55,29 +71,60 @@ def choose(found: Mapping[str, object], cases: Iterable[str] | None, folder: Pat
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
-    """Files in `folder` that match, without the `._name` that macOS leaves in archives."""
+    """Return the files in `folder` that match, without hidden ones such as the `._name` that macOS leaves in archives."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; expected the one that holds the data set")
     return sorted(p for p in folder.glob(pattern) if p.is_file() and not p.name.startswith("."))
 
 
+def visible_images(folder: Path, pattern: str) -> list[Path]:
+    """Return the NIfTI files in `folder` that match, without hidden ones."""
+    return [path for path in visible(folder, pattern) if is_nifti(path)]
+
+
+def stem(path: str | PurePath) -> str:
+    """Return the name of a NIfTI file without `.nii` or `.nii.gz`."""
+    return re.sub(r"\.nii(\.gz)?$", "", PurePath(path).name, flags=re.IGNORECASE)
+
+
 def some(names: Sequence[str], most: int = 8) -> str:
+    """Return the first names as text for an error message, with the number of the others."""
     return (", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")) or "nothing"
 
 
-def describe(value: object) -> object:
-    """What a case is made from, or how, in terms of JSON: equal as long as nothing changed.
+def contents(folder: Path) -> str:
+    """Return the names of what lies in a folder, as text for an error message."""
+    if not folder.is_dir():
+        return "nothing, it does not exist"
+    return some(sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if not p.name.startswith(".")))
 
-    Files, and those in a folder, are known by name, size and time of change, functions by name and source text with the arguments that a `partial`
-    gives them.
+
+def nonzero_mask(case: Case) -> np.ndarray:
+    """Return where any channel is not 0, the brain in a skull-stripped scan. Raise ValueError if that is everywhere."""
+    inside = (case.image != 0).any(axis=0)
+    if inside.mean() > 0.99:
+        corner = ", ".join(f"{c} {v:g}" for c, v in zip(case.channels, case.image[:, 0, 0, 0]))
+        raise ValueError(
+            f"{case.name}: {100 * inside.mean():.1f} % of the voxels are not 0 (the first corner holds {corner}), so the mask "
+            "cannot be made from them; pass the pattern of a mask file, or mask='all' to use the whole volume"
+        )
+    return inside
+
+
+def describe(value: object) -> object:
+    """Return a description, in terms of JSON, that changes when the result of a reader or of a function of cases may change.
+
+    A file is known by name, size and time of change, a folder by the files in it. A function of this package is known by its name,
+    any other by its source text too, and a `partial` also by its arguments. `_store.VERSION` stands for the functions of this
+    package: it is raised when one of them gives another result.
 
     Raises ValueError for a function that uses variables of the function around it, which may change unseen.
     """
     if isinstance(value, Path):
         if value.is_dir():
-            return [_file(path) for path in sorted(value.rglob("*")) if path.is_file()]
-        values = sorted(value.parent.glob(f"{value.stem}.*raw")) if value.suffix == ".mhd" else []
-        return [_file(path) for path in (value, *values)]
+            return [_describe_file(path) for path in sorted(value.rglob("*")) if path.is_file()]
+        values = sorted(value.parent.glob(f"{value.stem}.*raw")) if value.suffix.lower() == ".mhd" else []
+        return [_describe_file(path) for path in (value, *values)]
     if isinstance(value, partial):
         return [describe(value.func), describe(value.args), describe(value.keywords)]
     if isinstance(value, Mapping):
@@ -85,26 +132,28 @@ def describe(value: object) -> object:
     if isinstance(value, (list, tuple, range)):
         return [describe(v) for v in value]
     if inspect.isfunction(value):
-        if value.__closure__:
-            raise ValueError(
-                f"{value.__qualname__} uses variables of the function around it, so a change of them would go unseen; "
-                "pass functools.partial(function, ...) with their values instead"
-            )
-        return [value.__module__, value.__qualname__, _source(value)]
+        return _describe_function(value)
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 
-def _file(path: Path) -> list:
+def _describe_function(function: Callable) -> list[str]:
+    name = [function.__module__, function.__qualname__]
+    if function.__closure__:
+        raise ValueError(
+            f"{function.__qualname__} uses variables of the function around it, so a change of them would go unseen; "
+            "pass functools.partial(function, ...) with their values instead"
+        )
+    if function.__module__.partition(".")[0] == __package__.partition(".")[0]:
+        return name
+    try:
+        return [*name, inspect.getsource(function)]
+    except OSError:  # typed at a prompt
+        return [*name, function.__code__.co_code.hex() + repr(function.__code__.co_consts)]
+
+
+def _describe_file(path: Path) -> list:
     try:
         found = path.stat()
     except FileNotFoundError:
         return [path.name, None]
     return [path.name, found.st_size, found.st_mtime_ns]
-
-
-@cache
-def _source(function: Callable) -> str:
-    try:
-        return inspect.getsource(function)
-    except OSError:  # typed at a prompt
-        return function.__code__.co_code.hex() + repr(function.__code__.co_consts)

@@ -1,8 +1,13 @@
 """Fetch a file, or unpack an archive, so that it is there whole and right, or not at all."""
 
+# Why this is not left to a library: data sets have up to 27 GB, so a download must go on where it stopped, and pooch, which is made
+# for such files, starts anew. Checksums are `hashlib`'s. `requests` is kept, because `urllib` trusts the certificates of the system
+# alone, and a Python from python.org has none on macOS: every download would fail there. `requests` brings its own.
+
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import stat
@@ -13,9 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import IO
 
-import pooch
 import requests
 from tqdm import tqdm
 
@@ -35,16 +38,18 @@ def fetch(
 ) -> Path:
     """Download `url` to `path`, unless it is there already, and return `path`.
 
-    The file arrives as `.part-<name>` and gets its own name only after all checks. A connection that breaks off is taken up
-    again where it stopped, as long as more arrives. What has arrived by the time that this gives up is kept for the next call if
-    a checksum can tell then that all is right, and removed otherwise.
+    The file arrives as `.part-<name>` and gets its own name after all checks. If the connection breaks off, the download goes on
+    where it stopped, as long as more arrives. If it is given up, what has arrived is kept for the next call if there is a checksum,
+    which will tell whether the parts fit. Otherwise it is removed.
 
     Args:
-        sha256, md5: checksum of the right file. A file at `path` with another one is replaced. None accepts whatever is
-            there, or arrives and passes `check`.
-        check: called with the temporary path; raises ValueError where the content is not what it should be.
-        room: free space wanted on the disk, in sizes of the file: 2 where it is going to be unpacked.
-        progress: whether to show a bar.
+        url: address of the file.
+        path: path that the file gets.
+        sha256, md5: checksum of the right file. A file at `path` with another checksum is replaced. None accepts any file that is
+            there, and any that arrives and passes `check`.
+        check: function of the temporary path. It raises ValueError if the content is not right.
+        room: free space needed on the disk, in sizes of the file: 2 if it is going to be unpacked.
+        progress: True shows a progress bar.
 
     Raises:
         ConnectionError: the server is not reached, refuses, or breaks off.
@@ -52,15 +57,15 @@ def fetch(
         ValueError: what arrived is a web page, is empty, fails `check`, or has another checksum.
     """
     algorithm, expected = ("md5", md5) if md5 else ("sha256", sha256)
-    if path.is_file() and (expected is None or pooch.file_hash(str(path), algorithm) == expected):
+    if path.is_file() and (expected is None or _checksum(path, algorithm) == expected):
         return path
 
     def verify() -> None:
         _check_content(url, part)
         if check is not None:
             check(part)
-        found = pooch.file_hash(str(part), algorithm)
-        if expected is not None and found != expected:
+        found = None if expected is None else _checksum(part, algorithm)
+        if found != expected:
             raise ValueError(
                 f"{url} arrived with {algorithm} {found}; expected {expected}. It was changed or damaged on its way and has "
                 "been thrown away: try again, or from another network"
@@ -80,7 +85,7 @@ def fetch(
             part.unlink()
             if not resumed:
                 raise
-            _receive(url, part, room, progress)  # its first half was of another file: once more from the start
+            _receive(url, part, room, progress)  # its first half belonged to another file: once more from the start
             verify()
         with open(part, "rb") as file:
             os.fsync(file.fileno())
@@ -95,8 +100,13 @@ def fetch(
     return path
 
 
+def _checksum(path: Path, algorithm: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
 def _receive(url: str, part: Path, room: float, progress: bool) -> None:
-    """Download to `part`, going on after what it holds."""
+    """Download to the end of `part`, as often as the connection breaks off and more has arrived."""
     while True:
         have = part.stat().st_size if part.is_file() else 0
         try:
@@ -112,10 +122,10 @@ def _receive(url: str, part: Path, room: float, progress: bool) -> None:
 
 
 def _receive_some(url: str, part: Path, have: int, room: float, progress: bool) -> bool:
-    """One request for what is missing; whether the file is complete after it."""
+    """Make one request for what is missing. Return whether the file is complete after it."""
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-        if answer.status_code == 416:  # there is no more: it is complete, or was of another file
+        if answer.status_code == 416:  # there is no more: the part is complete, or belongs to another file
             complete = answer.headers.get("Content-Range", "").endswith(f"/{have}")
             if not complete:
                 part.unlink()
@@ -149,7 +159,7 @@ def _failed(url: str, reason: str) -> ConnectionError:
 
 
 def check_room(folder: Path, needed: int, what: object) -> None:
-    """Raise OSError where the disk has less room than `needed` bytes."""
+    """Raise OSError if the disk has less room than `needed` bytes."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
@@ -161,6 +171,7 @@ def check_room(folder: Path, needed: int, what: object) -> None:
 
 @contextmanager
 def readable_when_full(folder: Path) -> Iterator[None]:
+    """Raise a readable OSError if the disk gets full inside this block."""
     try:
         yield
     except OSError as error:
@@ -173,6 +184,7 @@ def readable_when_full(folder: Path) -> Iterator[None]:
 
 
 def _check_content(url: str, path: Path) -> None:
+    """Raise ValueError if what arrived is empty, a web page or a Git-LFS pointer."""
     with open(path, "rb") as file:
         start = file.read(512).lstrip().lower()
     if not start:
@@ -190,12 +202,17 @@ def _check_content(url: str, path: Path) -> None:
 
 
 def fetch_archive(url: str, folder: Path, *, md5: str, ready: Callable[[Path], bool]) -> Path:
-    """Download an archive and unpack it to `folder`, which appears when it is complete; return `folder`.
+    """Download an archive, unpack it to `folder` and return `folder`. The folder appears when it is complete.
 
     Args:
-        ready: whether `folder` has what it should, so that nothing is to do.
+        url: address of the archive.
+        folder: folder to make.
+        md5: checksum of the archive.
+        ready: function that returns whether a folder holds the data set. If it does already, nothing is done.
 
-    Raises FileExistsError where something else is there, and what `fetch` and `unpack` raise.
+    Raises:
+        FileExistsError: `folder` holds something else.
+        ConnectionError, OSError, ValueError: see `fetch` and `unpack`.
     """
     if ready(folder):
         return folder
@@ -211,68 +228,46 @@ def fetch_archive(url: str, folder: Path, *, md5: str, ready: Callable[[Path], b
 
 
 def unpack(archive: Path, folder: Path, *, progress: bool = False) -> None:
-    """Unpack a tar or zip archive to `folder`, which must not exist or be empty, and appears when it is complete.
+    """Unpack a tar or zip archive to `folder`, which must not exist or be empty. The folder appears when it is complete.
 
-    Only plain files are accepted, under relative names that stay inside; nothing is written where one member is anything else,
-    and neither owners nor permissions are taken over. A top folder that all members share is left out, and so is what macOS adds.
+    Only plain files are accepted, under relative names that stay inside. If one member is anything else, nothing is written. Owners
+    and permissions are not taken over. A top folder that all files share is left out, and so is what macOS adds.
 
     Raises:
-        ValueError: the archive is none, is damaged, or holds a link, a device, or a name that leads outside.
+        ValueError: the file is no archive, is damaged, or holds a link, a device, or a name that leads outside.
         OSError: the disk is full, or will be.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".part-{folder.name}-"))
     try:
-        with _opened(archive) as members:
-            names = _checked(archive, [(name, kind) for name, kind, _, _ in members])
-            sizes = [size for _, _, size, _ in members]
-            check_room(temporary, sum(sizes), archive)
-            wanted = [(name, member) for name, member in zip(names, members) if name is not None]
-            if not wanted:
-                raise ValueError(f"{archive} holds no files; download it again")
-            for name, (_, _, _, read) in tqdm(wanted, desc=f"unpacking {archive.name}", disable=not progress):
-                target = temporary.joinpath(*name.parts)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with read() as source, open(target, "xb") as file, readable_when_full(folder):
-                    shutil.copyfileobj(source, file, 2**20)
-        temporary.chmod(0o755)
+        with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive) as file:
+            options = {}
+            if isinstance(file, tarfile.TarFile):
+                # The standard library's own guard comes with Python 3.11.4. `_plain_files` is stricter, but may have a gap.
+                file.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+                options["set_attrs"] = False
+            members, size = _plain_files(archive, file)
+            check_room(temporary, size, archive)
+            for member in tqdm(members, desc=f"unpacking {archive.name}", disable=not progress):
+                with readable_when_full(folder):
+                    file.extract(member, temporary, **options)
+        inside = list(temporary.iterdir())
+        top = inside[0] if len(inside) == 1 and inside[0].is_dir() else temporary
+        top.chmod(0o755)
         if folder.is_dir():
             folder.rmdir()
-        os.replace(temporary, folder)
+        os.replace(top, folder)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{archive} is damaged or not a tar or zip archive ({error}); download it again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextmanager
-def _opened(archive: Path) -> Iterator[list[tuple[str, str, int, Callable[[], IO[bytes]]]]]:
-    """Name, kind ("file", "folder" or what else it is), size and how to read it of every member."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as file:
-            yield [(i.filename, _zip_kind(i), i.file_size, lambda i=i: file.open(i)) for i in file.infolist()]
-    else:
-        with tarfile.open(archive) as file:
-            yield [(m.name, _tar_kind(m), m.size, lambda m=m: file.extractfile(m)) for m in file.getmembers()]
-
-
-def _zip_kind(info: zipfile.ZipInfo) -> str:
-    mode = info.external_attr >> 16
-    if stat.S_ISLNK(mode):
-        return "a link"
-    return "folder" if info.is_dir() else "file" if stat.S_IFMT(mode) in (0, stat.S_IFREG) else "a device"
-
-
-def _tar_kind(member: tarfile.TarInfo) -> str:
-    if member.isreg():
-        return "file"
-    return "folder" if member.isdir() else "a link" if member.issym() or member.islnk() else "a device"
-
-
-def _checked(archive: Path, members: list[tuple[str, str]]) -> list[PurePosixPath | None]:
-    """Where each member goes, None where it is left out."""
-    names: list[PurePosixPath | None] = []
-    for name, kind in members:
+def _plain_files(archive: Path, file: tarfile.TarFile | zipfile.ZipFile) -> tuple[list, int]:
+    """Return the members to unpack and their size in bytes. Raise ValueError if one is neither a file nor a folder inside."""
+    wanted, names, size = [], set(), 0
+    for member in file.getmembers() if isinstance(file, tarfile.TarFile) else file.infolist():
+        name, kind, length = _facts(member)
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
             raise ValueError(
@@ -282,10 +277,22 @@ def _checked(archive: Path, members: list[tuple[str, str]]) -> list[PurePosixPat
         if kind not in ("file", "folder"):
             raise ValueError(f"{archive} holds {name!r}, which is {kind} and not a file; nothing was unpacked")
         apple = path.name.startswith("._") or path.name == ".DS_Store" or "__MACOSX" in path.parts
-        names.append(None if kind == "folder" or apple or not path.parts else path)
-    files = [path for path in names if path is not None]
-    if len(set(files)) != len(files):
-        raise ValueError(f"{archive} holds {len(files) - len(set(files))} files twice; download it again")
-    if len({path.parts[0] for path in files}) == 1 and all(len(path.parts) > 1 for path in files):
-        names = [None if path is None else path.relative_to(path.parts[0]) for path in names]
-    return names
+        if kind == "file" and not apple:
+            if path in names:
+                raise ValueError(f"{archive} holds {name!r} twice; download it again")
+            wanted.append(member)
+            names.add(path)
+            size += length
+    if not wanted:
+        raise ValueError(f"{archive} holds no files; download it again")
+    return wanted, size
+
+
+def _facts(member: tarfile.TarInfo | zipfile.ZipInfo) -> tuple[str, str, int]:
+    """Return name, kind and size of a member."""
+    if isinstance(member, tarfile.TarInfo):
+        kind = "file" if member.isreg() else "a link" if member.issym() or member.islnk() else "a device"
+        return member.name, "folder" if member.isdir() else kind, member.size
+    mode = member.external_attr >> 16
+    kind = "file" if stat.S_IFMT(mode) in (0, stat.S_IFREG) else "a link" if stat.S_ISLNK(mode) else "a device"
+    return member.filename, "folder" if member.is_dir() and kind != "a link" else kind, member.file_size

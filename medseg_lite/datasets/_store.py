@@ -1,4 +1,4 @@
-"""A cohort kept on disk, each case read, checked and normalised once, so that training reads segments and never volumes."""
+"""Keep a cohort on disk. Each case is read, checked and normalised once, so training reads segments and never whole volumes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from ..engine.stored import SUFFIX, StoredCase, write
 from ..volume import Case
 from ._cohort import Cohort, choose, describe
 
+VERSION = 1  # raised when a reader or a normalisation of this package gives another result than before
+
 
 def store(
     cases: Sequence[Case],
@@ -26,23 +28,28 @@ def store(
     dtype: str = "float16",
     progress: bool = True,
 ) -> Cohort:
-    """Write every case of a cohort to `folder`, normalised, and return the stored cohort, for sampling without loading.
+    """Write every case of a cohort to `folder`, normalised, and return the stored cohort.
 
         cases = datasets.store(datasets.msd("Task01_BrainTumour"), "cache/brains")
         recipes.deepmedic(cases, ...)
 
-    Cases that are there already are kept if their files, `normalise` and `dtype` are still the same, and are written anew
-    otherwise; so an interrupted call goes on where it stopped, and one with nothing left to do takes milliseconds. Of several
-    processes let one do it before the others. A BRATS case (4 x 240 x 240 x 155) takes about 30 MB, half a second to write once it is read,
-    and less than a millisecond to draw a segment from.
+    A case that is there already is kept if its files, `normalise` and `dtype` have not changed. Otherwise it is written anew. So an
+    interrupted call goes on where it stopped, and a call with nothing to do takes milliseconds. If there are several processes, let
+    one of them store the cohort before the others. A BRATS case (4 × 240 × 240 × 155) takes about 30 MB. Writing it takes half a
+    second once it is read, and drawing a segment from it takes less than a millisecond.
 
     Args:
-        cases: read one at a time, so that the cohort may be larger than memory. A change is noticed by the name, size and time
-            of the files of a cohort that this package's loaders made, and by the content of other cases.
-        folder: gets one file per case, `<name>.safetensors`; the names must differ.
-        normalise: what the network is to see of a case, or None for the case as it is. Any function of a case, also one that
-            crops it or adds channels; it counts as changed when its source text does, or the arguments in a `functools.partial`.
-        dtype: "float16" (3 decimal digits) or "float32" of the stored image. Blocks are float32 when they are read.
+        cases: cases to store. They are read one at a time, so the cohort may be larger than memory. For a cohort that a loader of
+            this package made, a change is noticed by the name, size and time of its files. For other cases it is noticed by
+            their content.
+        folder: folder for one file per case, `<name>.safetensors`. The names must differ.
+        normalise: function of a case that returns what the network sees, or None for the case as it is. It may also crop the case
+            or add channels. It counts as changed if its source text changes, or the arguments in a `functools.partial`.
+        dtype: type of the stored image, "float16" (3 decimal digits) or "float32". Blocks are float32 when they are read.
+        progress: True shows a progress bar.
+
+    Returns:
+        A cohort whose cases are read from disk block by block.
 
     Raises:
         ValueError: two cases have one name, a name contains a slash, or a case has a defect.
@@ -52,16 +59,16 @@ def store(
     settings = {"normalise": describe(normalise), "dtype": dtype}
     with tqdm(total=len(cases), desc=f"storing in {folder.name}", disable=not progress, dynamic_ncols=True) as bar:
         for number in range(len(cases)):
-            case = None
-            if hasattr(cases, "origin"):
-                name, origin = cases.names[number], cases.origin(cases.names[number])
+            if isinstance(cases, Cohort):
+                case, name = None, cases.names[number]
+                origin = cases.origin(name)
             else:
                 case = cases[number]
                 name, origin = case.name, _content(case)
             if name in paths:
                 raise ValueError(f"two cases are called {name}; their files would overwrite each other: rename one")
             path = paths[name] = _path(folder, name)
-            key = hashlib.sha256(json.dumps([origin, settings], sort_keys=True).encode()).hexdigest()
+            key = hashlib.sha256(json.dumps([VERSION, origin, settings], sort_keys=True).encode()).hexdigest()
             if _key(path) != key:
                 case = cases[number] if case is None else case
                 case = case if normalise is None else normalise(case)
@@ -71,13 +78,14 @@ def store(
 
 
 def stored(folder: str | Path, *, cases: Iterable[str] | None = None) -> Cohort:
-    """The cohort that `store` wrote to `folder`, without the files that it was made from.
+    """Return the cohort that `store` wrote to `folder`. The files that it was made from are not needed.
 
     Args:
-        cases: names of the cases wanted, in that order; by default all, sorted.
+        folder: folder that was given to `store`.
+        cases: names of the cases to return, in that order. None returns all, sorted.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the folder holds no stored case.
         ValueError: a file is damaged, or the cases were not all stored with the same settings.
     """
     folder = Path(folder)
@@ -106,18 +114,20 @@ def _path(folder: Path, name: str) -> Path:
 
 
 def _key(path: Path) -> str | None:
-    """Of the case that is there, or None where there is no whole file."""
+    """Return the key of the case that is there, or None if there is no whole file."""
     try:
         return _made_by(StoredCase(path), "key")
     except (OSError, ValueError):
         return None
 
 
-def _made_by(case: StoredCase, what: str) -> object:
-    return case.stored_as.get(what) if isinstance(case.stored_as, dict) else None  # where `stored.write` was used alone
+def _made_by(case: StoredCase, fact: str) -> object:
+    """Return what `store` noted about a case. None if the case was written without `store`."""
+    return case.stored_as.get(fact) if isinstance(case.stored_as, dict) else None
 
 
 def _content(case: Case) -> list:
+    """Return numbers that change with the content of a case."""
     arrays = [case.image, case.label, case.mask, case.affine]
     sums = [None if a is None else [zlib.crc32(np.ascontiguousarray(a)), a.shape, a.dtype.str] for a in arrays]
     return [case.name, case.channels, case.native_axes, *sums]

@@ -1,12 +1,12 @@
 """BRATS as it was handed out from 2015 on: brain tumours in four sequences, skull-stripped, 240×240×155 voxels of 1 mm.
 
-By registration only (https://www.synapse.org/brats): give the folder that the files were unpacked to. Cite Menze et al. 2015, "The
-Multimodal Brain Tumor Image Segmentation Benchmark (BRATS)", IEEE Transactions on Medical Imaging 34(10), and for the years from
-2017 on Bakas et al. 2017, Scientific Data 4:170117.
+The data are handed out by registration only (https://www.synapse.org/brats). Give the folder that the files were unpacked to. Cite
+Menze et al. 2015, "The Multimodal Brain Tumor Image Segmentation Benchmark (BRATS)", IEEE Transactions on Medical Imaging 34(10),
+and for the years from 2017 on also Bakas et al. 2017, Scientific Data 4:170117.
 
-The numbers of the classes changed: up to 2015 necrosis is 1 and the non-enhancing core 3; from 2017 on both are 1; from 2023 on the
-enhancing core is 3 instead of 4, and is 4 again here. So `metrics.regions["brats2015"]` fits `brats2015`, and "brats2017" fits
-`brats2017`, whatever the year.
+The class numbers changed over the years. Up to 2015 necrosis is 1 and the non-enhancing core is 3. From 2017 on both are 1. From
+2023 on the enhancing core is 3 instead of 4 in the files; here it is 4 again. So `metrics.regions["brats2015"]` fits `brats2015`,
+and "brats2017" fits `brats2017` for every year.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from ..files import read_case
+from ..files import is_nifti, read_case
 from ..paths import real_data
 from ..volume import BRATS_CLASSES, Case
-from ._cohort import Cohort, choose, some, visible
-from .nifti_folder import nonzero
+from ._cohort import Cohort, choose, contents, nonzero_mask, some, stem, visible, visible_images
 
 CHANNELS = ("flair", "t1", "t1c", "t2")
 CLASSES_2017 = ("background", "necrosis and non-enhancing tumour", "oedema", "class 3", "enhancing tumour")
 LICENCE = "terms of the challenge, by registration"
-# What the name of each file ends with, without .nii or .nii.gz: from 2017 to 2021, and from 2023 on.
+# Ends of the names of the files, without .nii or .nii.gz: from 2017 to 2021, and from 2023 on.
 ENDINGS = (
     {"flair": "_flair", "t1": "_t1", "t1c": "_t1ce", "t2": "_t2", "label": "_seg"},
     {"flair": "-t2f", "t1": "-t1n", "t1c": "-t1c", "t2": "-t2w", "label": "-seg"},
@@ -39,22 +38,22 @@ def brats2015(
     label_optional: bool = False,
     cases: Iterable[str] | None = None,
 ) -> Cohort:
-    """Find the cases of BRATS 2015; each is read when it is asked for.
+    """Find the cases of BRATS 2015. Each case is read when it is asked for.
 
     Args:
-        root: holds HGG/ and LGG/, each with a folder per case, or the folders of the cases themselves; in these a folder (or
-            file) `VSD.Brain.XX.O.MR_Flair.<id>` for each of Flair, T1, T1c and T2, and the truth `VSD.Brain_3more.XX.O.OT.<id>`,
-            as MetaImages. Default: `$MEDSEG_DATA_DIR/brats2015`, or the cache.
-        grades: which of HGG and LGG.
-        label_optional: True accepts cases without a truth, as those of the test set are.
-        cases: names of the cases wanted, in that order; by default all.
+        root: folder with HGG/ and LGG/, each with a folder per case, or with the folders of the cases themselves. A case's folder
+            holds a folder (or file) `VSD.Brain.XX.O.MR_Flair.<id>` for each of Flair, T1, T1c and T2, and the label
+            `VSD.Brain_3more.XX.O.OT.<id>`, as MetaImages. Default: `$MEDSEG_DATA_DIR/brats2015`, or the cache.
+        grades: grades to return, of HGG and LGG.
+        label_optional: True accepts cases without a label, such as those of the test set.
+        cases: names of the cases to return, in that order. None returns all.
 
     Returns:
-        Cases with the channels ("flair", "t1", "t1c", "t2"), labels 0 to 4 as in BRATS 2013, where any sequence is above 0 as
-        mask, and `info["grade"]`.
+        Cases with the channels ("flair", "t1", "t1c", "t2"), classes 0 to 4 as in BRATS 2013, and `info["grade"]`. The mask is where
+        any channel is not 0.
 
     Raises:
-        FileNotFoundError, ValueError: here where no case is found, and on reading a case that has a defect.
+        FileNotFoundError, ValueError: no case is found. Reading a case with a defect raises them too.
     """
     root = _root(root, "brats2015")
     found = {}
@@ -65,7 +64,8 @@ def brats2015(
         found = {place.name: (place, None) for place in _folders(root) if len(visible(place, "**/*.MR_*.mha")) > 1}
     if not found:
         raise FileNotFoundError(
-            f"{root} has no cases of BRATS 2015; it holds {_there(root)}. Expected {' and '.join(grades)} with a folder for each case"
+            f"{root} has no cases of BRATS 2015; it holds {contents(root)}. Expected {' and '.join(grades)} with a folder for each "
+            "case"
         )
     return Cohort(
         {
@@ -76,32 +76,32 @@ def brats2015(
 
 
 def brats2017(root: str | Path | None = None, *, label_optional: bool = False, cases: Iterable[str] | None = None) -> Cohort:
-    """Find the cases of BRATS 2017 or a later year; each is read when it is asked for.
+    """Find the cases of BRATS 2017 or a later year. Each case is read when it is asked for.
 
     Args:
-        root: holds a folder for each case, at any depth (HGG/ and LGG/ in the first years), in it `<case>_flair.nii.gz`, `_t1`,
-            `_t1ce`, `_t2` and `_seg`, or from 2023 on `<case>-t2f.nii.gz`, `-t1n`, `-t1c`, `-t2w` and `-seg`. A truth under another
-            name with "seg" in it, such as BraTS20_Training_355's W39_1998.09.19_Segm.nii, is found too.
-            Default: `$MEDSEG_DATA_DIR/brats2017`, or the cache.
-        label_optional: True accepts cases without a truth, as those of the validation set are.
-        cases: names of the cases wanted, in that order; by default all, sorted.
+        root: folder with a folder for each case, at any depth (in HGG/ and LGG/ in the first years). A case's folder holds
+            `<case>_flair.nii.gz`, `_t1`, `_t1ce`, `_t2` and `_seg`, or from 2023 on `<case>-t2f.nii.gz`, `-t1n`, `-t1c`, `-t2w` and
+            `-seg`. A label under another name with "seg" in it is found too, such as W39_1998.09.19_Segm.nii of
+            BraTS20_Training_355. Default: `$MEDSEG_DATA_DIR/brats2017`, or the cache.
+        label_optional: True accepts cases without a label, such as those of the validation set.
+        cases: names of the cases to return, in that order. None returns all, sorted.
 
     Returns:
-        Cases with the channels ("flair", "t1", "t1c", "t2"), labels 1 necrosis and non-enhancing core, 2 oedema, 4 enhancing core
-        (also where the file has 3 for it), and where any sequence is not 0 as mask.
+        Cases with the channels ("flair", "t1", "t1c", "t2") and the classes 1 necrosis and non-enhancing core, 2 oedema, 4
+        enhancing core (also if the file has 3 for it). The mask is where any channel is not 0.
 
     Raises:
-        FileNotFoundError, ValueError: here where no case is found, and on reading a case that has a defect.
+        FileNotFoundError, ValueError: no case is found. Reading a case with a defect raises them too.
     """
     root = _root(root, "brats2017")
     found = {}
     for path in (*visible(root, "**/*_flair.nii*"), *visible(root, "**/*-t2f.nii*")):
         # Some archives hold a folder that is called like the file, with the file in it.
-        place = path.parent.parent if path.parent.name.endswith((".nii", ".nii.gz")) else path.parent
-        found[place.name] = (place, ENDINGS[_stem(path).endswith("-t2f")])
+        place = path.parent.parent if is_nifti(path.parent) else path.parent
+        found[place.name] = (place, ENDINGS[stem(path).endswith("-t2f")])
     if not found:
         raise FileNotFoundError(
-            f"{root} has no CASE_flair.nii.gz (2017 to 2021) and no CASE-t2f.nii.gz (from 2023 on); it holds {_there(root)}"
+            f"{root} has no CASE_flair.nii.gz (2017 to 2021) and no CASE-t2f.nii.gz (from 2023 on); it holds {contents(root)}"
         )
     in_order = {name: found[name] for name in sorted(found)}
     return Cohort(
@@ -120,47 +120,46 @@ def _read_2015(name: str, place: Path, grade: str | None, label_optional: bool) 
         if match:
             files["label" if match[2] else match[1].lower()].append(path)
     chosen = _one_each(name, place, files, label_optional)
-    return _case(name, chosen, range(5), None, BRATS_CLASSES, {"dataset": "brats2015", "grade": grade})
+    case = _read(name, chosen, range(5), BRATS_CLASSES, "brats2015")
+    if grade is not None:
+        case.info["grade"] = grade
+    return case
 
 
 def _read_2017(name: str, place: Path, endings: dict[str, str], label_optional: bool) -> Case:
-    paths = [p for p in visible(place, "**/*.nii*") if p.name.endswith((".nii", ".nii.gz"))]
-    files = {role: [p for p in paths if _stem(p).endswith(ending)] for role, ending in endings.items()}
+    paths = visible_images(place, "**/*")
+    files = {role: [p for p in paths if stem(p).endswith(ending)] for role, ending in endings.items()}
     if not files["label"]:
         others = [p for p in paths if not any(p in found for found in files.values())]
         files["label"] = [p for p in others if "seg" in p.name.lower()]
     chosen = _one_each(name, place, files, label_optional)
-    late = endings == ENDINGS[1]
-    label_map = {3: 4} if late else None
-    info = {"dataset": "brats2023" if late else "brats2017"}
-    return _case(name, chosen, (0, 1, 2, 3) if late else (0, 1, 2, 4), label_map, CLASSES_2017, info)
+    if endings == ENDINGS[1]:
+        return _read(name, chosen, (0, 1, 2, 3), CLASSES_2017, "brats2023").relabelled({3: 4})
+    return _read(name, chosen, (0, 1, 2, 4), CLASSES_2017, "brats2017")
 
 
 def _one_each(name: str, place: Path, files: dict[str, list[Path]], label_optional: bool) -> dict[str, Path]:
+    """Return the one file of each role. The label may be missing if it is optional."""
     for role, paths in files.items():
         if len(paths) == 1 or (not paths and role == "label" and label_optional):
             continue
         there = some([p.relative_to(place).as_posix() for p in visible(place, "**/*")])
-        what = "the truth" if role == "label" else role
-        hint = ", or pass label_optional=True" if role == "label" and not paths else ""
+        role = "the label" if role == "label" else role
+        hint = ", or pass label_optional=True" if role == "the label" and not paths else ""
         raise ValueError(
-            f"{name} has {len(paths)} files for {what}, expected one; {place} holds {there}: restore or rename the file, or leave the "
-            f"case out{hint}"
+            f"{name} has {len(paths)} files for {role}, expected one; {place} holds {there}: restore or rename the file, or leave "
+            f"the case out{hint}"
         )
     return {role: paths[0] for role, paths in files.items() if paths}
 
 
-def _case(name, files: dict[str, Path], labels, label_map, classes, info) -> Case:
-    truth = files.get("label")
-    case = read_case({channel: files[channel] for channel in CHANNELS}, label=truth, name=name, labels=labels)
-    if label_map and case.label is not None:
-        for before, after in label_map.items():
-            case.label[case.label == before] = after
-    if case.label is not None and not case.label.any():
-        raise ValueError(f"{truth} is empty: no voxel is tumour; unpack it again, or leave {name} out")
-    case.mask = nonzero(case)
-    case.info.update(classes=classes, licence=LICENCE, **{k: v for k, v in info.items() if v is not None})
-    return case
+def _read(name: str, files: dict[str, Path], labels, classes, dataset: str) -> Case:
+    label = files.get("label")
+    case = read_case({channel: files[channel] for channel in CHANNELS}, label=label, name=name, labels=labels)
+    if label is not None and not case.label.any():
+        raise ValueError(f"{label} is empty: no voxel is tumour; unpack it again, or leave {name} out")
+    info = {"classes": classes, "licence": LICENCE, "dataset": dataset}
+    return case.replace(mask=nonzero_mask(case), info=info)
 
 
 def _root(root: str | Path | None, name: str) -> Path:
@@ -175,11 +174,3 @@ def _root(root: str | Path | None, name: str) -> Path:
 
 def _folders(place: Path) -> list[Path]:
     return sorted(p for p in place.iterdir() if p.is_dir() and not p.name.startswith(("._", ".", "__")))
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")
-
-
-def _there(root: Path) -> str:
-    return some(sorted(p.name for p in root.iterdir() if not p.name.startswith(".")))

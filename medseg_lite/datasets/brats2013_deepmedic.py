@@ -1,9 +1,9 @@
 """Six BRATS 2013 cases that come with DeepMedic's example: FLAIR and T1 with contrast, on 240x240x155 voxels of 1 mm.
 
-The images come normalised, so that air is not 0 but a negative number; `case.mask` is the brain. Inside that mask their mean
-is only near 0 (-0.23 to 0.14 in the four cases checked) and their standard deviation above 1 (1.27 to 1.75): standardise them
-again with `transforms.standardise` where it matters.
-Labels as in BRATS 2012 to 2015: 0 healthy, 1 necrosis, 2 oedema, 3 non-enhancing core, 4 enhancing core.
+The images come normalised, so air is not 0 but a negative number. `case.mask` is the brain. Inside the mask, their mean is only
+near 0 (-0.23 to 0.14 in the four cases checked) and their standard deviation is above 1 (1.27 to 1.75). Standardise them again
+with `transforms.standardise` where it matters.
+Classes are those of BRATS 2012 to 2015: 0 healthy, 1 necrosis, 2 oedema, 3 non-enhancing core, 4 enhancing core.
 
 Source: https://github.com/deepmedic/deepmedic, examples/dataForExamples. Licence of the data: CC BY-NC-SA 3.0; cite Menze
 et al. 2015, "The Multimodal Brain Tumor Image Segmentation Benchmark (BRATS)", IEEE Transactions on Medical Imaging
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..files import read_case, read_nifti
 from ..paths import real_data
 from ..volume import BRATS_CLASSES, Case
+from ._cohort import contents
 from ._download import fetch
 
 URL = (
@@ -32,7 +33,7 @@ LABEL = "OTMultiClass.nii.gz"
 MASK = "brainmask.nii.gz"  # holds 0.99999997 inside
 LICENCE_FILE = "License_CC_BY_NC_SA_3.0.txt"
 FILES = (*CHANNELS.values(), LABEL, MASK, LICENCE_FILE)
-# Where DeepMedic's example puts each case.
+# The folder of each case in DeepMedic's example.
 SPLITS = {
     "brats_2013_pat0001_1": "test",
     "brats_2013_pat0002_1": "test",
@@ -81,14 +82,14 @@ def brats2013_deepmedic(
     """Read the cases into memory, about 90 MB each.
 
     Args:
-        folder: holds the cases as sub-folders, directly or under train/, validation/ and test/ as in DeepMedic's
+        folder: folder with one sub-folder per case, directly or under train/, validation/ and test/ as in DeepMedic's
             repository. Default: `$MEDSEG_DATA_DIR/brats2013_deepmedic`, or the cache.
-        cases: names to read, "brats_2013_pat0001_1" to "brats_2013_pat0006_1"; by default those that are there.
-        download: first fetch what is missing, see `download_brats2013_deepmedic`.
-        unverified: allow the download of cases whose checksum is not known.
+        cases: names of the cases to read, "brats_2013_pat0001_1" to "brats_2013_pat0006_1". None reads those that are there.
+        download: True fetches what is missing first, see `download_brats2013_deepmedic`.
+        unverified: True allows the download of cases whose checksum is not known.
 
     Returns:
-        Cases with the channels ("flair", "t1c"), labels 0 to 4, and the brain as mask.
+        Cases with the channels ("flair", "t1c"), classes 0 to 4, and the brain as mask.
     """
     folder = Path(folder) if folder is not None else real_data("brats2013_deepmedic")
     if cases is not None:
@@ -112,10 +113,10 @@ def download_brats2013_deepmedic(
     Files that are complete already are kept, so an interrupted download goes on where it stopped.
 
     Args:
-        folder: where the cases go. Default: `$MEDSEG_DATA_DIR/brats2013_deepmedic`, or the cache.
-        cases: names of the cases; by default brats_2013_pat0003_1 to brats_2013_pat0006_1, whose checksums are known.
-        unverified: needed for brats_2013_pat0001_1 and brats_2013_pat0002_1: what arrives is then only checked to be
-            readable images, not to be the very files of the repository.
+        folder: folder for the cases. Default: `$MEDSEG_DATA_DIR/brats2013_deepmedic`, or the cache.
+        cases: names of the cases. None takes brats_2013_pat0003_1 to brats_2013_pat0006_1, whose checksums are known.
+        unverified: True allows brats_2013_pat0001_1 and brats_2013_pat0002_1. What arrives is then only checked to be readable
+            images, not to be the files of the repository.
     """
     folder = Path(folder) if folder is not None else real_data("brats2013_deepmedic")
     names = _known(cases) if cases is not None else list(SHA256)
@@ -142,8 +143,7 @@ def _read(folder: Path, name: str) -> Case:
         raise FileNotFoundError(f"{folder} has no {name}. {_remedy()}")
     missing = [file for file in (*CHANNELS.values(), LABEL, MASK) if not (place / file).is_file()]
     if missing:
-        there = ", ".join(sorted(p.name for p in place.iterdir())) or "nothing"
-        raise FileNotFoundError(f"{place} lacks {', '.join(missing)}; it holds {there}. {_remedy()}")
+        raise FileNotFoundError(f"{place} lacks {', '.join(missing)}; it holds {contents(place)}. {_remedy()}")
     case = read_case(
         {channel: place / file for channel, file in CHANNELS.items()},
         label=place / LABEL,

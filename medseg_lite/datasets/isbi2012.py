@@ -2,7 +2,7 @@
 
 30 slices (some copies hold 20) of 512×512 pixels, 4 nm in the slice and 50 nm from one to the next, as a TIFF file of many
 pages. The challenge's label file holds 0 on membranes and 255 in cells; here `label` is 1 on membranes and 0 in cells, as in
-`phantoms.em`. Drozdzal et al. 2017 train on it (section 4.1).
+`phantoms.em`. Drozdzal et al. 2018 train on it (section 4.1).
 
 Source: https://imagej.net/events/isbi-2012-segmentation-challenge; cite Arganda-Carreras et al. 2015, "Crowdsourcing the
 creation of image segmentation algorithms for connectomics", Frontiers in Neuroanatomy 9:142, and Cardona et al. 2010, PLoS
@@ -25,7 +25,7 @@ from ._download import fetch
 URL = "https://downloads.imagej.net/ISBI-2012-challenge.zip"
 FILES = {"train": ("train-volume.tif", "train-labels.tif"), "test": ("test-volume.tif", None)}
 ARCHIVE = "ISBI-2012-challenge.zip"
-LARGEST = 2**28  # bytes that a member of the archive may unpack to; the real ones have 8 million
+LARGEST = 2**28  # bytes that a member of the archive may unpack to; the real ones have 8 million bytes
 
 
 def isbi2012(
@@ -34,17 +34,18 @@ def isbi2012(
     """Read one stack.
 
     Args:
-        folder: holds train-volume.tif and train-labels.tif. Default: `$MEDSEG_DATA_DIR/isbi2012`, or the cache.
+        folder: folder with train-volume.tif and train-labels.tif. Default: `$MEDSEG_DATA_DIR/isbi2012`, or the cache.
         split: "train", or "test" for test-volume.tif, whose labels were never published.
-        download: first fetch what is missing, see `download_isbi2012`.
-        unverified: needed for that download.
+        download: True fetches what is missing first, see `download_isbi2012`.
+        unverified: True allows that download.
 
     Returns:
-        A case of one channel, "em", with one page per voxel along W. Rows and columns run against H and D, so that viewers,
-        which show the patient's left on the right, show the page as it is, and so does what `write_nifti` writes.
+        A case of one channel, "em", with one page per voxel along W. Rows and columns run against H and D. Viewers show the
+        patient's left on the right, so they show the page as it is, also in a file that `write_nifti` wrote.
 
     Raises:
-        FileNotFoundError, ValueError: with the file, what was found, what was expected and what to do.
+        FileNotFoundError: a file is missing.
+        ValueError: a file has a defect. The message says what was found, what was expected and what to do.
     """
     folder = Path(folder) if folder is not None else real_data("isbi2012")
     if split not in FILES:
@@ -67,7 +68,7 @@ def isbi2012(
             "download the file again"
         )
     membrane = None if labels is None else _read_labels(folder / labels, image, volume)
-    corner = -PIXEL * (np.array(image.shape[:0:-1]) - 1)  # of voxel 0, where the page's last column and row are
+    corner = -PIXEL * (np.array(image.shape[:0:-1]) - 1)  # of voxel 0, the page's last column and row
     affine = np.diag([PIXEL, PIXEL, THICKNESS, 1])
     affine[:2, 3] = corner
     return Case(
@@ -84,8 +85,10 @@ def isbi2012(
 def download_isbi2012(folder: str | Path | None = None, *, unverified: bool = False) -> Path:
     """Fetch the challenge's archive, take the stacks out of it and return their folder. Stacks that are there are kept.
 
-    No checksum of the archive is known, so what arrives is only checked to be an archive that holds readable stacks;
-    `unverified=True` says that this is enough.
+    Args:
+        folder: folder for the stacks. Default: `$MEDSEG_DATA_DIR/isbi2012`, or the cache.
+        unverified: True accepts that no checksum of the archive is known. What arrives is only checked to be an archive that holds
+            readable stacks.
     """
     folder = Path(folder) if folder is not None else real_data("isbi2012")
     wanted = [name for files in FILES.values() for name in files if name]
@@ -109,7 +112,7 @@ def download_isbi2012(folder: str | Path | None = None, *, unverified: bool = Fa
 
 
 def _members(archive: Path) -> dict[str, str]:
-    """Where each stack lies in the archive. Only these are unpacked, under names of our own, wherever theirs point."""
+    """Return the name in the archive of each stack. Only these are unpacked, under our own names, wherever theirs point."""
     try:
         with zipfile.ZipFile(archive) as file:
             sizes = {info.filename: info.file_size for info in file.infolist()}
@@ -133,7 +136,7 @@ def _members(archive: Path) -> dict[str, str]:
 
 
 def _read(path: Path) -> np.ndarray:
-    """All pages `(pages, rows, columns)` uint8."""
+    """Return all pages, `(pages, rows, columns)` uint8."""
     again = "download it again"
     with open(path, "rb") as file:
         start = file.read(64).lstrip().lower()
@@ -160,7 +163,7 @@ def _read(path: Path) -> np.ndarray:
 
 
 def _read_labels(path: Path, image: np.ndarray, volume: str) -> np.ndarray:
-    """True on membranes, `(pages, rows, columns)`."""
+    """Return `(pages, rows, columns)` bool, True on membranes."""
     labels = _read(path)
     if labels.shape != image.shape:
         found, expected = (f"{len(stack)} pages of {_size(stack[0])}" for stack in (labels, image))
@@ -181,7 +184,7 @@ def _read_labels(path: Path, image: np.ndarray, volume: str) -> np.ndarray:
 
 
 def _turn(pages: np.ndarray) -> np.ndarray:
-    """`(pages, rows, columns)` to `(D, H, W)`: columns and rows run against D and H."""
+    """Return `(pages, rows, columns)` as `(D, H, W)`. Columns and rows run against D and H."""
     return np.ascontiguousarray(pages.transpose(2, 1, 0)[::-1, ::-1])
 
 

@@ -1,7 +1,7 @@
 """LiTS: 131 abdominal CT volumes from seven hospitals, with the liver and its lesions labelled.
 
-Bilic et al. 2023, "The Liver Tumor Segmentation Benchmark (LiTS)", Medical Image Analysis 84:102680. By registration at
-https://competitions.codalab.org/competitions/17094: give the folder that the files were unpacked to.
+Bilic et al. 2023, "The Liver Tumor Segmentation Benchmark (LiTS)", Medical Image Analysis 84:102680. The data are handed out by
+registration at https://competitions.codalab.org/competitions/17094. Give the folder that the files were unpacked to.
 """
 
 from __future__ import annotations
@@ -15,36 +15,35 @@ import numpy as np
 from ..files import read_case
 from ..paths import real_data
 from ..volume import Case
-from ._cohort import Cohort, choose, some, visible
+from ._cohort import Cohort, choose, contents, stem, visible
 
 CLASSES = ("background", "liver", "lesion")
 
 
 def lits(root: str | Path | None = None, *, cases: Iterable[str] | None = None, identity_affine: bool = False) -> Cohort:
-    """Find the cases; each is read when it is asked for.
+    """Find the cases. Each case is read when it is asked for.
 
     Args:
-        root: holds volume-0.nii and segmentation-0.nii, or .nii.gz, and so on, directly or in sub-folders such as
-            "Training Batch 1". Default: `$MEDSEG_DATA_DIR/lits`, or the cache.
-        cases: names of the cases wanted, "volume-0" to "volume-130", in that order; by default all that are there.
+        root: folder with volume-0.nii and segmentation-0.nii (or .nii.gz) and so on, directly or in sub-folders such as "Training
+            Batch 1". Default: `$MEDSEG_DATA_DIR/lits`, or the cache.
+        cases: names of the cases to return, "volume-0" to "volume-130", in that order. None returns all that are there.
         identity_affine: True accepts volumes whose files give no voxel size and orientation (28 to 47 in the first release),
             and takes 1 mm and RAS+ for them.
 
     Returns:
-        Cases of one channel, "ct", in Hounsfield units as stored; `info["padding"]` is the value below -1024 that a scanner
-        wrote where it did not measure, if there is one, and `mask` is the rest. Labels are 1 liver, 2 lesion; None for test volumes, which have none.
+        Cases of one channel, "ct", in Hounsfield units as stored. Classes are 1 liver and 2 lesion; test volumes have no label. Some
+        scanners wrote a value below -1024 where they did not measure. Then `info["padding"]` is that value, and `mask` is the rest.
 
     Raises:
-        FileNotFoundError, ValueError: here where no case is found, and on reading a case that has a defect.
+        FileNotFoundError, ValueError: no case is found. Reading a case with a defect raises them too.
     """
     root = Path(root) if root is not None else real_data("lits")
     images, labels = (
-        {_stem(p): p for ending in ("nii", "nii.gz") for p in visible(root, f"**/{kind}-*.{ending}")}
+        {stem(p): p for ending in ("nii", "nii.gz") for p in visible(root, f"**/{kind}-*.{ending}")}
         for kind in ("volume", "segmentation")
     )
     if not images:
-        there = some(sorted(p.name for p in root.iterdir()))
-        raise FileNotFoundError(f"{root} has no volume-N.nii; it holds {there}. Unpack the training batches there")
+        raise FileNotFoundError(f"{root} has no volume-N.nii; it holds {contents(root)}. Unpack the training batches there")
     in_order = {name: images[name] for name in sorted(images, key=lambda name: (len(name), name))}
     chosen = choose(in_order, cases, root)
     return Cohort(
@@ -53,10 +52,6 @@ def lits(root: str | Path | None = None, *, cases: Iterable[str] | None = None, 
             for name, path in chosen.items()
         }
     )
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")
 
 
 def _read(name: str, image: Path, label: Path | None, identity_affine: bool) -> Case:

@@ -1,7 +1,7 @@
-"""Medical Segmentation Decathlon: the layout of all its ten tasks, and downloads of four of them.
+"""Medical Segmentation Decathlon: a reader for all its ten tasks, and downloads of four of them.
 
 Antonelli et al. 2022, "The Medical Segmentation Decathlon", Nature Communications 13:4128; CC BY-SA 4.0. The other archives are
-at http://medicaldecathlon.com: unpack one and give its folder here.
+at http://medicaldecathlon.com. Unpack one and give its folder.
 """
 
 from __future__ import annotations
@@ -11,74 +11,55 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-
 from ..files import read_case
 from ..paths import real_data
 from ..volume import Case
-from ._cohort import Cohort, choose, some, visible
+from ._cohort import Cohort, choose, contents, nonzero_mask, stem
 from ._download import fetch_archive
 from .brats import CHANNELS, CLASSES_2017
-from .nifti_folder import nonzero
 
 URL = "https://msd-for-monai.s3-us-west-2.amazonaws.com"
-# Name here: name there, md5 of the archive.
+# Our name: name of the archive, its md5.
 TASKS = {
     "msd01_brain": ("Task01_BrainTumour", "240a19d752f0d9e9101544901065d872"),  # 7.1 GB
     "msd03_liver": ("Task03_Liver", "a90ec6c4aa7f6a3d087205e23d4e6397"),  # 27 GB
     "msd04_hippocampus": ("Task04_Hippocampus", "9d24dba78a72977dbd1d2e110310f31b"),  # 27 MB
     "msd05_prostate": ("Task05_Prostate", "35138f08b1efaef89d7424d2bcc928db"),  # 229 MB
 }
-# Task01 in BRATS's terms: oedema 1 to 2, non-enhancing (with necrosis) 2 to 1, enhancing 3 to 4.
+# Task01 in the numbers of BRATS: oedema 1 to 2, non-enhancing (with necrosis) 2 to 1, enhancing 3 to 4.
 _BRATS_LABELS = {1: 2, 2: 1, 3: 4}
 _BRATS_CHANNELS = {"t1w": "t1", "t1gd": "t1c", "t2w": "t2"}
 
 
 def msd(root: str | Path, *, split: str = "training", as_brats: bool = False, cases: Iterable[str] | None = None) -> Cohort:
-    """Find the cases of one task; each is read when it is asked for.
+    """Find the cases of one task. Each case is read when it is asked for.
 
     Args:
-        root: the task's folder, which holds dataset.json, imagesTr, labelsTr and imagesTs. Or the name of a download, such as
-            "msd01_brain": then that folder in `$MEDSEG_DATA_DIR`, or in the cache.
+        root: folder of the task, with dataset.json, imagesTr, labelsTr and imagesTs. Or the name of a download, such as
+            "msd01_brain", which stands for that folder in `$MEDSEG_DATA_DIR`, or in the cache.
         split: "training", or "test", whose labels were not published.
-        as_brats: for Task01: channels ("flair", "t1", "t1c", "t2"), labels 1 necrosis and non-enhancing core, 2 oedema and 4
-            enhancing core, as `brats2017` has them and `metrics.regions["brats2017"]` and ["brats2015"] understand, and where any
-            sequence is not 0 as mask.
-        cases: names of the cases wanted, such as "prostate_00", in that order; by default all that dataset.json lists.
+        as_brats: True returns Task01 with the channels ("flair", "t1", "t1c", "t2"), the classes of `brats2017` (1 necrosis and
+            non-enhancing core, 2 oedema, 4 enhancing core), and a mask where any channel is not 0. Both
+            `metrics.regions["brats2017"]` and ["brats2015"] fit them.
+        cases: names of the cases to return, such as "prostate_00", in that order. None returns all that dataset.json lists.
 
     Returns:
-        Cases with the channels and classes that dataset.json names ("T2" and "ADC" for Task05, in lower case; for Task01 labels
-        1 oedema, 2 non-enhancing and 3 enhancing tumour, not the numbers of BRATS). `label` is None for test cases.
+        Cases with the channels and classes that dataset.json names, channels in lower case ("t2" and "adc" for Task05). Task01
+        has the classes 1 oedema, 2 non-enhancing and 3 enhancing tumour, which are not the numbers of BRATS. Test cases have no
+        label.
 
     Raises:
-        FileNotFoundError, ValueError: here where dataset.json is not what it should be, and on reading a case with a defect.
+        FileNotFoundError, ValueError: dataset.json is missing or damaged. Reading a case with a defect raises them too.
     """
     root = real_data(root) if isinstance(root, str) and root in TASKS and not Path(root).is_dir() else Path(root)
     if split not in ("training", "test"):
         raise ValueError(f"split is {split!r}; expected 'training' or 'test'")
     path = root / "dataset.json"
     if not path.is_file():
-        there = some(sorted(p.name for p in root.iterdir())) if root.is_dir() else "nothing, it does not exist"
         fetch = f", or fetch it with `python -m medseg_lite download {root.name}`" if root.name in TASKS else ""
-        raise FileNotFoundError(f"{path} does not exist; {root} holds {there}: point at the task's own folder{fetch}")
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        channels = tuple(str(content["modality"][k]).lower() for k in sorted(content["modality"], key=int))
-        classes = {int(k): str(name) for k, name in content["labels"].items()}
-        if not 0 <= min(classes) <= max(classes) <= 255:
-            raise ValueError(f"labels {sorted(classes)}")
-        entries = [(e["image"], e["label"]) if split == "training" else (e, None) for e in content[split]]
-        names = tuple(classes.get(k, f"class {k}") for k in range(max(classes) + 1))
-        listed = {_stem(image): (image, label) for image, label in entries}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a description of a Decathlon task ({type(error).__name__}: {error}); expected JSON with modality, "
-            "labels, training and test: unpack the archive again"
-        ) from error
-    # macOS left `._name.nii.gz` beside the images of some archives, and lists may have been made from them.
-    listed = {name: files for name, files in listed.items() if not name.startswith("._")}
-    if not listed:
-        raise ValueError(f"{path} lists no {split} cases; expected some: unpack the archive again")
+        raise FileNotFoundError(f"{path} does not exist; {root} holds {contents(root)}: point at the task's own folder{fetch}")
+    channels, classes, listed = _read_description(path, split)
+    names = tuple(classes.get(k, f"class {k}") for k in range(max(classes) + 1))
     readers = {}
     for name, (image, label) in choose(listed, cases, root).items():
         files = _inside(root, image, path), None if label is None else _inside(root, label, path)
@@ -92,15 +73,39 @@ def msd(root: str | Path, *, split: str = "training", as_brats: bool = False, ca
     return Cohort(readers)
 
 
+def _read_description(path: Path, split: str) -> tuple[tuple[str, ...], dict[int, str], dict[str, tuple[str, str | None]]]:
+    """Return the channels, the classes and their names, and image and label of each case that dataset.json lists."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        channels = tuple(str(content["modality"][k]).lower() for k in sorted(content["modality"], key=int))
+        classes = {int(k): str(name) for k, name in content["labels"].items()}
+        if not 0 <= min(classes) <= max(classes) <= 255:
+            raise ValueError(f"labels {sorted(classes)}")
+        entries = [(e["image"], e["label"]) if split == "training" else (e, None) for e in content[split]]
+        # macOS left `._name.nii.gz` beside the images of some archives, and lists may have been made from them.
+        listed = {name: (image, label) for image, label in entries if not (name := stem(image)).startswith("._")}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a description of a Decathlon task ({type(error).__name__}: {error}); expected JSON with modality, "
+            "labels, training and test: unpack the archive again"
+        ) from error
+    if not listed:
+        raise ValueError(f"{path} lists no {split} cases; expected some: unpack the archive again")
+    return channels, classes, listed
+
+
 def download_msd(name: str, folder: str | Path | None = None) -> Path:
     """Fetch one task's archive, check it, unpack it and return its folder. An interrupted download goes on where it stopped.
 
     Args:
-        name: "msd01_brain" (7.1 GB), "msd03_liver" (27 GB), "msd04_hippocampus" (27 MB) or "msd05_prostate" (229 MB). While it is
-            unpacked it takes twice that.
-        folder: what becomes the task's folder. Default: `$MEDSEG_DATA_DIR/<name>`, or the cache.
+        name: "msd01_brain" (7.1 GB), "msd03_liver" (27 GB), "msd04_hippocampus" (27 MB) or "msd05_prostate" (229 MB). Unpacking
+            takes twice that.
+        folder: folder to make for the task. Default: `$MEDSEG_DATA_DIR/<name>`, or the cache.
 
-    Raises what `_download.fetch` and `unpack` do: ConnectionError, OSError (a full disk), ValueError (another file).
+    Raises:
+        ConnectionError: the server is not reached, refuses, or breaks off.
+        OSError: the disk is full.
+        ValueError: another file arrived.
     """
     if name not in TASKS:
         raise ValueError(f"name is {name!r}; expected one of {', '.join(TASKS)}")
@@ -109,11 +114,8 @@ def download_msd(name: str, folder: str | Path | None = None) -> Path:
     return fetch_archive(f"{URL}/{task}.tar", folder, md5=md5, ready=lambda place: (place / "dataset.json").is_file())
 
 
-def _stem(image: str) -> str:
-    return PurePosixPath(image).name.removesuffix(".gz").removesuffix(".nii")
-
-
 def _inside(root: Path, name: str, source: Path) -> Path:
+    """Return the path of a file that dataset.json lists. Raise ValueError if it lies outside the task's folder."""
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or "\\" in name:
         raise ValueError(f"{source} lists {name!r}, which lies outside {root}; expected a path such as './imagesTr/a.nii.gz'")
@@ -123,20 +125,18 @@ def _inside(root: Path, name: str, source: Path) -> Path:
 def _read(name, image: Path, label: Path | None, channels, classes, numbers, task: str, split: str) -> Case:
     for path in (image, label):
         if path is not None and not path.is_file():
-            there = some([p.name for p in visible(path.parent, "*.nii*")]) if path.parent.is_dir() else "no such folder"
-            raise FileNotFoundError(f"dataset.json lists {path}, which does not exist ({there}); unpack the archive again")
+            there = contents(path.parent)
+            raise FileNotFoundError(
+                f"dataset.json lists {path}, which does not exist (there is {there}); unpack the archive again"
+            )
     case = read_case(image, channels=channels, label=label, name=name, labels=numbers)
     case.info.update(classes=classes, dataset=task, split=split, licence="CC BY-SA 4.0")
     return case
 
 
 def _read_as_brats(read: partial) -> Case:
-    case = read()
-    if case.label is not None:
-        table = np.arange(256, dtype=np.uint8)
-        table[list(_BRATS_LABELS)] = list(_BRATS_LABELS.values())
-        case.label = table[case.label]
+    """Return a case of Task01 with the channels and classes of BRATS."""
+    case = read().relabelled(_BRATS_LABELS)
     names = [_BRATS_CHANNELS.get(channel, channel) for channel in case.channels]
     case = case.replace(channels=names).select(CHANNELS)
-    case.mask, case.info["classes"] = nonzero(case), CLASSES_2017
-    return case
+    return case.replace(mask=nonzero_mask(case), info=case.info | {"classes": CLASSES_2017})

@@ -1,8 +1,8 @@
 """PROMISE12: 50 T2-weighted volumes of the prostate from four hospitals, with the prostate labelled.
 
 Litjens et al. 2014, "Evaluation of prostate segmentation algorithms for MRI: the PROMISE12 challenge", Medical Image Analysis
-18:359. Drozdzal et al. 2017 train on it (section 4.3). The training data are at https://zenodo.org/records/8026660; for research,
-cite the paper.
+18:359. Drozdzal et al. 2018 train on it (section 4.3). The training data are at https://zenodo.org/records/8026660. They may be
+used for research; cite the paper.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from ..files import read_case
 from ..paths import real_data
 from ..volume import Case
-from ._cohort import Cohort, choose, some, visible
+from ._cohort import Cohort, choose, contents, visible
 from ._download import fetch_archive
 
 URL = "https://zenodo.org/records/8026660/files/training_data.zip"  # 324 MB
@@ -23,39 +23,43 @@ CLASSES = ("background", "prostate")
 
 
 def promise12(root: str | Path | None = None, *, cases: Iterable[str] | None = None) -> Cohort:
-    """Find the cases; each is read when it is asked for.
+    """Find the cases. Each case is read when it is asked for.
 
     Args:
-        root: holds Case00.mhd, Case00.raw, Case00_segmentation.mhd, Case00_segmentation.raw and so on, directly or in
+        root: folder with Case00.mhd, Case00.raw, Case00_segmentation.mhd, Case00_segmentation.raw and so on, directly or in
             sub-folders. Default: `$MEDSEG_DATA_DIR/promise12`, or the cache.
-        cases: names of the cases wanted, "Case00" to "Case49", in that order; by default all that are there.
+        cases: names of the cases to return, "Case00" to "Case49", in that order. None returns all that are there.
 
     Returns:
-        Cases of one channel, "t2"; `label` is 1 in the prostate, or None for the challenge's test cases, which have none.
+        Cases of one channel, "t2". The label is 1 in the prostate. The test cases of the challenge have no label.
 
     Raises:
-        FileNotFoundError, ValueError: here where no case is found, and on reading a case that has a defect.
+        FileNotFoundError, ValueError: no case is found. Reading a case with a defect raises them too.
     """
     root = Path(root) if root is not None else real_data("promise12")
     files = {p.stem: p for p in sorted(visible(root, "**/Case*.mhd"), key=lambda p: p.name)}
     found = {name: path for name, path in files.items() if not name.endswith("_segmentation")}
     if not found:
         raise FileNotFoundError(
-            f"{root} has no CaseNN.mhd; it holds {some(sorted(p.name for p in root.iterdir()))}. Unpack training_data.zip there, or fetch it "
-            "with `python -m medseg_lite download promise12`"
+            f"{root} has no CaseNN.mhd; it holds {contents(root)}. Unpack training_data.zip there, or fetch it with "
+            "`python -m medseg_lite download promise12`"
         )
     chosen = choose(found, cases, root)
     return Cohort({name: partial(_read, name, path, files.get(f"{name}_segmentation")) for name, path in chosen.items()})
 
 
 def download_promise12(folder: str | Path | None = None) -> Path:
-    """Fetch the training data (324 MB, twice that while they are unpacked) and return their folder. An interrupted download goes
-    on where it stopped.
+    """Fetch the training data (324 MB, twice that while they are unpacked) and return their folder.
+
+    An interrupted download goes on where it stopped.
 
     Args:
-        folder: what becomes the data's folder. Default: `$MEDSEG_DATA_DIR/promise12`, or the cache.
+        folder: folder to make for the data. Default: `$MEDSEG_DATA_DIR/promise12`, or the cache.
 
-    Raises what `_download.fetch` and `unpack` do: ConnectionError, OSError (a full disk), ValueError (another file).
+    Raises:
+        ConnectionError: the server is not reached, refuses, or breaks off.
+        OSError: the disk is full.
+        ValueError: another file arrived.
     """
     folder = Path(folder) if folder is not None else real_data("promise12")
     return fetch_archive(URL, folder, md5=MD5, ready=lambda place: any(place.glob("**/Case*.mhd")))

@@ -24,7 +24,7 @@ from ..training import BEST
 from ..volume import Case
 from .named import find_recipe
 from .papers import recipe_for
-from .recipe import Recipe, case_names
+from .recipe import Recipe
 
 RUN = "run.json"
 
@@ -84,7 +84,7 @@ def cross_validate(
     if recipe.needs == "first" and "first" not in settings:
         raise ValueError(f"{recipe.name} starts from a trained two_path_cnn: give it as first")
     recipe = replace(recipe, settings={**recipe.settings, **settings}, members=members or recipe.members)
-    names, count = case_names(cases), recipe.folds if folds is None else folds
+    names, count = datasets.case_names(cases), recipe.folds if folds is None else folds
     parts = split_folds(names, count, seed=seed) if count > 1 else [[]]
     if fold is not None and not 0 <= fold < len(parts):
         raise ValueError(f"fold {fold} of {len(parts)}; expected 0 to {len(parts) - 1}")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .. import models, optimizers, training
-from ..datasets import Cohort
+from ..datasets import case_names
 from ..models import Network
 from ..volume import Case
 
@@ -239,8 +239,3 @@ def load_start(path: str | Path, model: Network, *, ignore: Sequence[str] = ()) 
             f"{path} holds {before.config}; this run wants {model.config}: choose the same network, width and classes"
         )
     model.load_state_dict(before.state_dict())
-
-
-def case_names(cases: Sequence[Case]) -> list[str]:
-    """Return the names of cases, without reading those of a cohort on disk."""
-    return list(cases.names) if isinstance(cases, Cohort) else [case.name for case in cases]
