@@ -24,52 +24,67 @@ class Batch(NamedTuple):
 
 
 class _InMemory:
-    """A case in memory: the part of it that segments can reach, mirrored once beyond the border of the volume."""
+    """A case in memory: the part of it that segments can reach, mirrored once beyond the border of the volume.
 
-    def __init__(self, case: Case, groups: Sequence[str], output: Sequence[int], margin: Sequence[int]):
+    Args:
+        case: labelled case.
+        groups: groups of voxels that centres are drawn from.
+        output: number of predicted voxels of a segment along each axis.
+        margin: voxels of context of its image on each side.
+        around: voxels of context of its label on each side.
+    """
+
+    def __init__(self, case: Case, groups: Sequence[str], output: Sequence[int], margin: Sequence[int], around: Sequence[int]):
         mask = case.whole_mask()
         box = bounding_box(mask | (case.label > 0))
         half = [n // 2 for n in output]
         start = [max(0, min(s.start - h, n - b)) for s, h, n, b in zip(box, half, case.shape, output)]
         stop = [min(n, max(s.stop + h, a + b)) for s, h, n, a, b in zip(box, half, case.shape, start, output)]
-        image = padded_region(case.image, [a - m for a, m in zip(start, margin)], [b + m for b, m in zip(stop, margin)])
         region = tuple(map(slice, start, stop))
-        self.image = np.ascontiguousarray(image, np.float32)  # (C, *(region + 2 margin))
-        self.label = np.ascontiguousarray(case.label[region])
-        self.std = case.std
+        self.shape, self.margin, self.around, self.std = [b - a for a, b in zip(start, stop)], margin, around, case.std
+        # (C, *(region + 2 margin)) and (*(region + 2 around))
+        self.image = np.ascontiguousarray(padded_region(case.image, *_widened(start, stop, margin)), np.float32)
+        self.label = np.ascontiguousarray(padded_region(case.label, *_widened(start, stop, around)))
         # Flat voxel numbers within the region.
-        self.voxels = {g: np.flatnonzero(group_voxels(g, self.label, mask[region])).astype(np.int32) for g in groups}
+        inside = {g: group_voxels(g, case.label[region], mask[region]) for g in groups}
+        self.voxels = {g: np.flatnonzero(voxels).astype(np.int32) for g, voxels in inside.items()}
 
     def count(self, group: str) -> int:
         """Return the number of voxels from which a centre is drawn."""
         return len(self.voxels[group])
 
-    def cut(self, group: str, number: int, output: Sequence[int], margin: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def cut(self, group: str, number: int, output: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Return patch and label of the segment centred on a voxel of the group, or as near to it as the border allows."""
-        centre = np.unravel_index(self.voxels[group][number], self.label.shape)
-        start, stop = _place(centre, output, self.label.shape)
-        patch = tuple(slice(a, b + 2 * m) for a, b, m in zip(start, stop, margin))
-        return self.image[(slice(None), *patch)], self.label[tuple(map(slice, start, stop))]
+        centre = np.unravel_index(self.voxels[group][number], self.shape)
+        start, stop = _place(centre, output, self.shape)
+        patch, target = (
+            tuple(slice(a, b + 2 * m) for a, b, m in zip(start, stop, margin)) for margin in (self.margin, self.around)
+        )
+        return self.image[(slice(None), *patch)], self.label[target]
 
 
 class _OnDisk:
     """A stored case with the methods of `_InMemory`. Nothing of it is kept in memory."""
 
-    def __init__(self, case: StoredCase):
-        self.case, self.std, self.count = case, case.std, case.count
+    def __init__(self, case: StoredCase, margin: Sequence[int], around: Sequence[int]):
+        self.case, self.margin, self.around, self.std, self.count = case, margin, around, case.std, case.count
 
-    def cut(self, group: str, number: int, output: Sequence[int], margin: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def cut(self, group: str, number: int, output: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """See `_InMemory.cut`. The patch may be float16, and a view of the file."""
         file = self.case.open()
-        start, stop = _place(file.voxel(group, number), output, self.case.shape)
-        patch = file.block([a - m for a, m in zip(start, margin)], [b + m for b, m in zip(stop, margin)])
-        return patch, file.label_block(start, stop)
+        place = _place(file.voxel(group, number), output, self.case.shape)
+        return file.block(*_widened(*place, self.margin)), file.label_block(*_widened(*place, self.around))
 
 
 def _place(centre: Sequence[int], output: Sequence[int], shape: Sequence[int]) -> tuple[list[int], list[int]]:
     """Return the corners of the output centred on a voxel, moved so that it lies inside the volume."""
     start = [min(max(int(c) - b // 2, 0), n - b) for c, b, n in zip(centre, output, shape)]
     return start, [a + b for a, b in zip(start, output)]
+
+
+def _widened(start: Sequence[int], stop: Sequence[int], margin: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the corners of a box with a margin around it."""
+    return [a - m for a, m in zip(start, margin)], [b + m for b, m in zip(stop, margin)]
 
 
 class SegmentSampler:
@@ -97,8 +112,9 @@ class SegmentSampler:
         shift: standard deviation of the random intensity shift r_c · σ_c of each channel (.1 for TBI, section 4.1.2).
             σ_c is the channel's standard deviation inside the mask.
         spatial_dims: 3, or 2 for axial slices.
-        augment: function `augment(image, label, rng=...)` that changes every batch, such as `transforms.distort`. It needs a
-            network with one input and no margin.
+        augment: function `augment(image, label, rng=...)` that changes every batch, such as `transforms.distort`. Both have the size of
+            the patches, so that they may be moved together; afterwards the label is cut to the predicted voxels, and the image to
+            the network's inputs.
         seed: seed of all random choices.
 
     Source: Kamnitsas et al. 2017, sections 2.2, 3.2 and 4.1.2.
@@ -120,8 +136,6 @@ class SegmentSampler:
         augment: Augment | None = None,
         seed: int = 0,
     ):
-        if augment is not None and (margin or cut is not None):
-            raise ValueError("augment= moves image and label together, so the network must predict all voxels that it sees")
         if scheme not in SCHEMES:
             raise ValueError(f"scheme={scheme!r}; expected one of {', '.join(SCHEMES)}")
         if output < 1 or batch_size < 1:
@@ -156,7 +170,10 @@ class SegmentSampler:
                 )
         if not case.count("mask"):
             raise ValueError(f"{case.name}: the mask is empty; correct it, or leave it out to sample the whole volume")
-        return _InMemory(case, self._groups, self.output, self.margin) if case.in_memory else _OnDisk(case)
+        around = self.margin if self.augment else (0, 0, 0)  # an augmentation moves the label with the patch
+        if case.in_memory:
+            return _InMemory(case, self._groups, self.output, self.margin, around)
+        return _OnDisk(case, self.margin, around)
 
     def batch(self, step: int) -> Batch:
         """Return batch number `step`."""
@@ -164,12 +181,12 @@ class SegmentSampler:
         inputs, label = None, None
         for n, group in enumerate(self._draw_groups(rng)):
             case = self._cases[rng.choice(self._holders[group])]
-            patch, target = case.cut(group, rng.integers(case.count(group)), self.output, self.margin)
+            patch, target = case.cut(group, rng.integers(case.count(group)), self.output)
             if self.spatial_dims == 2:
                 patch, target = patch[..., 0], target[..., 0]
             if self.flip and rng.random() < 0.5:
                 patch, target = patch[:, ::-1], target[::-1]
-            parts = self.cut(patch)
+            parts = (patch,) if self.augment else self.cut(patch)
             if inputs is None:
                 inputs = tuple(np.empty((self.batch_size, *p.shape), np.float32) for p in parts)
                 label = np.empty((self.batch_size, *target.shape), np.int64)
@@ -182,7 +199,10 @@ class SegmentSampler:
         tensors = tuple(torch.from_numpy(i) for i in inputs)
         label = torch.from_numpy(label)
         if self.augment is not None:
-            return Batch(*self.augment(tensors[0], label, rng=rng))
+            patch, label = self.augment(tensors[0], label, rng=rng)
+            margin = self.margin[: self.spatial_dims]
+            label = label[(slice(None), *(slice(m, n - m) for m, n in zip(margin, label.shape[1:])))]
+            tensors = tuple(self.cut(patch))
         return Batch(tensors if len(tensors) > 1 else tensors[0], label)
 
     def _draw_groups(self, rng: np.random.Generator) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from medseg_lite import models, transforms
+from medseg_lite import datasets, models, transforms
 from medseg_lite.sampling import SegmentSampler, VolumeSampler
 from medseg_lite.volume import Case
 
@@ -413,5 +413,29 @@ def test_segments_are_augmented_as_a_batch(grid_case):
     for step in range(3):
         (x, y), (u, v) = plain.batch(step), other.batch(step)
         assert torch.equal(u, x.flip(-1)) and torch.equal(v, y.flip(-1))
-    with pytest.raises(ValueError, match="must predict all voxels that it sees"):
-        SegmentSampler([grid_case()], margin=2, augment=turned)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("name", ["deepmedic", "dm2d_seg"])
+def test_augmentation_moves_the_label_with_the_whole_patch(noise_case, tmp_path, name, stored):
+    """A network that loses a margin: the patch is augmented with its label, then both are cut to what the network takes."""
+    model = getattr(models, name)(in_channels=2, classes=2, width=0.1)
+    cases = [noise_case((60, 62, 58), seed=n, name=f"c{n}") for n in range(2)]
+    if stored:
+        cases = list(datasets.store(cases, tmp_path, dtype="float32", progress=False))
+    seen = []
+
+    def mirrored(image, label, *, rng):
+        seen.append((image.shape, label.shape))
+        return image.flip(-1), label.flip(-1)
+
+    how = {"margin": model.margin, "cut": model.cut, "batch_size": 3, "spatial_dims": model.spatial_dims, "seed": 1}
+    plain, same, other = (
+        SegmentSampler(cases, augment=a, **how) for a in (None, lambda image, label, *, rng: (image, label), mirrored)
+    )
+    side = 9 + 2 * model.margin
+    for step in range(2):
+        (x, y), (u, v), (m, n) = plain.batch(step), same.batch(step), other.batch(step)
+        assert all(torch.equal(a, b) for a, b in zip(x, u)) and torch.equal(y, v)
+        assert torch.equal(n, y.flip(-1)) and torch.equal(m[0], x[0].flip(-1)) and m[1].shape == x[1].shape
+        assert seen[-1] == ((3, 2, *[side] * model.spatial_dims), (3, *[side] * model.spatial_dims))
