@@ -95,6 +95,7 @@ class MaxNormSGD(torch.optim.SGD):
         max_norm: longest kernel. The paper bounds the kernels but gives no number.
 
     Source: Havaei et al. 2017, section 3.3.
+    Taught in notebook 02.
     """
 
     def __init__(self, parameters: Iterable, *, lr: float = 0.005, momentum: float = 0.5, max_norm: float = 2.0):
@@ -131,6 +132,7 @@ class NormalizedSGD(torch.optim.Optimizer):
         momentum: factor m of the momentum. The paper gives no number; .9 is the author's in later code.
 
     Source: Mlynarski et al. 2019, eq. 4. The gradient is that of several batches: `training.fit(accumulate=...)`.
+    Taught in notebook 10.
     """
 
     def __init__(self, parameters: Iterable, *, lr: float = 0.25, momentum: float = 0.9):
@@ -247,6 +249,7 @@ class MomentumSchedule(Schedule):
         momentum: momentum at the start and at the end of the run (.5 and .9).
 
     Source: Havaei et al. 2017, section 3.3.
+    Taught in notebook 02.
     """
 
     def __init__(
@@ -362,6 +365,7 @@ class HalveOnPlateau(Halving):
             loss over each of them, which should fall.
 
     Source: Kamnitsas et al. 2017, appendix B (halved whenever convergence plateaus).
+    Taught in notebook 13.
     """
 
     kept = ("losses", "best", "waited")

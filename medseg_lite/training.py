@@ -123,12 +123,12 @@ def fit(
 
 
 def validate_on(cases: Sequence[Case], *, regions: str = "brats2015", **options) -> Callable[[nn.Module], dict[str, float]]:
-    """A validation for `fit`: segment `cases` and return the mean Dice of each region, `{"dice_whole": ...}`.
+    """Return a validation for `fit`, which segments `cases` and returns the mean Dice of each region, `{"dice_whole": ...}`.
 
     Args:
         cases: labelled cases, normalised like the training cases.
         regions: as in `metrics.evaluate`.
-        options: passed on to `inference.predict`.
+        options: options of `inference.predict`.
     """
 
     def validate(model: nn.Module) -> dict[str, float]:
@@ -141,7 +141,7 @@ def validate_on(cases: Sequence[Case], *, regions: str = "brats2015", **options)
 
 
 def running_average(values: Sequence[float], *, alpha: float = 0.5, start: float | None = None) -> np.ndarray:
-    """Running averages μ*_(i+1) = α μ*_i + (1 − α) μ_i, one after each value: a smooth curve of a noisy loss.
+    """Compute running averages μ*_(i+1) = α μ*_i + (1 − α) μ_i, one after each value: a smooth curve of a noisy loss.
 
     Args:
         values: μ_0, μ_1, …
@@ -149,6 +149,7 @@ def running_average(values: Sequence[float], *, alpha: float = 0.5, start: float
         start: μ*_0; by default the first value.
 
     Source: Kayalibay et al. 2017, eq. 6.
+    Taught in notebooks 06 and 13.
     """
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha={alpha}; expected 0 (no smoothing) to less than 1")

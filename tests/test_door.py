@@ -77,7 +77,7 @@ def test_a_network_of_the_reader(cases, name):
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
     with pytest.raises(ValueError, match="width: the network is built already; give these options to its builder"):
         function(cases, network=network, width=0.5, **options)
-    with pytest.raises(ValueError, match="network is a Conv3d; expected a models.Network: wrap it in models.Adapter"):
+    with pytest.raises(ValueError, match=r"network is a Conv3d; expected a models\.Network: wrap it in models\.Adapter"):
         function(cases, network=nn.Conv3d(1, 2, 1), **options)
 
 

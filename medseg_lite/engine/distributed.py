@@ -32,12 +32,12 @@ _LOST = ("connection closed", "connection reset", "connection refused", "broken 
 
 
 def rank() -> int:
-    """Which process this is, from 0; 0 where there is only one."""
+    """Return the number of this process, from 0. It is 0 where there is only one."""
     return dist.get_rank() if _joined() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if _joined() else 1
 
 
@@ -47,15 +47,15 @@ def _joined() -> bool:
 
 @contextmanager
 def joined(device: str = "auto") -> Iterator[str]:
-    """Within the block, the processes that `torchrun` started work together; yields the device of this one.
+    """Let the processes that `torchrun` started work together within the block. Yields the device of this process.
 
-    Without `torchrun` nothing happens, and a device of "auto" is a GPU where there is one.
+    Without `torchrun` nothing happens. The device "auto" is a GPU where there is one.
 
     Args:
-        device: "cpu", "cuda", "cuda:1" or "auto". Of several processes each takes the GPU of its own number.
+        device: "cpu", "cuda", "cuda:1" or "auto". Each of several processes takes the GPU of its own number.
 
     Raises:
-        ValueError: a GPU is asked for and PyTorch sees none, or fewer than there are processes on this machine.
+        ValueError: a GPU is asked for, and PyTorch sees none, or fewer than there are processes on this machine.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,7 +82,7 @@ def companions(hint: Callable[[], str] = str) -> Iterator[None]:
     """Say clearly that another process died, where PyTorch would speak of sockets.
 
     Args:
-        hint: gives the end of the message, such as how to go on.
+        hint: function that returns the end of the message, such as how to go on.
 
     Raises:
         ConnectionError: another process of this run has ended.
@@ -97,7 +97,7 @@ def companions(hint: Callable[[], str] = str) -> Iterator[None]:
 
 
 def total(value: float) -> float:
-    """The sum of a number over all processes."""
+    """Return the sum of a number over all processes."""
     if world_size() == 1:
         return value
     box = torch.tensor([float(value)], dtype=torch.float64)
@@ -106,7 +106,7 @@ def total(value: float) -> float:
 
 
 def broadcast(value):
-    """The value that the first process has, for all; a small Python object."""
+    """Return the first process's value in every process. It is a small Python object."""
     if world_size() == 1:
         return value
     box = [value]
@@ -115,7 +115,7 @@ def broadcast(value):
 
 
 def all_gather(value) -> list:
-    """The values of all processes, in their order; small Python objects."""
+    """Return the values of all processes, in their order. They are small Python objects."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -124,21 +124,21 @@ def all_gather(value) -> list:
 
 
 def barrier() -> None:
-    """Until every process is here."""
+    """Wait until every process has reached this line."""
     all_gather(None)
 
 
 def shares(samples: int) -> list[slice]:
-    """Which samples of a batch each process takes; they differ by at most one."""
+    """Return the samples of a batch that each process takes. Their numbers differ by at most one."""
     sizes = [(samples + world_size() - 1 - n) // world_size() for n in range(world_size())]
     return [slice(sum(sizes[:n]), sum(sizes[: n + 1])) for n in range(world_size())]
 
 
 def whole_batch(own: Tensor, samples: int) -> Tensor:
-    """The predictions `(samples, ...)` of all processes in the order of the batch; gradients reach one's own alone.
+    """Return the predictions `(samples, ...)` of all processes, in the order of the batch.
 
-    A loss of all of them, multiplied by the number of processes, has gradients whose mean over the processes is that of one
-    process with the whole batch.
+    Gradients flow back only into this process's own predictions. If the loss of all predictions is multiplied by the number of
+    processes, the mean of its gradients over the processes is the gradient of one process with the whole batch.
     """
     own = own if own.dtype == torch.float64 else own.float()
     parts = shares(samples)
@@ -155,16 +155,16 @@ def whole_batch(own: Tensor, samples: int) -> Tensor:
 
 
 def normalisations(model: nn.Module) -> list[nn.Module]:
-    """The layers that measure a batch in training."""
+    """Return the layers that measure a batch in training."""
     return [m for m in model.modules() if isinstance(m, RollingBatchNorm | nn.modules.batchnorm._BatchNorm)]
 
 
 @contextmanager
 def shared_statistics(model: nn.Module, *, one_batch: bool) -> Iterator[Callable[[], None]]:
-    """Within the block, batch normalisation does what it does in one process.
+    """Make batch normalisation do within the block what it does in one process.
 
     Args:
-        model: whose layers of batch normalisation are changed for the while; nothing happens in one process.
+        model: network with layers of batch normalisation, which are changed for the while. Nothing happens in one process.
         one_batch: True where each process has a share of one batch: mean and variance are then those of the whole batch. False
             where each has batches of its own: those are normalised by themselves, and their statistics exchanged afterwards.
 

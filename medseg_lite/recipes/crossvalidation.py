@@ -108,7 +108,7 @@ def cross_validate(
 
 @dataclass
 class _Run:
-    """What all folds of a cross-validation share."""
+    """A cross-validation, as all its folds need it."""
 
     recipe: Recipe
     cases: Sequence[Case]

@@ -157,7 +157,7 @@ def _first_network(network: str, first: Network | str | Path | None) -> dict[str
 
 @contextmanager
 def _output_layer_alone(model: nn.Module) -> Iterator[None]:
-    """Within the block, only the output layer is trained."""
+    """Freeze all but the output layer within the block."""
     output = {id(p) for p in model.output.parameters()}
     fixed = [p for p in model.parameters() if p.requires_grad and id(p) not in output]
     try:
