@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .engine.identity import describe
 from .engine.stored import StoredCase, copied
-from .volume import Case, bounding_box, group_voxels, padded_region, size_text
+from .volume import Case, array_code, bounding_box, group_voxels, padded_region, size_text
 
 SCHEMES = ("foreground", "uniform", "equal")
 Augment = Callable[..., tuple[Tensor, Tensor]]
@@ -42,12 +43,17 @@ class _InMemory:
         stop = [min(n, max(s.stop + h, a + b)) for s, h, n, a, b in zip(box, half, case.shape, start, output)]
         region = tuple(map(slice, start, stop))
         self.shape, self.margin, self.around, self.std = [b - a for a, b in zip(start, stop)], margin, around, case.std
+        self.name = case.name
         # (C, *(region + 2 margin)) and (*(region + 2 around))
         self.image = np.ascontiguousarray(padded_region(case.image, *_widened(start, stop, margin)), np.float32)
         self.label = np.ascontiguousarray(padded_region(case.label, *_widened(start, stop, around)))
         # Flat voxel numbers within the region.
         inside = {g: group_voxels(g, case.label[region], mask[region]) for g in groups}
         self.voxels = {g: np.flatnonzero(voxels).astype(np.int32) for g, voxels in inside.items()}
+
+    def code(self) -> str:
+        """Return a short code of the content."""
+        return array_code(self.image, self.label)
 
     def count(self, group: str) -> int:
         """Return the number of voxels from which a centre is drawn."""
@@ -68,6 +74,7 @@ class _OnDisk:
 
     def __init__(self, case: StoredCase, margin: Sequence[int], around: Sequence[int]):
         self.case, self.margin, self.around, self.std, self.count = case, margin, around, case.std, case.count
+        self.name, self.code = case.name, case.code
 
     def cut(self, group: str, number: int, output: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """See `_InMemory.cut`. The patch may be float16, and a view of the file."""
@@ -87,7 +94,27 @@ def _widened(start: Sequence[int], stop: Sequence[int], margin: Sequence[int]) -
     return [a - m for a, m in zip(start, margin)], [b + m for b, m in zip(stop, margin)]
 
 
-class SegmentSampler:
+class Sampler:
+    """The base class of our samplers, which can say what their batches are made of."""
+
+    settings: tuple[str, ...] = ()  # attributes that decide what a batch holds
+
+    def describe(self) -> dict:
+        """Return a plain description of the sampler: its settings, and a code of the content of every case."""
+        cases = {f"{n} {name}": code for n, (name, code) in enumerate(self.case_codes())}
+        return {"name": type(self).__name__, **{name: describe(vars(self)[name]) for name in self.settings}, "cases": cases}
+
+    def case_codes(self) -> Iterator[tuple[str, str]]:
+        """Yield the name of every case and a code of its content."""
+        raise NotImplementedError
+
+
+def describe_sampler(sampler) -> object:
+    """Return a plain description of a sampler. One that is not ours is known by the name of its class."""
+    return sampler.describe() if isinstance(sampler, Sampler) else type(sampler).__name__
+
+
+class SegmentSampler(Sampler):
     """A sampler of image segments, with the labels of the voxels that the network predicts for them.
 
     `batch(step)` depends on the seed and the step alone. Any worker can make it, in any order, and a resumed run sees the segments
@@ -121,6 +148,8 @@ class SegmentSampler:
     Taught in notebooks 01 and 03.
     """
 
+    settings = ("channels", "output", "margin", "batch_size", "scheme", "flip", "shift", "spatial_dims", "augment", "seed")
+
     def __init__(
         self,
         cases: Sequence[Case],
@@ -151,6 +180,7 @@ class SegmentSampler:
             "uniform": ["mask"],
             "equal": ["background", *(f"class {c}" for c in range(1, 1 + max(c.highest_label for c in cases)))],
         }[scheme]
+        self.channels = cases[0].channels
         self._cases = [self._prepare(case) for case in cases]
         # For every group of voxels, the cases that have any.
         self._holders = {g: np.array([n for n, case in enumerate(self._cases) if case.count(g)]) for g in self._groups}
@@ -205,6 +235,9 @@ class SegmentSampler:
             tensors = tuple(self.cut(patch))
         return Batch(tensors if len(tensors) > 1 else tensors[0], label)
 
+    def case_codes(self) -> Iterator[tuple[str, str]]:
+        return ((case.name, case.code()) for case in self._cases)
+
     def _draw_groups(self, rng: np.random.Generator) -> list[str]:
         """Return the group of voxels for the centre of each segment of a batch."""
         if self.scheme == "uniform":
@@ -215,7 +248,7 @@ class SegmentSampler:
         return [self._groups[(n + first) % 2] for n in range(self.batch_size)]
 
 
-class VolumeSampler:
+class VolumeSampler(Sampler):
     """A sampler of whole volumes, or crops of them, for networks that predict as many voxels as they take in.
 
     Every case comes up once before any comes up again, in a new order each time. `batch(step)` depends on the seed and
@@ -232,6 +265,8 @@ class VolumeSampler:
         seed: seed of all random choices.
         device: device on which batches are made and augmented.
     """
+
+    settings = ("channels", "crop", "batch_size", "augment", "seed")
 
     def __init__(
         self,
@@ -262,6 +297,7 @@ class VolumeSampler:
         self._sizes = [c.shape if self.crop else tuple(-(-n // multiple) * multiple for n in c.shape) for c in cases]
         self._volumes = [self._load(c, (0, 0, 0), s) if c.in_memory else None for c, s in zip(cases, self._sizes)]
         self._stored = [None if c.in_memory else c for c in cases]
+        self.channels, self._names = cases[0].channels, [c.name for c in cases]
 
     def batch(self, step: int) -> Batch:
         """Return batch number `step`."""
@@ -271,6 +307,10 @@ class VolumeSampler:
         if self.augment is not None:
             image, label = self.augment(image, label, rng=rng)
         return Batch(image, label)
+
+    def case_codes(self) -> Iterator[tuple[str, str]]:
+        for name, volume, stored in zip(self._names, self._volumes, self._stored):
+            yield name, stored.code() if volume is None else array_code(*(part.cpu().numpy() for part in volume))
 
     def _turns(self, step: int) -> list[int]:
         """Return the numbers of the cases in a batch."""

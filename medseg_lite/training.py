@@ -16,6 +16,7 @@ from .engine.gradients import Engine, Gradients
 from .engine.random_state import own_random_numbers
 from .engine.run import BEST, STATE, Interruptible, Reports, Run, made_ahead
 from .optimizers import Schedule
+from .sampling import describe_sampler
 from .volume import Case
 
 __all__ = ["BEST", "STATE", "Engine", "fit", "running_average", "validate_on"]
@@ -40,6 +41,7 @@ def fit(
     seed: int = 0,
     progress: bool = True,
     on_update: Callable[[dict[str, float]], None] | None = None,
+    facts: Mapping[str, object] | None = None,
     engine: Mapping[str, object] | None = None,
 ) -> pd.DataFrame:
     """Train a network on the device that it lies on.
@@ -63,12 +65,14 @@ def fit(
         patience: number of validations without a rise of the first score, after which the training stops and goes back to the weights
             that had the highest. None trains to the end and keeps the last weights.
         folder: folder where the state is kept (`last.pt`, `history.csv`, and the network with the highest first validation score in
-            `best.safetensors`). A run found there is continued: it gives the same network as one never interrupted. None
-            keeps nothing.
+            `best.safetensors`). A run found there is continued: it gives the same network as one never interrupted. A run of another
+            network, optimiser, loss, seed, or of other cases is refused. The number of updates, the learning rate and the schedule may
+            change; they are those of this call. None keeps nothing.
         seed: seed of dropout. Batches have the sampler's seed, and the weights were drawn when the model was built.
         progress: whether to show a bar with loss, rate, last validation score and time left.
         on_update: function called with the row of each update, its validation scores included, in evaluation mode:
             `widgets.TrainingMonitor`, say.
+        facts: further facts that make this run what it is. A run in the same folder with other facts is refused.
         engine: options of `Engine`, the use of the machine: `{"precision": "bfloat16", "workers": 4}`.
 
     Returns:
@@ -89,9 +93,9 @@ def fit(
         raise ValueError(", ".join(f"{name}={count}" for name, count in counts.items()) + "; all must be at least 1")
     schedule = schedule or Schedule(optimizer)
     gradients = Gradients(model, loss, forward=forward, accumulate=accumulate, l1=l1, l2=l2, seed=seed, engine=engine)
-    run = Run(
-        model, optimizer, schedule, gradients.scaler, folder, seed=seed, accumulate=accumulate, validate_every=validate_every
-    )
+    identity = {"sampler": describe_sampler(sampler), "loss": loss, "forward": forward, "accumulate": accumulate}
+    identity |= {"l1": l1, "l2": l2, "seed": seed, **(facts or {})}
+    run = Run(model, optimizer, schedule, gradients.scaler, folder, identity=identity, validate_every=validate_every)
     with own_random_numbers(run.device):
         torch.manual_seed(seed)
         done = run.resume(steps)

@@ -201,9 +201,9 @@ def test_cross_validation(cases, folder, tmp_path, capsys):
     assert "for five blocks" in told and "there is no such paper" in told
     again = run(cases, out)  # nothing is trained anew
     pd.testing.assert_frame_equal(again, table)
-    with pytest.raises(ValueError, match=r"run.json is of another run: settings differ"):
+    with pytest.raises(ValueError, match=r"run.json is of another run: settings.steps was 3 and is 4; choose"):
         run(cases, out, steps=4)
-    with pytest.raises(ValueError, match=r"run.json is of another run: seed, folds differ"):
+    with pytest.raises(ValueError, match=r"run.json is of another run: seed was 0 and is 5; folds was"):
         run(cases, out, seed=5)
 
 

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -22,9 +22,11 @@ from ..models import save as save_network
 from ..optimizers import Schedule
 from ..paths import atomic_write
 from . import distributed
+from .identity import describe, find_differences
 from .random_state import own_random_numbers, random_state, set_random_state
 
 STATE, BEST = "last.pt", "best.safetensors"
+MAY_CHANGE = ("lr", "foreach", "fused", "capturable", "differentiable")
 
 
 class Run:
@@ -34,7 +36,8 @@ class Run:
         model, optimizer, schedule: the parts whose state is kept.
         scaler: gradient scaler of a training in float16, whose state is kept too.
         folder: folder of the run, or None to keep nothing.
-        seed, accumulate, validate_every: as in `training.fit`.
+        identity: description of all that makes the run, see `identity.describe`. A state with another one is refused.
+        validate_every: number of updates between validations.
     """
 
     def __init__(
@@ -45,21 +48,22 @@ class Run:
         scaler: torch.amp.GradScaler,
         folder: str | Path | None,
         *,
-        seed: int,
-        accumulate: int,
+        identity: Mapping[str, object],
         validate_every: int,
     ):
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "schedule": schedule}
         self.device = next(model.parameters()).device
-        self.config = {
-            "network": model.config or type(model).__name__,
-            "optimizer": type(optimizer).__name__,
-            "schedule": type(schedule).__name__,
-            "seed": seed,
-        }
-        if accumulate > 1:
-            self.config["accumulate"] = accumulate
+        # The learning rate may change, and how PyTorch computes; other settings would be replaced by those of the state.
+        settings = {name: value for name, value in optimizer.defaults.items() if name not in MAY_CHANGE}
+        self.identity = describe(
+            {
+                "network": model.config or type(model).__name__,
+                "optimizer": {"name": type(optimizer).__name__, **settings},
+                **identity,
+            }
+        )
+        self.plan = {"learning_rate": describe(schedule.rates), "schedule": describe(schedule.describe())}
         self.path = Path(folder) / STATE if folder else None
         self.validate_every = validate_every
         self.history: list[dict[str, float]] = []
@@ -71,17 +75,28 @@ class Run:
     def resume(self, steps: int) -> int:
         """Restore the state if there is one, and return the number of updates made so far.
 
+        The learning rate and the schedule are those of this call, as if the whole run had been planned so. A line says what differs
+        from the state.
+
         Raises:
             ValueError: the folder holds another run, a damaged state, or more updates than `steps`.
         """
+        self.plan["steps"] = steps
         state = self._read()
         if state is not None:
+            same_schedule = state["plan"]["schedule"]["name"] == self.plan["schedule"]["name"]
             for name, part in self.parts.items():
-                part.load_state_dict(state[name])
+                if name != "schedule" or same_schedule:
+                    part.load_state_dict(state[name])
             set_random_state(self.device, state["rng"])
             self.history, self.best = state["history"], state.get("best")
             self.saved = len(self.history)
             self.start -= self.history[-1]["seconds"]
+            if not same_schedule:
+                self.schedule.begin_at(self.saved)
+            changes = find_differences(state["plan"], self.plan)
+            if changes and self.saved < steps and distributed.rank() == 0:
+                print(f"{self.path}: going on from update {self.saved}; {'; '.join(changes)}")
         if self.saved > steps:
             raise ValueError(
                 f"{self.path} has {self.saved} updates already, more than the {steps} asked for; use another folder"
@@ -103,13 +118,15 @@ class Run:
             return None
         try:
             state = torch.load(self.path, map_location=self.device, weights_only=True)
-            config, _ = state["config"], state["rng"]
+            identity, _, _ = state["identity"], state["rng"], state["plan"]["schedule"]["name"]
         except Exception:  # whatever is wrong with it; PyTorch's own message would advise to load it unsafely
             raise ValueError(
                 f"{self.path} is not a training state: it is damaged or was not written by fit; remove it or choose another folder"
             ) from None
-        if config != self.config:
-            raise ValueError(f"{self.path} is of another run, {config}; this one is {self.config}: choose another folder")
+        differences = find_differences(identity, self.identity)
+        if differences:
+            more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+            raise ValueError(f"{self.path} is of another run: {'; '.join(differences[:5])}{more}; choose another folder")
         return state
 
     def note(self, step: int, loss: float, gradient: float) -> dict[str, float]:
@@ -186,7 +203,7 @@ class Run:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if self.best is not None:
             state["best"] = self.best
-        state |= {"config": self.config, "rng": random_state(self.device), "history": self.history}
+        state |= {"identity": self.identity, "plan": self.plan, "rng": random_state(self.device), "history": self.history}
         with atomic_write(self.path) as temporary:
             torch.save(state, temporary)
         with atomic_write(self.path.with_name("history.csv")) as temporary:

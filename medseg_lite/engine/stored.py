@@ -21,6 +21,7 @@ import json
 import math
 import mmap
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -133,6 +134,11 @@ class StoredCase(Case):
     def replace(self, **changes) -> Case:
         """Return a case in memory, with some attributes changed."""
         return Case(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Case) if f.name not in changes}, **changes)
+
+    def code(self) -> str:
+        """Return a short code of the content, by what was measured when the case was stored. Nothing is read."""
+        facts = [self.name, self.channels, self._shape, self._std.tolist(), sorted(self.counts.items())]
+        return f"{zlib.crc32(str(facts).encode()):08x}"
 
     def count(self, group: str) -> int:
         """Return the number of voxels in a group, see `volume.group_voxels`. Nothing is read."""

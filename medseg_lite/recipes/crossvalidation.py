@@ -17,6 +17,7 @@ import torch
 
 from .. import __version__, context, datasets, ensembles, inference, metrics, models, postprocess, statistics, transforms
 from ..engine import distributed
+from ..engine.identity import describe, find_differences
 from ..files import write_nifti
 from ..models import Network
 from ..paths import atomic_write
@@ -294,23 +295,29 @@ def _check_same_run(out: Path, recipe: Recipe, parts: list[list[str]], seed: int
     """Write down what is done in this folder, or check that it is what was done there before."""
     if distributed.rank() > 0:
         return
-    plain = (int, float, str, list, tuple, type(None))
     facts = {
         "recipe": recipe.name,
         "network": recipe.network,
         "members": recipe.members,
         "seed": seed,
-        "settings": {k: v if isinstance(v, plain) else str(v) for k, v in recipe.settings.items()},
+        "channels": recipe.channels,
+        "classes": recipe.classes,
+        "label_map": recipe.label_map,
+        "normalise": recipe.normalise,
+        "plane": recipe.plane,
+        "regions": recipe.regions,
+        "validation": recipe.validation,
+        "settings": recipe.settings,
         "folds": parts,
     }
-    facts = json.loads(json.dumps(facts))  # tuples become lists, as in the file
+    facts = json.loads(json.dumps(describe(facts)))
     path = out / RUN
     if path.exists():
         before = json.loads(path.read_text("utf-8"))
-        different = [key for key in facts if before.get(key) != facts[key]]
-        if different:
+        differences = find_differences({key: before.get(key) for key in facts}, facts)
+        if differences:
             raise ValueError(
-                f"{path} is of another run: {', '.join(different)} differ; choose another folder, or repeat the command"
+                f"{path} is of another run: {'; '.join(differences[:5])}; choose another folder, or repeat the command"
             )
         return
     about = {"paper": recipe.paper, "data": recipe.data, "reported": recipe.reported, "departs": recipe.departs}

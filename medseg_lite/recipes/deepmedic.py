@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .. import losses, models, optimizers
+from ..engine.identity import weights_code
 from ..models import Network
 from ..sampling import SegmentSampler
 from ..volume import Case
@@ -137,6 +138,7 @@ def deepmedic(
         progress=progress,
         engine=engine,
         facts={"started_from": Path(start).name} if start else None,
+        made_from={"start": weights_code(model)} if start else None,
     )
 
 

@@ -176,6 +176,7 @@ def train(
     validate_every: int,
     engine: Mapping[str, object] | None,
     facts: Mapping[str, object] | None = None,
+    made_from: Mapping[str, object] | None = None,
     **how,
 ) -> Network:
     """Train a network with `training.fit`, and note on it what was done: `model.history` and `model.card`.
@@ -186,11 +187,13 @@ def train(
         validation: cases for the validation, or none.
         engine: options of `training.Engine`, and options of `training.fit` that replace those of the recipe.
         facts: further facts for the card.
+        made_from: further facts that make the run what it is, such as the code of the weights that it starts from.
         how: further options of `training.fit`.
     """
     machine = {option.name for option in dataclasses.fields(training.Engine)}
     engine = dict(engine or {})
     how |= {
+        "facts": {"validation": {case.name: case.code() for case in validation}} | dict(made_from or {}),
         "steps": steps,
         "validate_every": min(validate_every, steps),
         "validate": make_validation(validation, model.classes),
