@@ -42,3 +42,11 @@ def test_data_sets_that_are_not_there(tmp_path):
     promise_case(tmp_path)
     with pytest.raises(ValueError, match=r"cases is \['Case07'\], but .* has Case00"):
         promise12(tmp_path, cases="Case07")
+
+
+def test_names_of_cases_are_known_without_reading_a_cohort(noise_case):
+    def never():
+        raise AssertionError("a case was read")
+
+    assert datasets.case_names(datasets.Cohort({"a": never, "b": never})) == ["a", "b"]
+    assert datasets.case_names([noise_case(name="x"), noise_case(name="y")]) == ["x", "y"]

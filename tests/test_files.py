@@ -157,6 +157,17 @@ def test_big_endian_files_give_native_arrays(tmp_path):
     assert np.array_equal(case.image[0], noise((3, 4, 5)))
 
 
+@pytest.mark.parametrize("suffix", [".NII", ".NII.GZ", ".nii.GZ"])
+def test_endings_in_capital_letters(tmp_path, suffix):
+    case = Case(image=noise((1, 3, 4, 5)), channels=("t1",), native_axes="LPS")
+    path = write_nifti(tmp_path / f"A{suffix}", case.image[0], case)
+    assert path.read_bytes().startswith(b"\x1f\x8b") == suffix.lower().endswith(".gz")
+    np.testing.assert_array_equal(read_image(path).array, case.image[0])
+    path.write_bytes(b"patient,age\n1,50\n")
+    with pytest.raises(ValueError, match=r"is a text file|is not a NIfTI file"):
+        read_image(path)
+
+
 @pytest.mark.parametrize(
     "array, name, message",
     [
@@ -458,6 +469,14 @@ def test_metaimage_and_nifti_of_one_scan_agree(tmp_path, axes, signs, angle):
     np.testing.assert_array_equal(ours.array, theirs.array)
     np.testing.assert_allclose(ours.affine, theirs.affine, atol=1e-5)
     assert ours.native_axes == theirs.native_axes
+
+
+@pytest.mark.parametrize("name", ["A.MHA", "A.MHD"])
+def test_metaimage_endings_in_capital_letters(tmp_path, name):
+    array = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    metaimage(tmp_path / name.lower(), array)
+    (tmp_path / name.lower()).rename(tmp_path / name)
+    np.testing.assert_array_equal(read_image(tmp_path / name).array, array[::-1, ::-1])
 
 
 def test_metaimages_make_a_case_that_is_written_on_their_grid(tmp_path):

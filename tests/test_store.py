@@ -107,6 +107,20 @@ def test_a_change_in_any_file_of_a_case_is_noticed(tmp_path, seen):
                 os.utime(changed, ns=(later, later))
 
 
+def test_a_function_is_known_by_what_may_change_its_result(tmp_path, raw, monkeypatch):
+    """Functions of this package are known by name and version, others by their source text."""
+
+    def key(normalise):
+        return datasets.store(raw(cases=["p0"]), tmp_path / "s", normalise=normalise, progress=False)[0].stored_as["key"]
+
+    assert key(transforms.standardise) == key(transforms.standardise) != key(transforms.rescale)
+    whole = key(lambda case: case)
+    assert whole != key(lambda case: case.replace(mask=None))
+    before = key(transforms.standardise)
+    monkeypatch.setattr("medseg_lite.datasets._store.VERSION", 99)
+    assert key(transforms.standardise) != before
+
+
 def test_cases_from_memory_are_known_by_their_content(tmp_path, seen):
     cases = [brain(0), brain(1)]
     for changed, expected in [

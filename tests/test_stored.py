@@ -43,6 +43,20 @@ def test_a_case_comes_back(tmp_path, mask, dtype):
     np.testing.assert_allclose(found.std, inside.std(1), rtol=1e-6)
 
 
+def test_a_stored_case_answers_like_one_in_memory(tmp_path):
+    case = brain()
+    found = kept(tmp_path, case, dtype="float32")
+    assert case.in_memory and not found.in_memory
+    for group in ("mask", "labelled", "background", "class 1", "class 3", "class 4"):
+        assert found.count(group) == case.count(group)
+    assert found.labelled == case.labelled and found.highest_label == case.highest_label
+    np.testing.assert_allclose(found.std, case.std, rtol=1e-6)
+    start, stop = (-3, 2, 10), (5, 9, 20)
+    np.testing.assert_array_equal(found.block(start, stop), case.block(start, stop))
+    np.testing.assert_array_equal(found.label_block(start, stop), case.label_block(start, stop))
+    np.testing.assert_array_equal(found.relabelled({1: 2, 2: 1}).label, case.relabelled({1: 2, 2: 1}).label)
+
+
 def test_only_what_is_not_constant_is_stored(tmp_path):
     case = brain()
     path = kept(tmp_path, case).path

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_files import affine_of, noise
 
-from medseg_lite.volume import Case, as_label, bounding_box, padded_region
+from medseg_lite.volume import Case, as_label, bounding_box, mirrored, padded_region
 
 
 def case(**changes) -> Case:
@@ -80,3 +80,44 @@ def test_padded_region_inside_and_beyond():
 def test_allowed_labels_may_come_from_a_generator():
     with pytest.raises(ValueError, match="holds label 7; expected only 0, 1, 2"):
         as_label(np.array([0, 7]), (i for i in range(3)))
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, 5)] * 3),
+    start=st.tuples(*[st.integers(-15, 12)] * 3),
+    size=st.tuples(*[st.integers(1, 20)] * 3),
+)
+@settings(max_examples=100, deadline=None)
+def test_padded_region_mirrors_any_distance_beyond_the_border(shape, start, size):
+    array, stop = noise((2, *shape)), [a + n for a, n in zip(start, size)]
+    expected = array[:, *np.ix_(*(mirrored(a, b, n) for a, b, n in zip(start, stop, shape)))]
+    assert np.array_equal(padded_region(array, start, stop), expected)
+
+
+def test_classes_are_renumbered_in_one_step():
+    whole = case(label=np.arange(120, dtype=np.uint8).reshape(4, 5, 6) % 5)
+    swapped = whole.relabelled({1: 2, 2: 1, 4: 3})
+    assert swapped.label.dtype == np.uint8
+    assert np.array_equal(swapped.label, np.array([0, 2, 1, 3, 3])[whole.label])
+    assert whole.label.max() == 4 and swapped.image is whole.image
+    for same in (whole.relabelled({}), whole.relabelled(None)):
+        assert np.array_equal(same.label, whole.label)
+    assert case().relabelled({1: 2}).label is None
+    for wrong in ({4: 300}, {-1: 0}):
+        with pytest.raises(ValueError, match=r"label_map holds .*; expected classes from 0 to 255"):
+            case().relabelled(wrong)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_voxels_of_a_group_are_counted(masked):
+    label, mask = noise((4, 5, 6), np.uint8) % 3, noise((4, 5, 6)) > 0
+    whole = case(label=label, mask=mask if masked else None)
+    inside = mask if masked else np.ones_like(mask)
+    counts = {g: whole.count(g) for g in ("mask", "labelled", "background", "class 2")}
+    assert counts == {
+        "mask": inside.sum(),
+        "labelled": (label > 0).sum(),
+        "background": (inside & (label == 0)).sum(),
+        "class 2": (label == 2).sum(),
+    }
+    np.testing.assert_allclose(whole.std, whole.image[:, inside].std(1), rtol=1e-6)
