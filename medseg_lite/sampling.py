@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .engine.stored import StoredCase, copied
+from .engine.stored import StoredCase, to_float32
 from .volume import Case, bounding_box, group_voxels, padded_region, size_text
 
 SCHEMES = ("foreground", "uniform", "equal")
@@ -192,7 +192,7 @@ class SegmentSampler:
                 label = np.empty((self.batch_size, *target.shape), np.int64)
             offset = rng.normal(0, self.shift, len(patch)) * case.std if self.shift else None
             for store, part in zip(inputs, parts):
-                store[n] = copied(part) if part.dtype == np.float16 else part
+                store[n] = to_float32(part) if part.dtype == np.float16 else part
                 if offset is not None:
                     store[n] += offset.astype(np.float32).reshape(-1, *(1,) * self.spatial_dims)
             label[n] = target
