@@ -12,6 +12,7 @@ import pytest
 from small_files import classes, nifti, scan, tarball
 
 from medseg_lite import cli, datasets, metrics
+from medseg_lite.cli._data import read_cases
 from medseg_lite.datasets import download_msd, msd
 
 # The package shows the function under the name of the module.
@@ -221,8 +222,8 @@ def test_a_damaged_decathlon_archive_leaves_nothing(decathlon_server, tmp_path):
 def test_downloads_on_the_command_line(decathlon_server, tmp_path, capsys):
     assert cli.main(["download", "msd01_brain"]) == 0
     assert f"msd01_brain is ready in {tmp_path / 'data' / 'msd01_brain'}" in capsys.readouterr().out
-    options = cli._parser().parse_args(["evaluate", "--predictions", "p", "--data", "msd01_brain"])
-    (case,) = cli._cases(options, label=True, normalise="standardise")
+    options = cli.make_parser().parse_args(["evaluate", "--predictions", "p", "--data", "msd01_brain"])
+    (case,) = read_cases(options, label=True, normalise="standardise")
     assert case.name == "BRATS_001" and set(np.unique(case.label)) == {0, 1, 2, 4}
     for arguments, match in [
         (["promise12", "--unverified"], "--unverified: the checksum of promise12 is known; leave it out"),
