@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .engine.identity import describe
-from .engine.stored import StoredCase, copied
+from .engine.stored import StoredCase, to_float32
 from .volume import Case, array_code, bounding_box, group_voxels, padded_region, size_text
 
 SCHEMES = ("foreground", "uniform", "equal")
@@ -222,7 +222,7 @@ class SegmentSampler(Sampler):
                 label = np.empty((self.batch_size, *target.shape), np.int64)
             offset = rng.normal(0, self.shift, len(patch)) * case.std if self.shift else None
             for store, part in zip(inputs, parts):
-                store[n] = copied(part) if part.dtype == np.float16 else part
+                store[n] = to_float32(part) if part.dtype == np.float16 else part
                 if offset is not None:
                     store[n] += offset.astype(np.float32).reshape(-1, *(1,) * self.spatial_dims)
             label[n] = target

@@ -296,7 +296,6 @@ def distort(
 
     Source: Drozdzal et al. 2018, section 4 (.41 and 25 degrees for electron microscopy, .1 radians and 10 degrees for the prostate);
     the grid and `warp` are those of the authors' published code, whose unit we took to be half the side.
-    Taught in notebook 08.
     """
     if image.ndim != 4 or label.shape != (image.shape[0], *image.shape[2:]):
         raise ValueError(f"image {tuple(image.shape)} and label {tuple(label.shape)}; expected (B, C, H, W) and (B, H, W)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small_files import Server
 
 from medseg_lite.volume import Case
 
@@ -59,3 +60,13 @@ def stir():
         return model.eval()
 
     return apply
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server of files on this machine, see `small_files.Server`."""
+    for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    server = Server()
+    yield server
+    server.close()

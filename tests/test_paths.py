@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 
 import pytest
 
@@ -26,6 +27,9 @@ def test_cache_lies_in_the_clone_or_in_the_users_folder(monkeypatch, tmp_path):
     assert paths.cache() == tmp_path / "data" / "cache"
     (tmp_path / "pyproject.toml").unlink()
     assert tmp_path not in paths.cache().parents and "medseg_lite" in paths.cache().parts
+    if sys.platform == "linux":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert paths.cache() == tmp_path / "medseg_lite"
 
 
 def test_shipped_files_are_found_in_a_clone_and_in_a_wheel(monkeypatch, tmp_path):

@@ -1,12 +1,10 @@
-"""Cohorts on disk: the same cases and the same samples as in memory, read block by block, never stale, never half there."""
+"""Cases on disk: the same blocks and the same samples as in memory, and no whole volume read."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import threading
-from functools import partial
 
 import nibabel
 import numpy as np
@@ -15,39 +13,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from small_files import brain, kept
 
 from medseg_lite import datasets, inference, models, transforms
-from medseg_lite.datasets import nifti_folder
-from medseg_lite.engine import stored
 from medseg_lite.engine.stored import StoredCase, write
 from medseg_lite.files import read_case, write_case, write_nifti
 from medseg_lite.sampling import SegmentSampler, VolumeSampler
 from medseg_lite.volume import Case, padded_region
-
-
-def brain(seed: int = 0, shape=(19, 23, 17), *, mask: bool = True) -> Case:
-    """Two channels of noise in an ellipsoid, constants around it, labels 0, 1, 2 and 4 inside, one of them outside."""
-    rng = np.random.default_rng(seed)
-    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
-    inside = (grid**2).sum(0) < 0.6 + 0.1 * rng.random()
-    image = np.where(inside, rng.normal(size=(2, *shape)), np.array([-1.5, 0.25])[:, None, None, None])
-    label = np.where(inside, rng.choice([0, 1, 2, 4], shape, p=[0.8, 0.1, 0.06, 0.04]), 0)
-    label[1, 2, 3] = 2
-    return Case(
-        image.astype(np.float32),
-        ("flair", "t1c"),
-        f"brain{seed}",
-        label.astype(np.uint8),
-        inside if mask else None,
-        np.diag([-2.0, 1, 3, 1]),
-        "LPS",
-        info={"classes": ("a", "b"), "site": np.int64(3)},
-    )
-
-
-def kept(tmp_path, case: Case, **options) -> StoredCase:
-    return StoredCase(write(tmp_path / f"{case.name}.safetensors", case, **options))
-
 
 # ------------------------------------------------------------------------------------------------------------ one case
 
@@ -69,6 +41,20 @@ def test_a_case_comes_back(tmp_path, mask, dtype):
     assert found.highest_label == 4 and found.labelled
     inside = case.image[:, case.mask] if mask else case.image.reshape(2, -1)
     np.testing.assert_allclose(found.std, inside.std(1), rtol=1e-6)
+
+
+def test_a_stored_case_answers_like_one_in_memory(tmp_path):
+    case = brain()
+    found = kept(tmp_path, case, dtype="float32")
+    assert case.in_memory and not found.in_memory
+    for group in ("mask", "labelled", "background", "class 1", "class 3", "class 4"):
+        assert found.count(group) == case.count(group)
+    assert found.labelled == case.labelled and found.highest_label == case.highest_label
+    np.testing.assert_allclose(found.std, case.std, rtol=1e-6)
+    start, stop = (-3, 2, 10), (5, 9, 20)
+    np.testing.assert_array_equal(found.block(start, stop), case.block(start, stop))
+    np.testing.assert_array_equal(found.label_block(start, stop), case.label_block(start, stop))
+    np.testing.assert_array_equal(found.relabelled({1: 2, 2: 1}).label, case.relabelled({1: 2, 2: 1}).label)
 
 
 def test_only_what_is_not_constant_is_stored(tmp_path):
@@ -252,140 +238,6 @@ def test_a_network_segments_a_stored_case(tmp_path):
     np.testing.assert_array_equal(ours, theirs)
 
 
-# -------------------------------------------------------------------------------------------------------------- cohorts
-
-
-class Counting:
-    """A normalisation that remembers for which cases it was called."""
-
-    seen: list[str] = []  # noqa: RUF012
-
-
-def counted(case: Case, *, gain: float = 1.0) -> Case:
-    Counting.seen.append(case.name)
-    return case.replace(image=gain * case.image)
-
-
-@pytest.fixture
-def seen():
-    Counting.seen = []
-    return Counting.seen
-
-
-@pytest.fixture
-def raw(tmp_path):
-    for n in range(3):
-        write_case(tmp_path / "raw" / f"p{n}", brain(n))
-    channels = {c: f"{c}.nii.gz" for c in ("flair", "t1c")}
-    return lambda **options: nifti_folder(
-        tmp_path / "raw", channels=channels, label="label.nii.gz", mask="mask.nii.gz", **options
-    )
-
-
-def test_a_cohort_is_standardised_and_stored_once(tmp_path, raw):
-    cohort = datasets.store(raw(), tmp_path / "s", progress=False)
-    assert cohort.names == ["p0", "p1", "p2"] and sorted(p.name for p in (tmp_path / "s").iterdir()) == [
-        f"p{n}.safetensors" for n in range(3)
-    ]
-    for case, expected in zip(cohort, raw()):
-        expected = transforms.standardise(expected)
-        np.testing.assert_array_equal(case.image, expected.image.astype(np.float16).astype(np.float32))
-    assert cohort["p1"].name == "p1" and cohort[1:].names == ["p1", "p2"]
-    assert datasets.stored(tmp_path / "s", cases=["p2", "p0"]).names == ["p2", "p0"]
-
-
-def test_nothing_is_done_twice_and_nothing_stale_is_used(tmp_path, raw, seen):
-    folder = tmp_path / "s"
-
-    def again(cases, normalise=counted, **options):
-        seen.clear()
-        datasets.store(cases, folder, normalise=normalise, progress=False, **options)
-        return list(seen)
-
-    assert again(raw()) == ["p0", "p1", "p2"]
-    assert again(raw()) == []
-    assert again(raw(cases=["p2"])) == []
-    write_nifti(tmp_path / "raw" / "p1" / "t1c.nii.gz", 2 * brain(1).image[1], brain(1))  # a changed source
-    assert again(raw()) == ["p1"]
-    assert again(raw(label_map={4: 3})) == ["p0", "p1", "p2"]  # changed reading
-    assert datasets.stored(folder)[0].highest_label == 3
-    assert again(raw()) == ["p0", "p1", "p2"]
-    assert again(raw(), dtype="float32") == ["p0", "p1", "p2"]  # changed settings
-    assert again(raw(), partial(counted, gain=2.0), dtype="float32") == ["p0", "p1", "p2"]
-    assert again(raw(), partial(counted, gain=2.0), dtype="float32") == []
-    np.testing.assert_array_equal(datasets.stored(folder)[0].image, 2 * raw()[0].image)
-
-
-def test_a_change_in_any_file_of_a_case_is_noticed(tmp_path, seen):
-    """Loaders that know a case by its folder, by a header with its values beside it, or by single files."""
-    case = brain(shape=(9, 8, 7))
-    for name in ("flair", "t1", "t1ce", "t2", "seg"):
-        array = case.label if name == "seg" else np.where(case.mask, case.image[0] + 9, 0)
-        write_nifti(tmp_path / "brats" / "p0" / f"p0_{name}.nii.gz", array.astype(np.float32), case)
-    (tmp_path / "promise").mkdir()
-    for name, array in (
-        ("Case00", case.image[0].astype(np.float32)),
-        ("Case00_segmentation", (case.label > 0).astype(np.uint8)),
-    ):
-        kind = "MET_FLOAT" if array.dtype == np.float32 else "MET_UCHAR"
-        header = f"NDims = 3\nDimSize = 9 8 7\nElementType = {kind}\nElementDataFile = {name}.raw\n"
-        (tmp_path / "promise" / f"{name}.mhd").write_text(header)
-        (tmp_path / "promise" / f"{name}.raw").write_bytes(array.tobytes(order="F"))
-    for cohort, changed in [
-        (datasets.brats2017(tmp_path / "brats"), tmp_path / "brats" / "p0" / "p0_t2.nii.gz"),
-        (datasets.promise12(tmp_path / "promise"), tmp_path / "promise" / "Case00_segmentation.raw"),
-    ]:
-        for expected in (1, 0, 1, 0):
-            seen.clear()
-            datasets.store(cohort, tmp_path / "s", normalise=counted, progress=False)
-            assert len(seen) == expected
-            if not expected:
-                later = changed.stat().st_mtime_ns + 10**9
-                os.utime(changed, ns=(later, later))
-
-
-def test_cases_from_memory_are_known_by_their_content(tmp_path, seen):
-    cases = [brain(0), brain(1)]
-    for changed, expected in [
-        (cases, ["brain0", "brain1"]),
-        (cases, []),
-        ([cases[0], cases[1].replace(label=None)], ["brain1"]),
-        ([cases[0].replace(affine=np.eye(4)), cases[1].replace(label=None)], ["brain0"]),
-    ]:
-        seen.clear()
-        datasets.store(changed, tmp_path, normalise=counted, progress=False)
-        assert seen == expected
-
-
-def test_an_interrupted_store_goes_on_where_it_stopped(tmp_path, raw, seen, monkeypatch):
-    def stop(path, case, **options):
-        if case.name == "p1":
-            raise KeyboardInterrupt
-        return write(path, case, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("medseg_lite.datasets._store.write", stop)
-        with pytest.raises(KeyboardInterrupt):
-            datasets.store(raw(), tmp_path / "s", normalise=counted, progress=False)
-    assert [p.name for p in (tmp_path / "s").iterdir()] == ["p0.safetensors"]
-    seen.clear()
-    assert len(datasets.store(raw(), tmp_path / "s", normalise=counted, progress=False)) == 3
-    assert seen == ["p1", "p2"]
-
-
-def test_a_damaged_file_is_written_anew(tmp_path, raw, seen):
-    datasets.store(raw(), tmp_path / "s", normalise=counted, progress=False)
-    path = tmp_path / "s" / "p1.safetensors"
-    content = path.read_bytes()
-    for damage in (content[:-1], content + b"x", content[:100], b"", b"<html>", b"\xff" * 64):
-        seen.clear()
-        path.write_bytes(damage)
-        with pytest.raises(ValueError, match=r"p1\.safetensors is not a stored case .*store the cohort again"):
-            datasets.stored(tmp_path / "s")
-        datasets.store(raw(), tmp_path / "s", normalise=counted, progress=False)
-        assert seen == ["p1"] and StoredCase(path).name == "p1"
-
-
 def test_a_file_replaced_under_an_open_cohort_is_noticed(tmp_path):
     found = kept(tmp_path, brain())
     kept(tmp_path, brain().replace(image=brain().image + 1))
@@ -396,63 +248,18 @@ def test_a_file_replaced_under_an_open_cohort_is_noticed(tmp_path):
         _ = found.image
 
 
-def test_a_full_disk_leaves_nothing_half_there(tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(stored, "save_file", full)
-    with pytest.raises(OSError, match=r"the disk is full: brain0 needs .* MB in .*cases that are complete are kept"):
-        datasets.store([brain()], tmp_path / "s", progress=False)
-    assert list((tmp_path / "s").iterdir()) == []
-
-
-def test_errors(tmp_path, raw):
-    case, big = brain(), brain().replace(image=1e5 * brain().image)
-    nan = brain().replace(image=np.full_like(brain().image, np.nan))
-    offset = 2.0
-
-    def shifted(case):
-        return case.replace(image=case.image + offset)
-
-    for call, error, match in [
-        (lambda: datasets.store([case, case], tmp_path, progress=False), ValueError, "two cases are called brain0"),
-        (lambda: datasets.store([case.replace(name="a/b")], tmp_path, progress=False), ValueError, "no slashes"),
-        (
-            lambda: datasets.store([case], tmp_path, normalise=shifted),
-            ValueError,
-            "uses variables of the function around it.*partial",
-        ),
-        (
-            lambda: datasets.store([big], tmp_path, normalise=None, progress=False),
-            ValueError,
-            "too large for float16; choose dtype='float32'",
-        ),
-        (lambda: datasets.store([nan], tmp_path, normalise=None, progress=False), ValueError, "has NaN or infinite voxels"),
-        (
-            lambda: datasets.store([case], tmp_path, dtype="int8", progress=False),
-            ValueError,
-            "dtype is 'int8'; expected 'float16' or 'float32'",
-        ),
-        (lambda: datasets.stored(tmp_path / "none"), FileNotFoundError, "holds no stored case; make them with datasets.store"),
-        (lambda: write(tmp_path / "a.npy", case), ValueError, r"must end in \.safetensors"),
-    ]:
-        with pytest.raises(error, match=match):
-            call()
-    datasets.store(raw(cases=["p0"]), tmp_path / "s", progress=False)
-    datasets.store(raw(cases=["p1"]), tmp_path / "s", normalise=None, progress=False)
-    with pytest.raises(ValueError, match=r"p1\.safetensors and .*p0\.safetensors were normalised differently"):
-        datasets.stored(tmp_path / "s")
-    with pytest.raises(ValueError, match=r"cases is \['p9'\], but .* has p0, p1"):
-        datasets.stored(tmp_path / "s", cases=["p9"])
-    newer = json.dumps({"format": 99})
-    content = json.dumps({"__metadata__": {"case": newer}}).encode()
-    (tmp_path / "new.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)
-    with pytest.raises(ValueError, match="it has format 99, this version reads 1"):
-        StoredCase(tmp_path / "new.safetensors")
-
-
 def test_an_empty_mask_is_an_error_when_sampling(tmp_path):
     case = brain()
     found = kept(tmp_path, case.replace(mask=np.zeros_like(case.mask)))
     with pytest.raises(ValueError, match="brain0: the mask is empty"):
         SegmentSampler([found], output=3)
+
+
+def test_files_that_are_no_stored_cases(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        write(tmp_path / "a.npy", brain())
+    newer = json.dumps({"format": 99})
+    content = json.dumps({"__metadata__": {"case": newer}}).encode()
+    (tmp_path / "new.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)
+    with pytest.raises(ValueError, match="it has format 99, this version reads 1"):
+        StoredCase(tmp_path / "new.safetensors")

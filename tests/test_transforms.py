@@ -378,3 +378,13 @@ def test_drop_channels_never_and_always():
         transforms.drop_channels(image[:, :1], label, rng=np.random.default_rng(0), probability=0.5)
     with pytest.raises(ValueError, match=r"probability=1\.5"):
         transforms.drop_channels(image, label, rng=np.random.default_rng(0), probability=1.5)
+
+
+def test_normalise_by_name(noise_case):
+    case = noise_case(mask=True)
+    case = case.replace(image=case.image + 10)
+    np.testing.assert_array_equal(transforms.normalise(case, "standardise").image, standardise(case).image)
+    np.testing.assert_array_equal(transforms.normalise(case, "median").image, transforms.median_normalise(case).image)
+    assert transforms.normalise(case, "none") is case
+    with pytest.raises(ValueError, match="normalise='z'; expected one of standardise, median, none"):
+        transforms.normalise(case, "z")

@@ -146,7 +146,7 @@ class StoredCase(Case):
 
     def block(self, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
         """Return `image[:, start:stop]` `(C, *n)`, float32, mirrored beyond the border as by `volume.padded_region`."""
-        return copied(self.open().block(start, stop))
+        return to_float32(self.open().block(start, stop))
 
     def label_block(self, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
         """Return `label[start:stop]`, uint8, mirrored beyond the border like the image."""
@@ -298,7 +298,7 @@ def _runs(voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return starts.astype(np.uint32), before.astype(np.uint32)
 
 
-def copied(part: np.ndarray) -> np.ndarray:
+def to_float32(part: np.ndarray) -> np.ndarray:
     """Return a float32 copy of a block."""
     part = np.array(part, order="C")
     return torch.from_numpy(part).float().numpy()  # three times as fast as NumPy from float16
