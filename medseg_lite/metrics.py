@@ -1,11 +1,10 @@
-"""How well a segmentation agrees with the truth: overlap, surface distance, volume.
+"""Agreement of a segmentation with the truth: overlap, surface distance, volume.
 
 Every metric takes `(prediction, truth)`, two arrays of the same shape and of any number of dimensions that are True (or
-1) inside the object; torch tensors are accepted on any device. Surface metrics also take `spacing`, the voxel size in
+1) inside the object. Torch tensors are accepted on any device. Surface metrics also take `spacing`, the voxel size in
 mm along each axis.
 
-Empty objects. Cases without a lesion, and predictions that find nothing, decide many an average, so here is what each
-metric returns:
+Empty objects. Cases without a lesion, and predictions that find nothing, decide many an average. Each metric returns:
 
 | metric                                | both empty       | only the prediction | only the truth | full truth |
 |---------------------------------------|------------------|---------------------|----------------|------------|
@@ -14,24 +13,25 @@ metric returns:
 | assd, boundary_distance, hausdorff    | nan              | nan                 | nan            |            |
 | volume_difference                     | 0                | -100                | nan            |            |
 
-The default `empty=1.0` is the rule of Kayalibay's published code; `empty=0.0` is that of the BRATS 2015 platform, which
-counts cases without enhancing tumour as 0 (Kamnitsas 2017, footnote 3). Both are in use, and averages made with one
-cannot be compared with averages made with the other.
+The default `empty=1.0` is the rule of Kayalibay's published code. `empty=0.0` is that of the BRATS 2015 platform, which
+counts cases without enhancing tumour as 0 (Kamnitsas et al. 2017, footnote 3). Both are in use, and averages made with
+one cannot be compared with averages made with the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy import ndimage
-from scipy.spatial import cKDTree
 from skimage.segmentation import watershed
 
-from .volume import Case, bounding_box
+from .surfaces import distances_between, largest_distance, mean_distance
+from .volume import Case
 
 # Label numbers that make up each region of the BRATS challenges. 2012 to 2015: 1 necrosis, 2 oedema, 3 non-enhancing
 # core, 4 enhancing core. From 2017 on: 1 necrosis and non-enhancing core, 2 oedema, 4 enhancing core.
@@ -47,90 +47,96 @@ DEFAULT_METRICS = ("dice", "precision", "sensitivity", "specificity", "assd", "h
 
 
 def dice(prediction, truth, *, empty: float = 1.0) -> float:
-    """Dice similarity coefficient, 2 TP / (2 TP + FP + FN), in 0 to 1."""
-    return _dice(*_count(prediction, truth), empty)
+    """Return the Dice similarity coefficient, 2 TP / (2 TP + FP + FN), in 0 to 1."""
+    tp, fp, fn, _ = _count(prediction, truth)
+    return _ratio(2 * tp, 2 * tp + fp + fn, empty)
 
 
 def jaccard(prediction, truth, *, empty: float = 1.0) -> float:
-    """Jaccard index (intersection over union), TP / (TP + FP + FN), in 0 to 1."""
-    return _jaccard(*_count(prediction, truth), empty)
+    """Return the Jaccard index (intersection over union), TP / (TP + FP + FN), in 0 to 1."""
+    tp, fp, fn, _ = _count(prediction, truth)
+    return _ratio(tp, tp + fp + fn, empty)
 
 
 def precision(prediction, truth, *, empty: float = 1.0) -> float:
-    """Share of the predicted voxels that are right, TP / (TP + FP)."""
-    return _precision(*_count(prediction, truth), empty)
+    """Return the share of the predicted voxels that are right, TP / (TP + FP)."""
+    tp, fp, fn, _ = _count(prediction, truth)
+    return _ratio(tp, tp + fp, 0.0 if fn else empty)
 
 
 def sensitivity(prediction, truth, *, empty: float = 1.0) -> float:
-    """Share of the true voxels that were found (recall), TP / (TP + FN)."""
-    return _sensitivity(*_count(prediction, truth), empty)
+    """Return the share of the true voxels that were found (recall), TP / (TP + FN)."""
+    tp, fp, fn, _ = _count(prediction, truth)
+    return _ratio(tp, tp + fn, 0.0 if fp else empty)
 
 
 def specificity(prediction, truth, *, empty: float = 1.0) -> float:
-    """Share of the voxels outside the object that were left alone, TN / (TN + FP).
+    """Return the share of the voxels outside the object that were predicted as such, TN / (TN + FP).
 
-    It depends on how much background the array holds: in a whole head volume nearly every method scores above 0.99.
+    It depends on the amount of background in the array: in a whole head volume nearly every method scores above 0.99.
     """
-    return _specificity(*_count(prediction, truth), empty)
+    _, fp, _, tn = _count(prediction, truth)
+    return _ratio(tn, tn + fp, empty)
 
 
 def volume_difference(prediction, truth) -> float:
-    """Relative volume difference in percent, 100 (|prediction| - |truth|) / |truth|; negative when too small."""
-    return _volume_difference(*_count(prediction, truth))
+    """Return the relative volume difference in percent, 100 (|prediction| - |truth|) / |truth|; negative when too small."""
+    tp, fp, fn, _ = _count(prediction, truth)
+    if tp + fn == 0:
+        return 0.0 if fp == 0 else float("nan")
+    return 100 * (fp - fn) / (tp + fn)
 
 
 # --------------------------------------------------------------------------------------------------------- surfaces
 
 
-def surface(mask: np.ndarray) -> np.ndarray:
-    """The object's surface voxels: those with at least one neighbour across a face that lies outside the object.
-
-    Beyond the border of the array counts as outside. In 2-D these are the pixels with one of their four neighbours
-    outside, in 3-D the voxels with one of six.
-    """
-    padded = np.pad(mask, 1)
-    inside = mask.copy()
-    middle = [slice(1, -1)] * mask.ndim
-    for axis in range(mask.ndim):
-        for neighbour in (slice(None, -2), slice(2, None)):
-            inside &= padded[tuple(neighbour if a == axis else middle[a] for a in range(mask.ndim))]
-    return mask & ~inside
-
-
 def surface_distances(prediction, truth, *, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Distance in mm from each surface voxel of one object to the nearest surface voxel of the other, both ways.
+    """Return the distance in mm from each surface voxel of one object to the nearest surface voxel of the other, both ways.
 
-    Distances run from voxel centre to voxel centre. Returns `(from_prediction, from_truth)`, two 1-D arrays; when
-    either object is empty both are empty.
+    Distances run from voxel centre to voxel centre. The result is `(from_prediction, from_truth)`, two 1-D arrays. When
+    either object is empty, both arrays are empty.
     """
-    return _surface_distances(*_pair(prediction, truth), spacing)
+    prediction, truth = _pair(prediction, truth)
+    spacing = np.asarray(spacing, float)
+    if spacing.shape != (truth.ndim,) or not np.isfinite(spacing).all() or (spacing <= 0).any():
+        raise ValueError(f"spacing is {spacing.tolist()}; expected {truth.ndim} positive voxel sizes in mm, one per axis")
+    return distances_between(prediction, truth, spacing)
 
 
 def assd(prediction, truth, *, spacing: Sequence[float]) -> float:
-    """Average symmetric surface distance in mm: the mean over all voxels of both surfaces together.
+    """Return the average symmetric surface distance in mm: the mean over all voxels of both surfaces together.
 
-    (sum over a in dA of d(a, dB) + sum over b in dB of d(b, dA)) / (|dA| + |dB|), as in the tables of Kamnitsas 2017.
+    (sum over a in dA of d(a, dB) + sum over b in dB of d(b, dA)) / (|dA| + |dB|), as in the tables of Kamnitsas et al. 2017.
     """
-    return _assd(*surface_distances(prediction, truth, spacing=spacing))
+    return mean_distance(*surface_distances(prediction, truth, spacing=spacing))
 
 
 def boundary_distance(prediction, truth, *, spacing: Sequence[float]) -> float:
-    """Average boundary distance in mm, the name that PROMISE12 and Drozdzal 2018 (Table VI) give to `assd`."""
+    """Return the average boundary distance in mm; PROMISE12 and Drozdzal et al. 2018 (table VI) give this name to `assd`."""
     return assd(prediction, truth, spacing=spacing)
 
 
-def hausdorff(prediction, truth, *, spacing: Sequence[float], percentile: float | None = None) -> float:
-    """Hausdorff distance in mm: how far the worst surface voxel of either object lies from the other surface.
+def hausdorff(prediction, truth, *, spacing: Sequence[float], percentile: float = 100) -> float:
+    """Return the Hausdorff distance in mm: the largest distance of a surface voxel of either object from the other surface.
 
-    With `percentile=95` the distance that 95 % of a surface's voxels keep within, again the worse of the two
-    directions; it forgives single stray voxels.
+    With `percentile=95` it is the distance that 95 % of a surface's voxels do not exceed, again the larger of the two
+    directions. Single stray voxels then hardly matter.
     """
-    if percentile is not None and not 0 < percentile <= 100:
+    if not 0 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}; expected above 0 and up to 100, for example 95")
-    return _hausdorff(*surface_distances(prediction, truth, spacing=spacing), percentile)
+    return largest_distance(*surface_distances(prediction, truth, spacing=spacing), percentile)
 
 
 # ------------------------------------------------------------------------------------------------- cases and cohorts
+
+OVERLAP = {metric.__name__: metric for metric in (dice, jaccard, precision, sensitivity, specificity)}
+# Metrics of the two arrays of `surface_distances`.
+SURFACE = {
+    "assd": mean_distance,
+    "boundary_distance": mean_distance,
+    "hausdorff": largest_distance,
+    "hausdorff95": partial(largest_distance, percentile=95),
+}
 
 
 def evaluate(
@@ -144,33 +150,33 @@ def evaluate(
     empty: float = 1.0,
     case: str = "case",
 ) -> pd.DataFrame:
-    """Metrics of each region of one case, as a table with one row per region.
+    """Compute the metrics of each region of one case, as a table with one row per region.
 
     Args:
         prediction: class of each voxel, integers.
-        truth: true class of each voxel, the same shape.
+        truth: true class of each voxel, of the same shape.
         regions: "brats2015", "brats2017", or label numbers by region, `{"tumour": {1, 4}, "oedema": 2}`.
-        spacing: voxel size in mm along each axis (`case.spacing`); only surface metrics need it.
-        mask: count only the voxels where this is True (the brain); the others are background in both.
+        spacing: voxel size in mm along each axis (`case.spacing`). Only surface metrics need it.
+        mask: where voxels count, for example inside the brain. The others are background in both arrays.
         metrics: columns to compute, among dice, jaccard, precision, sensitivity, specificity, assd, boundary_distance,
             hausdorff, hausdorff95 (mm) and volume_difference (%).
         empty: value of overlap metrics where a region is in neither array; see the head of this module.
-        case: what the column `case` says.
+        case: value of the column `case`.
 
     Returns:
-        A DataFrame with the columns case, region and one per metric. Tables of several cases go together with
-        `pandas.concat`, or come at once from `evaluate_cohort`.
+        A DataFrame with the columns case, region and one per metric. `pandas.concat` joins the tables of several cases, and
+        `evaluate_cohort` makes them at once.
     """
-    unknown = [m for m in metrics if m not in _OVERLAP and m not in _SURFACE and m != "volume_difference"]
+    known = [*OVERLAP, *SURFACE, "volume_difference"]
+    unknown = [m for m in metrics if m not in known]
     if unknown:
-        known = ", ".join([*_OVERLAP, *_SURFACE, "volume_difference"])
-        raise ValueError(f"metrics holds {', '.join(map(repr, unknown))}; expected some of {known}")
-    surfaces = any(m in _SURFACE for m in metrics)
+        raise ValueError(f"metrics holds {', '.join(map(repr, unknown))}; expected some of {', '.join(known)}")
+    surfaces = any(m in SURFACE for m in metrics)
     if surfaces and spacing is None:
         raise ValueError("surface metrics need spacing=(mm, mm, mm), for example case.spacing; or leave them out")
     prediction, truth = _labels(prediction, "prediction"), _labels(truth, "truth")
     _check_same_shape(prediction, truth)
-    wanted = _regions(regions)
+    wanted = as_regions(regions)
     if isinstance(regions, str):
         _check_covered(prediction, "prediction", wanted, regions)
         _check_covered(truth, "truth", wanted, regions)
@@ -183,34 +189,31 @@ def evaluate(
     rows = []
     for region, labels in wanted.items():
         p, t = _lookup(labels)[prediction], _lookup(labels)[truth]
-        if mask is not None:
-            p, t = p & mask, t & mask
-        tp, fp, fn, tn = _count_bool(p, t)
-        if mask is not None:
-            tn -= mask.size - np.count_nonzero(mask)
-        distances = _surface_distances(p, t, spacing) if surfaces else ()
+        counted = (p, t) if mask is None else (p[mask], t[mask])
+        if surfaces:
+            distances = surface_distances(*((p, t) if mask is None else (p & mask, t & mask)), spacing=spacing)
         row = {"case": case, "region": region}
         for metric in metrics:
-            if metric in _OVERLAP:
-                row[metric] = _OVERLAP[metric](tp, fp, fn, tn, empty)
-            elif metric in _SURFACE:
-                row[metric] = _SURFACE[metric](*distances)
+            if metric in OVERLAP:
+                row[metric] = OVERLAP[metric](*counted, empty=empty)
+            elif metric in SURFACE:
+                row[metric] = SURFACE[metric](*distances)
             else:
-                row[metric] = _volume_difference(tp, fp, fn, tn)
+                row[metric] = volume_difference(*counted)
         rows.append(row)
     return pd.DataFrame(rows, columns=["case", "region", *metrics])
 
 
 def evaluate_cohort(predictions: Iterable, cases: Iterable[Case], *, use_mask: bool = False, **options) -> pd.DataFrame:
-    """`evaluate` for a cohort: one row per case and region.
-
-    Args:
-        predictions: `(D, H, W)` class maps, one per case, in the order of `cases`.
-        cases: cases with a label; their spacing and name are taken from them.
-        use_mask: count only the voxels inside each case's mask.
-        options: passed to `evaluate`.
+    """Apply `evaluate` to a cohort and return one row per case and region.
 
     `statistics.summary` turns the result into means and standard deviations.
+
+    Args:
+        predictions: class maps `(D, H, W)`, one per case, in the order of `cases`.
+        cases: cases with a label; `evaluate` gets their spacing and name.
+        use_mask: whether to count only the voxels inside each case's mask.
+        options: further arguments of `evaluate`.
     """
     tables = []
     for prediction, case in zip_longest(predictions, cases):
@@ -235,124 +238,42 @@ def evaluate_cohort(predictions: Iterable, cases: Iterable[Case], *, use_mask: b
     return pd.concat(tables, ignore_index=True)
 
 
-# --------------------------------------------------------------------------------------------------------- formulas
-
-
-def _ratio(part: int, whole: int, tp_fp_fn: int, empty: float) -> float:
-    """`part / whole`; where that is 0/0, `empty` if neither object has a voxel and 0 if one has been missed or made up."""
-    if whole == 0:
-        return float(empty) if tp_fp_fn == 0 else 0.0
-    return part / whole
-
-
-def _dice(tp, fp, fn, tn, empty) -> float:
-    return _ratio(2 * tp, 2 * tp + fp + fn, tp + fp + fn, empty)
-
-
-def _jaccard(tp, fp, fn, tn, empty) -> float:
-    return _ratio(tp, tp + fp + fn, tp + fp + fn, empty)
-
-
-def _precision(tp, fp, fn, tn, empty) -> float:
-    return _ratio(tp, tp + fp, tp + fp + fn, empty)
-
-
-def _sensitivity(tp, fp, fn, tn, empty) -> float:
-    return _ratio(tp, tp + fn, tp + fp + fn, empty)
-
-
-def _specificity(tp, fp, fn, tn, empty) -> float:
-    return _ratio(tn, tn + fp, 0, empty)
-
-
-def _volume_difference(tp, fp, fn, tn) -> float:
-    if tp + fn == 0:
-        return 0.0 if fp == 0 else float("nan")
-    return 100 * (fp - fn) / (tp + fn)
-
-
-def _assd(from_prediction, from_truth) -> float:
-    count = len(from_prediction) + len(from_truth)
-    return float((from_prediction.sum() + from_truth.sum()) / count) if count else float("nan")
-
-
-def _hausdorff(from_prediction, from_truth, percentile: float | None = None) -> float:
-    if not len(from_prediction):
-        return float("nan")
-    worst = 100 if percentile is None else percentile
-    return float(max(np.percentile(from_prediction, worst), np.percentile(from_truth, worst)))
-
-
-_OVERLAP = {
-    "dice": _dice,
-    "jaccard": _jaccard,
-    "precision": _precision,
-    "sensitivity": _sensitivity,
-    "specificity": _specificity,
-}
-_SURFACE = {
-    "assd": _assd,
-    "boundary_distance": _assd,
-    "hausdorff": _hausdorff,
-    "hausdorff95": lambda *distances: _hausdorff(*distances, percentile=95),
-}
-
-
-def _surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing) -> tuple[np.ndarray, np.ndarray]:
-    spacing = np.asarray(spacing, float)
-    if spacing.shape != (truth.ndim,) or not np.isfinite(spacing).all() or (spacing <= 0).any():
-        raise ValueError(f"spacing is {spacing.tolist()}; expected {truth.ndim} positive voxel sizes in mm, one per axis")
-    if not (prediction.any() and truth.any()):
-        return np.empty(0), np.empty(0)
-    box = bounding_box(prediction | truth)
-    p, t = surface(prediction[box]), surface(truth[box])
-    return _to_nearest(p, t, spacing), _to_nearest(t, p, spacing)
-
-
-def _to_nearest(a: np.ndarray, b: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Distance from each True voxel of `a` to the nearest of `b`. Exact either way; the choice is for speed only."""
-    # A real surface has few voxels, so a search tree wins; a network's first noisy guess has very many, and then the
-    # distance transform of the whole box does.
-    if 20 * (np.count_nonzero(a) + np.count_nonzero(b)) < a.size:
-        return cKDTree(np.argwhere(b) * spacing).query(np.argwhere(a) * spacing)[0]
-    return ndimage.distance_transform_edt(~b, sampling=spacing)[a]
-
-
 # ------------------------------------------------------------------------------------------------------- partitions
 
 THRESHOLDS = tuple(np.arange(11) / 10)
 
 
 def v_rand(prediction, truth) -> float:
-    """How well a membrane map parts an electron microscopy image into cells: the Rand F-score, best over thresholds.
+    """Return the Rand F-score of a membrane map that parts an electron-microscopy image into cells, at the best threshold.
 
     Args:
         prediction: probability of being inside a cell (not membrane), `(H, W)` or a stack `(D, H, W)` of slices along its last
-            axis. Of a bool array there is only one threshold.
+            axis. A bool array has only one threshold.
         truth: 1 (or True) inside cells, 0 on membranes, of the same shape.
 
     Returns:
         2 Σ p_ij² / (Σ s_i² + Σ t_j²) in 0 to 1, averaged over slices and then maximised over the thresholds 0, .1, … 1. p_ij is
         the share of pixels that lie in cell i of the truth and segment j of the prediction, s and t are its marginals. Cells
-        are 4-connected; the segments of the prediction grow until lines one pixel wide are left, whose pixels count as segments
-        of their own. Only pixels inside true cells count.
+        are 4-connected. The segments of the prediction grow until lines one pixel wide are left, whose pixels count as
+        segments of their own. Only pixels inside true cells count.
 
     Source: Arganda-Carreras et al. 2015, "Crowdsourcing the creation of image segmentation algorithms for connectomics",
-    equations 1 to 5, and the challenge's published script; tables III and IV of Drozdzal et al. 2018.
+    equations 1 to 5, and the challenge's published script; Drozdzal et al. 2018, tables III and IV.
+    Taught in notebook 08.
     """
     return max(rand for rand, _ in _partition_scores(prediction, truth))
 
 
 def v_info(prediction, truth) -> float:
-    """The information-theoretic sibling of `v_rand`: 2 I(S; T) / (H(S) + H(T)), of the same arguments.
+    """Return the information-theoretic F-score 2 I(S; T) / (H(S) + H(T)) for the same arguments as `v_rand`.
 
-    S and T are the true cell and the predicted segment of a random pixel, I their mutual information and H entropies.
+    S and T are the true cell and the predicted segment of a random pixel, I is their mutual information and H an entropy.
     """
     return max(info for _, info in _partition_scores(prediction, truth))
 
 
 def _partition_scores(prediction, truth) -> list[tuple[float, float]]:
-    """V_rand and V_info for every threshold."""
+    """Return V_rand and V_info for every threshold."""
     prediction, truth = _array(prediction, "prediction"), _binary(truth, "truth")
     _check_same_shape(prediction, truth)
     if truth.ndim not in (2, 3):
@@ -364,11 +285,11 @@ def _partition_scores(prediction, truth) -> list[tuple[float, float]]:
     if not all(t.any() for _, t in slices):
         raise ValueError("a slice of the truth has no cells (no 1); is it a membrane map that must be turned into 1 - map?")
     true_cells = [ndimage.label(t)[0] for _, t in slices]
-    scores = [[_partition_score(_thinned(p > th), cells) for (p, _), cells in zip(slices, true_cells)] for th in thresholds]
-    return [tuple(np.mean(of_slices, axis=0).tolist()) for of_slices in scores]
+    scores = [[_partition_score(_thin(p > th), cells) for (p, _), cells in zip(slices, true_cells)] for th in thresholds]
+    return [tuple(np.mean(per_slice, axis=0).tolist()) for per_slice in scores]
 
 
-def _thinned(inside: np.ndarray) -> np.ndarray:
+def _thin(inside: np.ndarray) -> np.ndarray:
     """Number the 4-connected segments and let them grow until only lines one pixel wide, numbered 0, are left."""
     return watershed(~inside, ndimage.label(inside)[0], connectivity=1, watershed_line=True)
 
@@ -389,36 +310,45 @@ def _partition_score(segments: np.ndarray, cells: np.ndarray) -> tuple[float, fl
 # ----------------------------------------------------------------------------------------------------------- stripes
 
 
-def slice_inconsistency(label, *, axis: int, mask=None) -> float:
-    """How much more often the class changes from slice to slice than within slices: the stripes that 2D networks leave.
-
-    The faces between voxels of different classes are counted, those that part two neighbours along `axis` against the mean of
-    those along the other axes. A ball has as many of each, hence 1; an object that is flat across `axis` has more than 1 and a
-    long one less, so compare with the same number of the truth. Voxels are taken to be cubes.
+def count_borders(label, *, axis: int, mask=None) -> int:
+    """Count the faces between two neighbours along `axis` that differ in class.
 
     Args:
-        label: class of each voxel, `(D, H, W)` or of any other number of dimensions from two on.
-        axis: across the slices: 2 for axial ones in a `Case`, as in `context.PLANES`.
+        label: class of each voxel.
+        axis: axis along which the two voxels are neighbours.
         mask: count only faces between two voxels of the mask.
+    """
+    label = _labels(label, "label")
+    inside = np.ones(label.shape, bool) if mask is None else _binary(mask, "mask")
+    _check_same_shape(inside, label, "mask")
+    before, after = (slice(None),) * axis + (slice(-1),), (slice(None),) * axis + (slice(1, None),)
+    return np.count_nonzero((label[before] != label[after]) & inside[before] & inside[after])
+
+
+def slice_inconsistency(label, *, axis: int, mask=None) -> float:
+    """Return how much more often the class changes from slice to slice than within slices: the stripes of 2D networks.
+
+    A face counts when it lies between two voxels of different classes. The result is the number of such faces across `axis`
+    divided by the mean number across the other axes. A ball has as many in each direction, hence 1. An object that is flat
+    across `axis` has more than 1 and a long one less, so compare with the same number of the truth. Voxels are taken to be cubes.
+
+    Args:
+        label: class of each voxel, `(D, H, W)` or any other number of dimensions from two on.
+        axis: axis across the slices: 2 for axial ones in a `Case`, as in `context.PLANES`.
+        mask: where voxels count. Only faces between two voxels of the mask are counted.
 
     Returns:
-        The ratio; infinite where classes change from slice to slice only, nan where they never change.
+        The ratio. It is infinite where classes change only from slice to slice, and NaN where they never change.
 
-    Source: ours, for what Mlynarski et al. 2019 show in figure 11.
+    Source: ours, for the stripes that Mlynarski et al. 2019 show in figure 11.
+    Taught in notebook 09.
     """
     label = _labels(label, "label")
     if label.ndim < 2 or not -label.ndim <= axis < label.ndim:
         raise ValueError(f"axis={axis} of a label of shape {label.shape}; expected one of at least two axes")
-    inside = np.ones(label.shape, bool) if mask is None else _binary(mask, "mask")
-    _check_same_shape(inside, label, "mask")
-
-    def faces(a: int) -> int:
-        before, after = (slice(None),) * a + (slice(-1),), (slice(None),) * a + (slice(1, None),)
-        return np.count_nonzero((label[before] != label[after]) & inside[before] & inside[after])
-
-    axis %= label.ndim
-    across = faces(axis)
-    within = sum(faces(a) for a in range(label.ndim) if a != axis) / (label.ndim - 1)
+    faces = [count_borders(label, axis=a, mask=mask) for a in range(label.ndim)]
+    across = faces.pop(axis)
+    within = sum(faces) / len(faces)
     if within == 0:
         return float("inf") if across else float("nan")
     return across / within
@@ -471,16 +401,19 @@ def _check_same_shape(array: np.ndarray, truth: np.ndarray, what: str = "predict
 
 
 def _count(prediction, truth) -> tuple[int, int, int, int]:
-    return _count_bool(*_pair(prediction, truth))
-
-
-def _count_bool(p: np.ndarray, t: np.ndarray) -> tuple[int, int, int, int]:
+    """Return the numbers of true positives, false positives, false negatives and true negatives."""
+    p, t = _pair(prediction, truth)
     tp, positive, true = int(np.count_nonzero(p & t)), int(np.count_nonzero(p)), int(np.count_nonzero(t))
     fp, fn = positive - tp, true - tp
     return tp, fp, fn, p.size - tp - fp - fn
 
 
-def _regions(wanted: str | Mapping[str, Iterable[int] | int]) -> dict[str, list[int]]:
+def _ratio(part: int, whole: int, empty: float) -> float:
+    return part / whole if whole else float(empty)
+
+
+def as_regions(wanted: str | Mapping[str, Iterable[int] | int]) -> dict[str, list[int]]:
+    """Return the label numbers of each region, for the name of a scheme in `regions` or for label numbers by region."""
     if isinstance(wanted, str):
         if wanted not in regions:
             raise ValueError(f"regions is {wanted!r}; expected {' or '.join(map(repr, regions))} or labels by name")

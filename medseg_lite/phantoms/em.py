@@ -1,7 +1,7 @@
 """Electron-microscopy phantoms: stacks of slices through nerve tissue, with the membranes between cells labelled.
 
 The phantoms follow the data of the ISBI 2012 challenge (Arganda-Carreras et al. 2015, Frontiers in Neuroanatomy 9:142), on which
-Drozdzal et al. 2017, section 4.1, train: 512×512 pixels of 4 nm, slices of 50 nm, one number from 0 to 255 per pixel.
+Drozdzal et al. 2018, section 4.1, train: 512×512 pixels of 4 nm, slices of 50 nm, one number from 0 to 255 per pixel.
 
 Cells are an anisotropic power diagram: pixel x belongs to the cell with the lowest (x-c)ᵀA(x-c) - r², where A stretches the
 cell along the bundle in which it lies. Where all of these exceed a limit, the pixel belongs to the glia, which fills gaps. Centres

@@ -1,6 +1,6 @@
 """Liver phantoms: CT of the abdomen after contrast agent, with the liver and its lesions labelled.
 
-The phantoms follow the LiTS challenge (Bilic et al. 2023, Medical Image Analysis 84:102680), whose data Drozdzal et al. 2017,
+The phantoms follow the LiTS challenge (Bilic et al. 2023, Medical Image Analysis 84:102680), whose data Drozdzal et al. 2018,
 section 4.2, use in part: Hounsfield units, a different field of view and slice distance for every patient, and values far below
 air outside the circle that the scanner reconstructs. Spleen, stomach, kidneys, heart and muscle have grey values near the liver's.
 """

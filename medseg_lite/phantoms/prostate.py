@@ -1,6 +1,6 @@
 """Prostate phantoms: T2-weighted MRI of the pelvis, with the prostate labelled.
 
-The phantoms follow the PROMISE12 challenge (Litjens et al. 2014, Medical Image Analysis 18:359), on which Drozdzal et al. 2017,
+The phantoms follow the PROMISE12 challenge (Litjens et al. 2014, Medical Image Analysis 18:359), on which Drozdzal et al. 2018,
 section 4.3, train: four sites whose voxels, intensity scales and coils differ. The prostate has a bright peripheral zone and a
 transition zone with nodules. Muscle, fat, veins and organs around it make its outline hard to find, above all at its two ends.
 """
