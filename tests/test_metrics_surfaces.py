@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from medseg_lite import metrics, surfaces
+from medseg_lite import metrics
+from medseg_lite.metrics import surfaces
 
 
 def test_surface_of_a_block_with_a_bay():
     block = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]], bool)
     # Row 1, columns 1 and 2, and row 2, columns 1 to 3 have all four neighbours inside; the array's border counts as outside.
     inner = {(1, 1), (1, 2), (2, 1), (2, 2), (2, 3)}
-    assert {tuple(map(int, i)) for i in np.argwhere(block & ~surfaces.surface(block))} == inner
-    assert not (surfaces.surface(block) & ~block).any()
+    assert {tuple(map(int, i)) for i in np.argwhere(block & ~metrics.surface(block))} == inner
+    assert not (metrics.surface(block) & ~block).any()
 
 
 def brute_force(p: np.ndarray, t: np.ndarray, spacing) -> tuple[np.ndarray, np.ndarray]:
