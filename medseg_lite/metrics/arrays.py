@@ -7,7 +7,7 @@ import torch
 
 
 def as_array(array, what: str) -> np.ndarray:
-    """Return an array of voxels as NumPy's; `what` names it in errors."""
+    """Return voxels as a NumPy array; `what` names them in errors."""
     array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
     if array.size == 0 or array.ndim == 0:
         raise ValueError(f"the {what} has shape {array.shape}; expected an array of voxels")

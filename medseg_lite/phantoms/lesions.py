@@ -24,7 +24,7 @@ DIFFUSION_WM, DIFFUSION_GM, GROWTH, STEPS = 0.165, 0.006, 0.10, 70
 
 @dataclass
 class Lesion:
-    """A lesion on `LATTICE`; without fields it is that of a healthy brain.
+    """A lesion on `LATTICE`; one without fields stands for a healthy brain.
 
     Attributes:
         fields: tissue -> field, positive where that tissue has replaced the brain. Later tissues cover earlier ones.

@@ -176,7 +176,7 @@ def _paint_wall(scene: Scene, noise: Noise, width: float, height: float, fat: fl
 
 
 def _paint_chest(scene: Scene, noise: Noise, cavity: np.ndarray, top: float, phase: float) -> np.ndarray:
-    """Paint the lungs above the two domes of the diaphragm, and the heart between them; return the distance to the chest."""
+    """Paint the lungs above the two domes of the diaphragm, and the heart between them; return the distance to the space above."""
     x, y, z = scene.points
     right = top - ((x - 68) ** 2 / 110 + (y - 8) ** 2 / 135) * 0.75
     left = top - 12 - ((x + 72) ** 2 / 100 + (y - 2) ** 2 / 130) * 0.75
@@ -230,7 +230,7 @@ def _paint_skeleton(rng: np.random.Generator, scene: Scene, noise: Noise, muscle
 
 
 def _paint_bowel(rng: np.random.Generator, scene: Scene, noise: Noise, cavity: np.ndarray) -> None:
-    """Paint loops of bowel: thirty low in front, the others higher."""
+    """Paint loops of bowel: thirty low in front, the others higher and on the left."""
     for n in range(44):
         p = rng.uniform((-105, -10, -125), (95, 70, -35)) if n < 30 else rng.uniform((-120, -25, -60), (-30, 50, 0))
         content = float(rng.choice([22, 45, 70, -650, 150], p=[0.3, 0.25, 0.2, 0.15, 0.1]))

@@ -238,7 +238,7 @@ def slice_matrices(voxels: int, spacing: float, thickness: float) -> tuple[np.nd
 def shake(image: np.ndarray, sd: float, rng: np.random.Generator) -> np.ndarray:
     """Add the ghosts of a head that jumps by `sd` voxels between phase-encoding lines.
 
-    The lines lie along H. The head does not move while the centre of k-space is acquired.
+    Phase encoding runs along H. The head does not move while the centre of k-space is acquired.
     """
     lines = np.fft.fftfreq(image.shape[1])
     jumps = np.sort(rng.uniform(0.04, 0.5, 6))  # |frequency| at which the head jumps; each sign has shifts of its own

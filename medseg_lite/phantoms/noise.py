@@ -140,14 +140,14 @@ def check_grid(spacing: float, shape: Sequence[int] | None, usual: str) -> None:
 def make_cohort(
     make: Callable[..., Case], count: int, *, first_seed: int, progress: bool, sites: Sequence[str] | None = None, **options
 ) -> list[Case]:
-    """Make `count` cases with consecutive seeds; with `sites`, case i is from site i, and after the last site the first follows.
+    """Make `count` cases with consecutive seeds.
 
     Args:
         make: generator of one case, called as `make(seed, **options)`, or as `make(seed, site=..., **options)` with `sites`.
         count: number of cases, 1 or more.
         first_seed: seed of the first case.
         progress: whether to show a bar.
-        sites: names of the sites that take turns.
+        sites: names of sites, which take turns.
         options: further arguments of `make`.
     """
     if count < 1:
