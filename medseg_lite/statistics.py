@@ -179,20 +179,9 @@ def pairwise(scores: pd.DataFrame, *, nan: str = "raise") -> pd.DataFrame:
     rows = []
     for a, b in combinations(scores.columns, 2):
         test, difference = paired_t_test(scores[a], scores[b], nan=nan), scores[a] - scores[b]
-        rows.append(
-            {
-                "a": a,
-                "b": b,
-                "mean": test.mean,
-                "low": test.low,
-                "high": test.high,
-                "p": test.p,
-                "wins": int((difference > 0).sum()),
-                "losses": int((difference < 0).sum()),
-                "n": test.n,
-            }
-        )
-    table = pd.DataFrame(rows)
+        wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+        rows.append((a, b, test.mean, test.low, test.high, test.p, wins, losses, test.n))
+    table = pd.DataFrame(rows, columns=["a", "b", "mean", "low", "high", "p", "wins", "losses", "n"])
     table.insert(6, "p_holm", holm(table["p"]))
     return table
 

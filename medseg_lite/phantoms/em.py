@@ -13,6 +13,8 @@ the cytoplasm.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from ..volume import Case
@@ -117,9 +119,7 @@ class _Tissue:
         places, moments, widths = rng.uniform(low, high, (count, 2)), rng.uniform(-3, 67, count), rng.uniform(9, 26, count)
         self.synapses = np.column_stack([places, moments, widths])
 
-        def warp(scale: float) -> np.ndarray:
-            return bspline_noise(rng, self.axes, scale, extent=self.extent, count=2)
-
+        warp = partial(bspline_noise, rng, self.axes, extent=self.extent, count=2)
         self.jitter = rng.normal(0, 2.5, (64, 2))  # slices are not perfectly aligned
         self.bend = 10 * warp(50)
         self.wobble = [4.4 * warp(20) + 1.3 * warp(9) for _ in range(2)]
@@ -205,9 +205,7 @@ def _draw_slice(tissue: _Tissue, seed: int, number: int) -> tuple[np.ndarray, np
     rng = stream(seed, f"em slice {number}")
     axes, extent = tissue.axes, tissue.extent
 
-    def noise(scale: float) -> np.ndarray:
-        return bspline_noise(rng, axes, scale, extent=extent)
-
+    noise = partial(bspline_noise, rng, axes, extent=extent)
     cell, distance, move = tissue.cells(number)
     size = len(axes[0])
     synapse = np.zeros((size, size), np.float32)

@@ -179,8 +179,8 @@ def glioma(person: Person, *, grade: str | None = None, crossing: bool = True) -
 
     ratio = float(np.clip(np.exp(np.log(1.9 if high else 0.9) + 0.6 * ndtri(u_oedema)), 0.2, 6))
     favour = np.exp(noises[0] + 0.5 * noises[1] - 0.4)
-    water = _spread(maps, positions, core > 0, centre, radius + 45, favour, crossing)
-    oedema = _limit_oedema(water, ratio, core, maps, positions, side, crossing)
+    water = _spread(maps, positions[0], core > 0, centre, radius + 45, favour, crossing)
+    oedema = _limit_oedema(water, ratio, core, maps, positions[0], side, crossing)
 
     fluid = float(rng.uniform(0.5, 0.9) if cystic else rng.uniform(0, 0.45))
     bleeding = float(rng.uniform(0.2, 0.6)) if high and rng.random() < 0.15 else 0.0
@@ -249,22 +249,17 @@ def _part_core(
     return necrosis, np.minimum(core, np.maximum(rim, -5))
 
 
-def _spread(
-    maps: dict[str, np.ndarray],
-    positions: np.ndarray,
-    core: np.ndarray,
-    centre: np.ndarray,
-    reach: float,
-    favour: np.ndarray,
-    crossing: bool,
-) -> np.ndarray:
-    """Solve Fisher-Kolmogorov growth u_t = div(D grad u) + rho u (1 - u) from the core, within `reach` mm of `centre`."""
+def _spread(maps, x, core, centre: np.ndarray, reach: float, favour: np.ndarray, crossing: bool) -> np.ndarray:
+    """Solve Fisher-Kolmogorov growth u_t = div(D grad u) + rho u (1 - u) from the core, within `reach` mm of `centre`.
+
+    `x` is the distance from the falx, and `favour` a factor of the diffusion, both `(D, H, W)`.
+    """
     box = tuple(slice(*np.searchsorted(a, (c - reach, c + reach))) for a, c in zip(LATTICE, centre))
     wm, gm = maps["wm"][box], maps["gm"][box]
     diffusion = DIFFUSION_WM * np.clip(1.6 * wm - 0.6, 0, 1) + DIFFUSION_GM * gm
     diffusion *= np.clip(favour[box], 0.06, 1) * (maps["csf"][box] < 0.5) * (maps["depth"][box] > 1)
     diffusion = np.where(core[box], DIFFUSION_WM, diffusion).astype(np.float32)
-    right = positions[0][box] > 0
+    right = x[box] > 0
     bridge = (maps["callosum"][box] > 0.5) & crossing
 
     low, high = [], []  # index tuples of the two voxels beside every face, per axis
@@ -288,24 +283,16 @@ def _spread(
     return out
 
 
-def _limit_oedema(
-    water: np.ndarray,
-    ratio: float,
-    core: np.ndarray,
-    maps: dict[str, np.ndarray],
-    positions: np.ndarray,
-    side: int,
-    crossing: bool,
-) -> np.ndarray:
+def _limit_oedema(water: np.ndarray, ratio: float, core, maps, x, side: int, crossing: bool) -> np.ndarray:
     """Return the field of the oedema: the wettest voxels around the core, about `ratio` times as many as the core has."""
     inside = core > 0
     water = water * (~inside & (maps["csf"] < 0.5) & (maps["depth"] > 1))
-    near = (core > -1.5) & (side * positions[0] > 1.5) & (maps["csf"] < 0.5)
+    near = (core > -1.5) & (side * x > 1.5) & (maps["csf"] < 0.5)
     water = np.where(near & ~inside, np.maximum(water, 1), water)
     wanted = min(ratio * inside.sum(), 150e3 / STEP**3, 0.95 * (water > 1e-3).sum())
     oedema = np.where(inside, 1, water - max(1e-3, -threshold(-water, wanted)))
     # Outside the corpus callosum the field is negative on the falx, so that interpolation does not carry oedema over it.
-    falx = 0.2 * (np.abs(positions[0]) - 1.4)
+    falx = 0.2 * (np.abs(x) - 1.4)
     return np.where(maps["callosum"] * crossing > 0.5, oedema, np.minimum(oedema, falx))
 
 

@@ -78,63 +78,46 @@ def _dwi(level: float) -> Protocol:
     return Protocol("dwi", 6000, 90, level=level, slice_mm=5, blur_mm=1.3)
 
 
+PROTOCOLS = {
+    "A": {
+        "flair": Protocol("flair", 9000, 118, level=430, slice_mm=3, blur_mm=0.8),
+        "t1": Protocol("spin echo", 600, 12, level=480),
+        "t1c": Protocol("spin echo", 600, 12, level=520),
+        "t2": Protocol("spin echo", 4500, 95, level=700, slice_mm=3),
+        "dwi": _dwi(300),
+    },
+    "B": {
+        "flair": Protocol("flair", 8500, 125, level=190, slice_mm=5, blur_mm=1.0),
+        "t1": Protocol("spin echo", 520, 14, level=210, slice_mm=5),
+        "t1c": Protocol("mprage", 1900, 3.5, 950, level=1500),
+        "t2": Protocol("spin echo", 3800, 105, level=330, slice_mm=5, blur_mm=0.7),
+        "dwi": _dwi(180),
+    },
+    "C": {
+        "flair": Protocol("flair", 6000, 125, level=900, blur_mm=0.6),
+        "t1": Protocol("mprage", 2000, 3, 1150, level=900),
+        "t1c": Protocol("mprage", 2000, 3, 1150, level=1100),
+        "t2": Protocol("spin echo", 3200, 110, level=1300),
+        "dwi": _dwi(600),
+    },
+    "D": {
+        "flair": Protocol("flair", 10000, 95, level=1700, slice_mm=5, blur_mm=1.2),
+        "t1": Protocol("spin echo", 400, 16, level=1200, slice_mm=5, blur_mm=0.8),
+        "t1c": Protocol("spin echo", 450, 16, level=1300, slice_mm=5, blur_mm=0.8),
+        "t2": Protocol("spin echo", 5500, 80, level=2500, slice_mm=5, blur_mm=0.9),
+        "dwi": _dwi(900),
+    },
+}
+
 SITES = {
-    # A: 3 T research protocol, low noise: spin-echo T1, T2 and FLAIR of 3 mm
-    "A": Site(
-        tesla=3.0,
-        noise=0.020,
-        bias=0.12,
-        gamma=1.0,
-        protocols={
-            "flair": Protocol("flair", 9000, 118, level=430, slice_mm=3, blur_mm=0.8),
-            "t1": Protocol("spin echo", 600, 12, level=480),
-            "t1c": Protocol("spin echo", 600, 12, level=520),
-            "t2": Protocol("spin echo", 4500, 95, level=700, slice_mm=3),
-            "dwi": _dwi(300),
-        },
-    ),
-    # B: 1.5 T clinical routine: 5 mm slices, except for a 3D T1 after contrast agent
-    "B": Site(
-        tesla=1.5,
-        noise=0.028,
-        bias=0.20,
-        gamma=1.0,
-        protocols={
-            "flair": Protocol("flair", 8500, 125, level=190, slice_mm=5, blur_mm=1.0),
-            "t1": Protocol("spin echo", 520, 14, level=210, slice_mm=5),
-            "t1c": Protocol("mprage", 1900, 3.5, 950, level=1500),
-            "t2": Protocol("spin echo", 3800, 105, level=330, slice_mm=5, blur_mm=0.7),
-            "dwi": _dwi(180),
-        },
-    ),
-    # C: 3 T, all sequences 3D at 1 mm, strong shading
-    "C": Site(
-        tesla=3.0,
-        noise=0.030,
-        bias=0.28,
-        gamma=1.0,
-        protocols={
-            "flair": Protocol("flair", 6000, 125, level=900, blur_mm=0.6),
-            "t1": Protocol("mprage", 2000, 3, 1150, level=900),
-            "t1c": Protocol("mprage", 2000, 3, 1150, level=1100),
-            "t2": Protocol("spin echo", 3200, 110, level=1300),
-            "dwi": _dwi(600),
-        },
-    ),
-    # D, held out: an old 1.5 T scanner with thick noisy slices, shading, and a curved intensity scale
-    "D": Site(
-        tesla=1.5,
-        noise=0.042,
-        bias=0.30,
-        gamma=1.15,
-        protocols={
-            "flair": Protocol("flair", 10000, 95, level=1700, slice_mm=5, blur_mm=1.2),
-            "t1": Protocol("spin echo", 400, 16, level=1200, slice_mm=5, blur_mm=0.8),
-            "t1c": Protocol("spin echo", 450, 16, level=1300, slice_mm=5, blur_mm=0.8),
-            "t2": Protocol("spin echo", 5500, 80, level=2500, slice_mm=5, blur_mm=0.9),
-            "dwi": _dwi(900),
-        },
-    ),
+    # 3 T research protocol, low noise: spin-echo T1, T2 and FLAIR of 3 mm
+    "A": Site(tesla=3.0, noise=0.020, bias=0.12, gamma=1.0, protocols=PROTOCOLS["A"]),
+    # 1.5 T clinical routine: 5 mm slices, except for a 3D T1 after contrast agent
+    "B": Site(tesla=1.5, noise=0.028, bias=0.20, gamma=1.0, protocols=PROTOCOLS["B"]),
+    # 3 T, all sequences 3D at 1 mm, strong shading
+    "C": Site(tesla=3.0, noise=0.030, bias=0.28, gamma=1.0, protocols=PROTOCOLS["C"]),
+    # held out: an old 1.5 T scanner with thick noisy slices, shading, and a curved intensity scale
+    "D": Site(tesla=1.5, noise=0.042, bias=0.30, gamma=1.15, protocols=PROTOCOLS["D"]),
 }
 
 
