@@ -1,11 +1,12 @@
-"""A context-sensitive random forest: what DeepMedic was measured against, and what many used before there were CNNs.
+"""A context-sensitive random forest: DeepMedic's baseline, and a common method before there were CNNs.
 
-Each voxel is described by means over boxes near it, and differences between such means, in any two sequences; a forest of
-decision trees then classifies it on its own. Box means come out of integral volumes: running sums along all three axes, from
-which the sum over any box, however large, is a difference of its eight corners.
+The features of a voxel are means over boxes near it, and differences between two such means, in any two channels. A forest of
+decision trees then classifies each voxel separately. Box means are computed from integral volumes: running sums along all three
+axes. The sum over any box, however large, is a signed sum of the integral volume at its eight corners.
 
-Sources: Kamnitsas et al. 2017, section 4.1.2 (50 trees, depth 30, 200 features, 20 mm), which follows Zikic et al., "Decision
+Source: Kamnitsas et al. 2017, section 4.1.2 (50 trees, depth 30, 200 features, 20 mm), which follows Zikic et al., "Decision
 forests for tissue-specific segmentation of high-grade gliomas in multi-channel MR", MICCAI 2012, without its tissue priors.
+Taught in notebooks 04 and 05.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from .volume import Case, bounding_box
 
-SLAB = 2**17  # voxels of a volume at a time: what is computed for them stays in the processor's cache
+SLAB = 2**17  # voxels of a volume that are computed at a time, few enough for the processor's cache
 WORKSPACE = 64e6  # bytes of features that a thread holds at a time
 
 Region = tuple[slice, slice, slice]
@@ -34,8 +35,8 @@ class Box(NamedTuple):
 
     Attributes:
         channel: number of the channel that is averaged.
-        offset: mm from the voxel to the middle of the box, along (D, H, W).
-        size: side lengths in mm; on a grid never less than one voxel.
+        offset: offset from the voxel to the middle of the box, in mm along (D, H, W).
+        size: side lengths in mm. On a grid a side is at least one voxel.
     """
 
     channel: int
@@ -44,17 +45,17 @@ class Box(NamedTuple):
 
 
 class Feature(NamedTuple):
-    """Mean of `box`, less the mean of `minus` where there is one."""
+    """The mean of `box`, minus the mean of `minus` if there is one."""
 
     box: Box
     minus: Box | None = None
 
 
 class Integrals:
-    """Running sums of a case's channels, and the mean of any box read off them.
+    """The running sums of a case's channels, from which the mean of any box is read.
 
-    A box that reaches beyond the volume is averaged over the voxels that exist; one that lies beyond it altogether is moved
-    to the border: at least one layer of voxels stays.
+    A box that extends beyond the volume is averaged over the voxels that exist. A box that lies completely outside is moved to
+    the border, so that it has at least one layer of voxels.
 
     Attributes:
         sums: `(C, D + 1, H + 1, W + 1)` float64; `sums[c, i, j, k]` is the sum of `image[c, :i, :j, :k]`.
@@ -67,13 +68,13 @@ class Integrals:
         np.cumsum(case.image, axis=1, dtype=np.float64, out=inside)
         for axis in (2, 3):
             np.cumsum(inside, axis=axis, out=inside)
-        if not np.isfinite(self.sums[:, -1, -1, -1]).all():  # one such voxel spoils every sum after it
+        if not np.isfinite(self.sums[:, -1, -1, -1]).all():  # one such voxel spoils all sums after it
             raise ValueError(f"{case.name} has NaN or infinite intensities; correct the image first")
 
     def mean(self, box: Box, region: Region) -> np.ndarray:
-        """Mean of `box` around every voxel of `region`, float64 of the region's shape.
+        """Return the mean of `box` around every voxel of `region`, float64 of the region's shape.
 
-        Takes the difference along one axis after the other, on contiguous views.
+        The differences are taken along one axis after the other, on contiguous views.
         """
         values = self.sums[box.channel]
         weights = []
@@ -85,7 +86,7 @@ class Integrals:
         return values
 
     def mean_at(self, box: Box, voxels: np.ndarray) -> np.ndarray:
-        """Mean of `box` around each of some voxels: `(3, N)` indices to `(N,)` float64."""
+        """Return the mean of `box` around each of some voxels: from indices `(3, N)` to means `(N,)`, float64."""
         ends, voxels_inside = [], 1
         step = self.sums[0].size
         for v, first, count, n in zip(voxels, *self._in_voxels(box), self.shape):
@@ -101,7 +102,7 @@ class Integrals:
         return total / voxels_inside
 
     def _in_voxels(self, box: Box) -> tuple[list[int], list[int]]:
-        """First voxel of the box, counted from the voxel that it describes, and voxels, along each axis."""
+        """Return the first voxel of the box, counted from the voxel that it describes, and its number of voxels, per axis."""
         count = [max(1, round(size / mm)) for size, mm in zip(box.size, self.spacing)]
         first = [round(offset / mm - (n - 1) / 2) for offset, n, mm in zip(box.offset, count, self.spacing)]
         return first, count
@@ -110,19 +111,19 @@ class Integrals:
 class BoxFeatures:
     """Randomly drawn cross-channel box features.
 
-    The first ones are the voxel's own intensities, one for each channel. The others are drawn with equal probability among: the mean
-    of a box around the voxel; the mean of a box nearby less the voxel itself, in the same or another channel; the
-    difference between the means of two boxes nearby. Offsets are uniform in ±`reach_mm` along each axis, side lengths in 0
-    to `reach_mm`.
+    The first features are the voxel's own intensities, one for each channel. The others are drawn with equal probability from
+    three kinds: the mean of a box around the voxel; the mean of a box nearby minus the voxel itself, in the same or another
+    channel; the difference between the means of two boxes nearby. Offsets are uniform in ±`reach_mm` along each axis, side
+    lengths in 0 to `reach_mm`.
 
-    The authors evaluate two hundred random features at each node of each tree. scikit-learn wants one table, so we read this as
-    two hundred features drawn once by seed, of which each node looks at a random part (`max_features` of `RandomForest`).
+    The authors evaluate two hundred random features at each node of each tree. scikit-learn needs one table for all nodes, so
+    here two hundred features are drawn once, and each node looks at a random part of them (`max_features` of `RandomForest`).
 
     Args:
-        channels: of the cases.
+        channels: number of channels of the cases.
         count: number of features.
-        reach_mm: largest offset and largest side, in mm; it becomes voxels by each case's spacing.
-        seed: of the draw.
+        reach_mm: largest offset and largest side in mm. The spacing of each case turns it into voxels.
+        seed: seed of the draw.
     """
 
     def __init__(self, channels: int = 4, *, count: int = 200, reach_mm: float = 20.0, seed: int = 0):
@@ -149,14 +150,14 @@ class BoxFeatures:
         return len(self.drawn)
 
     def at(self, case: Case, voxels: np.ndarray) -> np.ndarray:
-        """All features of some voxels.
+        """Compute all features of some voxels.
 
         Args:
-            case: normalised as the forest is to see it.
-            voxels: `(N, 3)` indices (d, h, w).
+            case: case, normalised as the training cases are.
+            voxels: indices (d, h, w) of the voxels, `(N, 3)`.
 
         Returns:
-            `(N, count)` float32.
+            A table `(N, count)`, float32.
         """
         integrals = self._integrals(case)
         voxels = np.asarray(voxels)
@@ -174,13 +175,13 @@ class BoxFeatures:
         return np.ascontiguousarray(table.T)
 
     def volume(self, case: Case, index: int) -> np.ndarray:
-        """Feature number `index` of every voxel, `(D, H, W)` float32: what it looks at, as a picture."""
+        """Return one feature of every voxel as a picture, `(D, H, W)` float32; `index` is the feature's number."""
         if not 0 <= index < len(self):
             raise ValueError(f"index={index}; expected 0 to {len(self) - 1}")
         return next(self._volumes(case, self.drawn[index : index + 1]))
 
     def volumes(self, case: Case) -> Iterator[np.ndarray]:
-        """`volume` of each feature in turn; the running sums are made once for all of them."""
+        """Yield the `volume` of each feature in turn; the running sums are computed once for all of them."""
         return self._volumes(case, self.drawn)
 
     def _volumes(self, case: Case, features: Sequence[Feature]) -> Iterator[np.ndarray]:
@@ -205,16 +206,16 @@ class RandomForest:
     """A random forest that classifies voxels by box features.
 
     A tree is grown on points that `fit` draws from the cases, and each of its nodes looks for the best threshold among
-    `max_features` randomly chosen features. The prediction is the mean over all trees of the class shares in the leaf that a voxel
-    ends in.
+    `max_features` randomly chosen features. A voxel ends in one leaf of each tree. The prediction is the mean over all trees of
+    the class shares in these leaves.
 
     Args:
-        features: what to look at; by default 200 features for the channels of the training cases, drawn by `seed`.
+        features: features of a voxel; by default 200 features for the channels of the training cases, drawn with `seed`.
         trees: number of trees, 50 in the paper.
         depth: largest depth of a tree, 30 in the paper.
         max_features: features tried at each node: a number, a share, "sqrt", or None for all of them.
-        seed: of the training points and the trees. The same seed gives the same forest and the same bytes.
-        jobs: threads; by default as many as PyTorch uses. The result does not depend on it.
+        seed: seed of the training points and the trees. The same seed gives the same forest and the same bytes.
+        jobs: number of threads, by default as many as PyTorch uses. The result does not depend on it.
     """
 
     def __init__(
@@ -241,16 +242,16 @@ class RandomForest:
         """Train on labelled cases, normalised as they will be at prediction.
 
         Args:
-            cases: all with the same channels. A case without lesion adds background points only.
-            points_per_case: voxels drawn from each case.
-            balance: share of them drawn from the lesion (any class but 0), the rest from the mask's background. The paper samples
-                about equally and tunes the balance; the larger it is, the more voxels are called lesion.
+            cases: labelled cases, all with the same channels. A case without lesion adds background points only.
+            points_per_case: number of voxels drawn from each case.
+            balance: share of these voxels drawn from the lesion (any class but 0); the others come from the mask's background. The
+                paper draws about equally from both and tunes the balance. The larger it is, the more voxels are predicted as lesion.
 
         Returns:
             The forest itself.
 
         Raises:
-            ValueError: when a case has no label, other channels, an empty mask or NaN, or when no case has a lesion.
+            ValueError: if a case has no label, other channels, an empty mask or NaN, or if no case has a lesion.
         """
         if not cases:
             raise ValueError("no cases to train on; give at least one labelled case")
@@ -270,7 +271,7 @@ class RandomForest:
         table, classes = [], []
         for number, case in enumerate(cases):
             rng = np.random.default_rng([self.seed, number])
-            groups = (case.label > 0, _inside(case) & (case.label == 0))
+            groups = (case.label > 0, _mask(case) & (case.label == 0))
             counts = (lesion_points, points_per_case - lesion_points)
             points = np.concatenate([_draw_points(group, count, rng) for group, count in zip(groups, counts)])
             table.append(features.at(case, points))
@@ -280,28 +281,28 @@ class RandomForest:
             if not some.any():
                 raise ValueError(f"none of the {len(cases)} cases has a {what}; the forest needs lesion and background")
         self.classifier.set_params(n_jobs=self.jobs).fit(np.concatenate(table), classes)
-        # `predict` deals out voxels to the threads, not trees: then the order in which trees are summed is always the same.
+        # `predict` deals out voxels to the threads, not trees, so that trees are always summed in the same order.
         self.classifier.set_params(n_jobs=1)
         self.features, self.channels = features, cases[0].channels
         self.classes = 1 + max(int(c.label.max()) for c in cases)
         return self
 
     def predict(self, case: Case, *, inside_mask: bool = True, progress: bool = True) -> np.ndarray:
-        """Probability of every class in every voxel, as `inference.predict(..., output="probabilities")` returns it.
+        """Predict the probability of every class in every voxel, as `inference.predict(..., output="probabilities")` does.
 
         Args:
-            case: normalised as the training cases were.
-            inside_mask: predict inside `case.mask` only and call everything outside background. Without effect when the case
-                has no mask.
+            case: case, normalised as the training cases were.
+            inside_mask: whether to predict only inside `case.mask`; voxels outside are then background. It has no effect if the
+                case has no mask.
             progress: whether to show a bar.
 
         Returns:
-            `(K, D, H, W)` float32, where K is one more than the largest class of the training cases; `.argmax(0)` is the
-            segmentation.
+            Probabilities `(K, D, H, W)`, float32, where K is one more than the largest class of the training cases. `.argmax(0)`
+            is the segmentation.
 
         Raises:
-            RuntimeError: when the forest is not trained.
-            ValueError: when the case has other channels, an empty mask or NaN.
+            RuntimeError: if the forest is not trained.
+            ValueError: if the case has other channels, an empty mask or NaN.
         """
         if not self.classes:
             raise RuntimeError("this forest is not trained; call fit(cases) first")
@@ -310,7 +311,7 @@ class RandomForest:
                 f"{case.name} has channels {', '.join(case.channels)} but the forest was trained on {', '.join(self.channels)}; "
                 f"use case.select({list(self.channels)})"
             )
-        mask = _inside(case) if inside_mask else np.ones(case.shape, bool)
+        mask = _mask(case) if inside_mask else np.ones(case.shape, bool)
         integrals = Integrals(case)
         result = np.zeros((self.classes, *case.shape), np.float32)
         result[0] = 1
@@ -325,7 +326,7 @@ class RandomForest:
         inside = np.flatnonzero(mask[slab])
         if not len(inside):
             return
-        # One row per feature: a tree asks neighbouring voxels for the same few features, which lie side by side then.
+        # One row per feature: a tree reads the same few features of neighbouring voxels, which then lie side by side.
         table = np.empty((len(self.features), len(inside)), np.float32)
         for row, feature in zip(table, self.features.drawn):
             row[:] = _evaluate(feature, integrals, slab).reshape(-1)[inside]
@@ -342,15 +343,15 @@ def _evaluate(feature: Feature, integrals: Integrals, region: Region) -> np.ndar
 
 
 def _window(i: np.ndarray, first: int, count: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Start and stop of the window of every voxel `i` along an axis of `n` voxels, cut off at its ends."""
+    """Return start and stop of the window of every voxel `i` along an axis of `n` voxels, cut off at its ends."""
     return np.clip(i + first, 0, n - 1), np.clip(i + (first + count), 1, n)
 
 
 def _window_sums(sums: np.ndarray, axis: int, first: int, count: int, low: int, high: int):
-    """Sums over the windows of voxels `low` to `high` along an axis, and one over the length of each window.
+    """Return the sums over the windows of voxels `low` to `high` along an axis, and 1 / length of each window.
 
-    Between the places where a window's start or stop meets an end of the axis, starts and stops either move along or stand still:
-    each such piece is one subtraction of two views.
+    The axis is parted where a window's start or stop meets an end of the axis. Within a part, starts and stops either move along
+    with the voxel or stand still, so each part is one subtraction of two views.
     """
     n = sums.shape[axis] - 1
     shape = list(sums.shape)
@@ -367,14 +368,14 @@ def _window_sums(sums: np.ndarray, axis: int, first: int, count: int, low: int, 
 
 
 def _slabs(box: Region, voxels: int) -> Iterator[Region]:
-    """The box in slabs of whole planes, of about so many voxels each."""
+    """Yield the box in slabs of whole planes, each of about this number of voxels."""
     d, h, w = box
     planes = max(1, voxels // ((h.stop - h.start) * (w.stop - w.start)))
     for start in range(d.start, d.stop, planes):
         yield slice(start, min(start + planes, d.stop)), h, w
 
 
-def _inside(case: Case) -> np.ndarray:
+def _mask(case: Case) -> np.ndarray:
     if case.mask is None:
         return np.ones(case.shape, bool)
     if not case.mask.any():
@@ -383,7 +384,7 @@ def _inside(case: Case) -> np.ndarray:
 
 
 def _draw_points(group: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`(count, 3)` voxels of a group; repeated where it has fewer, none where it is empty."""
+    """Draw `count` voxels of a group, `(count, 3)`. Voxels repeat if the group has fewer; an empty group gives none."""
     voxels = np.flatnonzero(group)
     if len(voxels):
         voxels = rng.choice(voxels, count, replace=len(voxels) < count)

@@ -1,4 +1,4 @@
-"""The papers' cost functions. All take logits `(B, K, *space)` and integer targets `(B, *space)` and return a scalar."""
+"""The papers' cost functions. A loss takes logits `(B, K, *space)` and class numbers `(B, *space)`, and returns a scalar."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from .models.layers import convolutions
 def cross_entropy(
     logits: Tensor, target: Tensor, *, mask: Tensor | None = None, class_weights: Tensor | Sequence[float] | None = None
 ) -> Tensor:
-    """Mean of −log p over all predicted voxels of all segments of the batch, or over those inside `mask`.
+    """Return the mean of −log p over all predicted voxels of the batch, or over those inside `mask`.
+
+    p is the probability of a voxel's true class.
 
     Args:
-        logits: `(B, K, *space)`.
-        target: `(B, *space)` class numbers 0 to K − 1.
+        logits: network output `(B, K, *space)`.
+        target: class numbers 0 to K − 1, `(B, *space)`.
         mask: `(B, *space)`, True where a voxel counts. An empty mask gives zero, with a zero gradient.
-        class_weights: K numbers; a voxel counts as much as its true class weighs, and the mean is a weighted one. With
-            the inverse of the class frequencies, every class matters as much as every other.
+        class_weights: K numbers, the weights of the classes. The mean is then weighted by the weight of each voxel's true
+            class. With the inverse of the class frequencies as weights, all classes count the same.
 
-    Source: Kamnitsas et al. 2017, eq. 3 (one voxel per patch) and eq. 4 (V voxels per segment); the weights,
-    Kayalibay et al. 2017, sections 4.1 and 5.2.
+    Source: Kamnitsas et al. 2017, eq. 3 (one voxel per patch) and eq. 4 (V voxels per segment); Kayalibay et al. 2017,
+    sections 4.1 and 5.2 (class weights).
+    Taught in notebooks 03 and 06.
     """
     _check(logits, target)
     weights = None
@@ -38,28 +41,32 @@ def cross_entropy(
         raise ValueError(f"the mask has shape {tuple(mask.shape)}; expected that of the target, {tuple(target.shape)}")
     per_voxel = F.cross_entropy(logits, target, weights, reduction="none")
     mask = mask.to(per_voxel.dtype)
-    counts = mask if weights is None else mask * weights[target]
-    return (per_voxel * mask).sum() / (counts.sum().clamp(min=1) if weights is None else counts.sum().clamp(min=1e-6))
+    total = (per_voxel * mask).sum()
+    if weights is None:
+        return total / mask.sum().clamp(min=1)
+    return total / (mask * weights[target]).sum().clamp(min=1e-6)
 
 
 def balanced_cross_entropy(logits: Tensor, target: Tensor, *, target_weights: Sequence[float]) -> Tensor:
-    """−Σ w log p over all voxels of the batch, where the voxels of class c share the weight t_c evenly.
+    """Return −Σ w log p over all voxels of the batch, where the voxels of class c share the weight t_c evenly.
 
-    w = t_c / N_c with N_c the batch's voxels of class c, so classes count as `target_weights` say however rare they are. A
-    class that is absent from the batch contributes nothing.
+    A voxel of class c has the weight w = t_c / N_c, where N_c is the number of voxels of class c in the batch. So the share of
+    each class in the loss is that in `target_weights`, however rare the class is. A class that is absent from the batch
+    contributes nothing.
 
     Args:
-        logits: `(B, K, *space)`.
-        target: `(B, *space)` class numbers.
-        target_weights: t, K numbers of sum 1: (.7, .1, .1, .1) for the paper's 2D networks, (.4, .2, .2, .2) for 3D.
+        logits: network output `(B, K, *space)`.
+        target: class numbers 0 to K − 1, `(B, *space)`.
+        target_weights: t, K numbers that sum to 1: (.7, .1, .1, .1) for the paper's 2D networks, (.4, .2, .2, .2) for 3D.
 
-    Source: Mlynarski et al. 2019, eq. 1 and 2. The paper's further factor, one over the number of voxels, is left out: the
-    weights already sum to 1.
+    Source: Mlynarski et al. 2019, eq. 1 and 2. The paper has one more factor, one over the number of voxels. It is left out
+    here, because the weights already sum to 1.
+    Taught in notebooks 09 and 10.
     """
     _check(logits, target)
     weights = torch.as_tensor(target_weights, dtype=torch.float32, device=logits.device)
     if weights.shape != logits.shape[1:2] or bool((weights < 0).any()) or abs(float(weights.sum()) - 1) > 1e-4:
-        raise ValueError(f"target_weights={target_weights}; expected {logits.shape[1]} numbers from 0 on of sum 1")
+        raise ValueError(f"target_weights={target_weights}; expected {logits.shape[1]} numbers, none negative, that sum to 1")
     counts = torch.bincount(target.flatten(), minlength=len(weights))
     return F.cross_entropy(logits.float(), target, weights / counts.clamp(min=1), reduction="sum")
 
@@ -67,15 +74,16 @@ def balanced_cross_entropy(logits: Tensor, target: Tensor, *, target_weights: Se
 def deep_supervision(
     outputs: tuple[Tensor, Sequence[Tensor]], target: Tensor, *, loss=cross_entropy, main: float = 0.75
 ) -> Tensor:
-    """Convex combination of a network's loss and those of its auxiliary classifiers, which share 1 − `main` evenly.
+    """Return a convex combination of a network's loss and those of its auxiliary classifiers, which share 1 − `main` evenly.
 
     Args:
-        outputs: logits `(B, K, *space)` and a list of auxiliary ones, as `with_auxiliary` of a network gives them.
-        target: `(B, *space)` class numbers.
-        loss: `loss(logits, target)`.
+        outputs: logits `(B, K, *space)` and a list of auxiliary logits, as a network's `with_auxiliary` returns them.
+        target: class numbers 0 to K − 1, `(B, *space)`.
+        loss: function `loss(logits, target)`.
         main: weight of the network's own loss; .75 in the paper, which leaves .05 for each of 5 subnetworks.
 
     Source: Mlynarski et al. 2019, eq. 3.
+    Taught in notebooks 09 and 10.
     """
     logits, auxiliary = outputs
     if not 0 <= main <= 1 or not auxiliary:
@@ -85,20 +93,24 @@ def deep_supervision(
 
 
 def jaccard_distance(logits: Tensor, target: Tensor, *, per_class: bool = False) -> Tensor:
-    """Σ_c (1 − J_c) over all classes, the background too; between 0 and K.
+    """Return Σ_c (1 − J_c) over all classes, the background included; the result lies between 0 and K.
 
-    J_c = Σ p t / (Σ p² + Σ t² − Σ p t), p the probability of class c and t one where it is right, over all voxels of the
-    batch. It is the share of voxels wrongly called c or not c in the union of both, for whole numbers.
+    J_c = Σ p t / (Σ p² + Σ t² − Σ p t) over all voxels of the batch, where p is the probability of class c, and t is 1 where
+    the label is c and 0 elsewhere. For hard labels, 1 − J_c is the number of wrong voxels divided by the union of prediction
+    and label.
 
-    The paper's equation has a square root in the first sum; without it, as in the authors' code, J is at most 1 and
-    2 J / (1 + J) is the Dice score. Where class c does not occur, 1 − J_c is 1 whatever is predicted and teaches nothing.
+    The paper's equation has a square root in the first sum. Without it, as in the authors' code, J_c is at most 1 and
+    2 J_c / (1 + J_c) is the Dice score. Where class c does not occur in the label, 1 − J_c is 1 for every prediction, and its
+    gradient is 0.
 
     Args:
-        logits: `(B, K, *space)`. Sums are made in float32 at least, for they run over more voxels than float16 can count.
-        target: `(B, *space)` class numbers 0 to K − 1.
-        per_class: return the K terms instead of their sum.
+        logits: network output `(B, K, *space)`. Sums are computed in float32 or float64, because they run over more voxels
+            than float16 can count.
+        target: class numbers 0 to K − 1, `(B, *space)`.
+        per_class: whether to return the K terms instead of their sum.
 
     Source: Kayalibay et al. 2017, eq. 3 and 4.
+    Taught in notebook 06.
     """
     _check(logits, target)
     if logits.dtype != torch.float64:
@@ -112,12 +124,13 @@ def jaccard_distance(logits: Tensor, target: Tensor, *, per_class: bool = False)
 
 
 def minmax_jaccard(prediction: Tensor, target: Tensor) -> Tensor:
-    """Σ min(P, T) / Σ max(P, T) of class numbers: the multi-class Jaccard index that the paper rejects.
+    """Return Σ min(P, T) / Σ max(P, T) of class numbers: the multi-class Jaccard index that the paper rejects.
 
-    It takes the names of classes for quantities: to call a voxel of class 2 class 0 costs more than to call it class 1, and
-    another numbering gives another score. Two empty maps give 1.
+    It treats class numbers as quantities. To predict class 0 for a voxel of class 2 costs more than to predict class 1, and
+    another numbering of the classes gives another score. Two empty maps give 1.
 
     Source: Kayalibay et al. 2017, eq. 5.
+    Taught in notebook 06.
     """
     if prediction.shape != target.shape:
         raise ValueError(
@@ -129,17 +142,19 @@ def minmax_jaccard(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1.0) -> Tensor:
-    """−(2 Σ o y + smooth) / (Σ o + Σ y + smooth) over all voxels of the batch: −1 when all is right, near 0 when nothing is.
+    """Return −(2 Σ o y + smooth) / (Σ o + Σ y + smooth) over all voxels of the batch.
 
-    o is the probability of the object and y one inside it. As the sums run over the batch, an image without the object
-    costs only what is wrongly found in it.
+    o is the predicted probability of the object, and y is 1 inside the object and 0 elsewhere. The loss is −1 when every voxel is
+    right, and near 0 when none is. The sums run over the batch, so an image without the object adds only its false positives.
 
     Args:
-        logits: `(B, 1, *space)` (a sigmoid's), or `(B, K, *space)` (a softmax's), of which the mean over classes 1 to K − 1.
-        target: `(B, *space)` class numbers.
-        smooth: keeps the loss defined where there is no object; the authors' code has 1.
+        logits: `(B, 1, *space)`, which go through a sigmoid, or `(B, K, *space)`, which go through a softmax. With a softmax
+            the loss is the mean over the classes 1 to K − 1.
+        target: class numbers, `(B, *space)`. With a sigmoid, every class but 0 is the object.
+        smooth: number that keeps the loss defined where there is no object; the authors' code has 1.
 
     Source: Drozdzal et al. 2018, section 3.3.
+    Taught in notebook 08.
     """
     _check(logits, target)
     if logits.dtype != torch.float64:
@@ -156,7 +171,7 @@ def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1.0) -> Tensor:
 
 
 def weight_penalty(model: nn.Module, *, l1: float = 0.0, l2: float = 0.0) -> Tensor:
-    """l1 · Σ|W| + l2 · ΣW² over the kernels of all convolutions; biases, batch normalisation and PReLU are left free.
+    """Return l1 · Σ|W| + l2 · ΣW² over the kernels of all convolutions; biases, batch normalisation and PReLU are not penalised.
 
     Source: Kamnitsas et al. 2017, appendix B (l1 = 1e-6, l2 = 1e-4 for 3D networks).
     """

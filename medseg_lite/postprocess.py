@@ -1,4 +1,4 @@
-"""What is done to a segmentation after the network."""
+"""Steps that clean a segmentation after the network."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from .volume import Case
 def remove_flat_components(
     label: np.ndarray, case: Case, *, thickness: float = 6.0, depth: float = 12.0, volume: float = 5.0
 ) -> np.ndarray:
-    """Call small flat pieces that lie along the skull background.
+    """Set small, flat components near the skull to background.
 
     A network that sees little of its surroundings takes bright meninges, vessels and sinuses at the brain's surface for
-    tumour. A connected piece (by faces, edges or corners; all classes but the background together) goes when it is
+    tumour. Components are connected by faces, edges or corners; all classes but the background count together. A component is
+    removed when it is
 
-    * flat: no voxel of it lies deeper inside it than half of `thickness`,
-    * near the skull: no voxel of it lies deeper in the brain than `depth`, and
-    * small: at most `volume`.
+    * flat: none of its voxels lies deeper inside it than half of `thickness`,
+    * near the skull: none of its voxels lies deeper in the brain than `depth`, and
+    * small: its volume is at most `volume`.
 
     Depths are distances from voxel centre to voxel centre, so the middle of a sheet of one or two voxels is one voxel deep.
 
     Args:
-        label: `(D, H, W)` class numbers, as `inference.predict` returns them.
-        case: whose `mask` ends at the skull and whose `spacing` gives the millimetres.
-        thickness: in mm.
-        depth: in mm below the surface of the mask.
-        volume: in ml.
+        label: class numbers `(D, H, W)`, as `inference.predict` returns them.
+        case: case with a `mask` that ends at the skull.
+        thickness: largest thickness in mm.
+        depth: largest depth in mm below the surface of the mask.
+        volume: largest volume in ml.
 
     Returns:
         A cleaned copy.
 
     Source: Havaei et al. 2017, section 3 (flat blobs near the skull, by connected components); the three limits are ours.
+    Taught in notebook 02.
     """
     label = np.asarray(label)
     if label.shape != case.shape:
@@ -46,7 +48,7 @@ def remove_flat_components(
         return cleaned
     pieces, count = ndimage.label(label > 0, np.ones((3, 3, 3)))
     numbers = np.arange(1, count + 1)
-    # Padded, so that what reaches the edge of the volume still has an outside there.
+    # The padding makes the edge of the volume an outside too.
     inside = ndimage.distance_transform_edt(np.pad(label > 0, 1), sampling=case.spacing)[1:-1, 1:-1, 1:-1]
     below = ndimage.distance_transform_edt(case.mask, sampling=case.spacing)
     sizes = np.bincount(pieces.ravel())[1:] * np.prod(case.spacing) / 1000
@@ -57,18 +59,19 @@ def remove_flat_components(
 
 
 def largest_component(label: np.ndarray) -> np.ndarray:
-    """Keep the largest connected piece of a segmentation and call the rest background.
+    """Keep the largest component of a segmentation and set the others to background.
 
-    For organs of which there is one: a network that sees single slices now and then finds a second prostate. Pieces are
-    connected by faces; all classes but the background count together.
+    This suits organs of which there is one: a network that sees single slices now and then finds a second prostate. Components
+    are connected by faces; all classes but the background count together.
 
     Args:
-        label: `(D, H, W)` or `(D, H)` class numbers, as `inference.predict` returns them.
+        label: class numbers `(D, H, W)` or `(D, H)`, as `inference.predict` returns them.
 
     Returns:
-        A cleaned copy; where there is nothing, nothing. Of pieces of the same size the first stays.
+        A cleaned copy. An empty label stays empty. Of components of the same size the first is kept.
 
     Source: Drozdzal et al. 2018, section 4.3.
+    Taught in notebook 08.
     """
     label = np.asarray(label)
     pieces, count = ndimage.label(label > 0)

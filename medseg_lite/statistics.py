@@ -1,5 +1,5 @@
-"""Is one method better than another, or only luckier? The paired t-test and the mean (sd) tables of the papers, and what to do
-when many methods are compared at once."""
+"""Comparisons of methods: the paired t-test and the mean (sd) tables of the papers, and corrections when many methods are
+compared at once."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ ALTERNATIVES = ("two-sided", "greater", "less")
 
 @dataclass(frozen=True)
 class TTest:
-    """Result of `paired_t_test`; `print` it for one readable line.
+    """The result of `paired_t_test`; `print` it for one readable line.
 
     Attributes:
-        t: mean difference over its standard error.
-        p: chance of a t at least this extreme if the mean difference were 0.
-        n: pairs used.
+        t: mean difference divided by its standard error.
+        p: probability of a t at least this extreme if the mean difference were 0.
+        n: number of pairs used.
         mean: mean of a - b.
-        low, high: 95 % confidence interval of that mean; one end is infinite for a one-sided alternative.
+        low, high: 95 % confidence interval of that mean. One end is infinite for a one-sided alternative.
         alternative: "two-sided", "greater" or "less".
-        dropped: pairs left out because one of their values was NaN.
+        dropped: number of pairs left out because one of their values was NaN.
     """
 
     t: float
@@ -50,19 +50,19 @@ class TTest:
 
 
 def paired_t_test(a: Sequence[float], b: Sequence[float], *, alternative: str = "two-sided", nan: str = "raise") -> TTest:
-    """Student's t-test for paired samples: two methods on the same cases, value i of both from case i.
+    """Apply Student's t-test for paired samples: two methods on the same cases, value i of both from case i.
 
     With d = a - b, t = mean(d) / (sd(d) / sqrt(n)) follows a t distribution with n - 1 degrees of freedom when d is
-    normal with mean 0. Kamnitsas 2017 uses it two-sided on the Dice of each case.
+    normal with mean 0. Kamnitsas et al. 2017 use the test two-sided on the Dice of each case.
 
     Args:
         a, b: one value per case, in the same order of cases.
-        alternative: "two-sided" asks whether the means differ, "greater" whether a's is larger, "less" whether it is
+        alternative: "two-sided" asks whether the means differ, "greater" whether that of a is larger, "less" whether it is
             smaller. Decide before you look at the values.
-        nan: "raise" for an error where a value is NaN (a surface distance to nothing), "omit" to leave such pairs out
-            and count them in the result's `dropped`.
+        nan: "raise" raises an error if a value is NaN (a surface distance to nothing). "omit" leaves such pairs out and
+            counts them in the result's `dropped`.
 
-    When all differences are 0, t is 0 and p is 1; when all are the same other number, t is infinite.
+    When all differences are 0, t is 0 and p is 1. When all differences are the same other number, t is infinite.
     """
     if alternative not in ALTERNATIVES:
         raise ValueError(f"alternative is {alternative!r}; expected one of {', '.join(map(repr, ALTERNATIVES))}")
@@ -86,42 +86,29 @@ def paired_t_test(a: Sequence[float], b: Sequence[float], *, alternative: str = 
 
     difference = a - b
     mean = float(difference.mean())
-    # Differences that are equal but for rounding have no spread: without this their t would be a huge random number.
+    # Differences that are equal except for rounding have no spread; without this case their t would be a huge random number.
     rounding = 4 * np.finfo(float).eps * max(np.abs(a).max(), np.abs(b).max())
     if np.ptp(difference) <= rounding:
         mean = 0.0 if abs(mean) <= rounding else mean
-        t, error = (math.copysign(math.inf, mean) if mean else 0.0), 0.0
+        t = math.copysign(math.inf, mean) if mean else 0.0
+        p = {"two-sided": 0.0, "greater": float(mean < 0), "less": float(mean > 0)}[alternative] if mean else 1.0
+        low, high = (-math.inf if alternative == "less" else mean), (math.inf if alternative == "greater" else mean)
     else:
-        error = float(difference.std(ddof=1)) / math.sqrt(n)
-        t = mean / error
-
-    freedom = n - 1
-    low, high = -math.inf, math.inf
-    if alternative == "two-sided":
-        p = 2 * stats.t.sf(abs(t), freedom)
-        reach = stats.t.ppf(0.975, freedom) * error
-        low, high = mean - reach, mean + reach
-    elif alternative == "greater":
-        p = stats.t.sf(t, freedom)
-        low = mean - stats.t.ppf(0.95, freedom) * error
-    else:
-        p = stats.t.cdf(t, freedom)
-        high = mean + stats.t.ppf(0.95, freedom) * error
-    if mean == 0 and error == 0:
-        p = 1.0
-    return TTest(t, float(p), n, mean, float(low), float(high), alternative, int(missing.sum()))
+        test = stats.ttest_rel(a, b, alternative=alternative)
+        t, p, (low, high) = test.statistic, test.pvalue, test.confidence_interval(0.95)
+    return TTest(float(t), float(p), n, mean, float(low), float(high), alternative, int(missing.sum()))
 
 
 def summary(table: pd.DataFrame, *, by: str | Sequence[str] = "region", decimals: int = 2) -> pd.DataFrame:
-    """Mean (standard deviation) of every metric in each group of a table from `metrics.evaluate_cohort`.
+    """Return mean (standard deviation) of every metric in each group of a table from `metrics.evaluate_cohort`.
 
-    The standard deviation is that of a sample (divided by n - 1). NaN values are left out; a cell to which fewer cases
-    contribute than its group has says so, as in `4.02 (2.54) [7/8]`.
+    The standard deviation is that of a sample (divided by n - 1). NaN values are left out. A cell with fewer values than its
+    group has cases says so, as in `4.02 (2.54) [7/8]`.
 
     Args:
-        table: one row per case and region, metrics in columns of numbers.
-        by: column or columns to group by, `["method", "region"]`; groups keep the order in which they appear.
-        decimals: digits after the point.
+        table: table with one row per case and region, and metrics in columns of numbers.
+        by: column or columns to group by, for example `["method", "region"]`. Groups keep the order in which they appear.
+        decimals: number of digits after the point.
     """
     by = [by] if isinstance(by, str) else list(by)
     missing = [column for column in by if column not in table.columns]
@@ -149,16 +136,17 @@ def _mean_sd(column: pd.Series, decimals: int) -> str:
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-    """p-values adjusted for their number: call those at most α significant, and any false call among all has chance at most α.
+    """Adjust p-values for their number.
 
-    With m tests and the p-values sorted, p_(1) ≤ … ≤ p_(m), the adjusted p̃_(k) = max over j ≤ k of min(1, (m - j + 1) p_(j)). It needs no
-    assumption about how the tests depend on each other, and is never less powerful than m p (Bonferroni).
+    If you call adjusted p-values of at most α significant, the probability of one or more false calls is at most α. With m tests
+    and the p-values sorted, p_(1) ≤ … ≤ p_(m), the adjusted value is p̃_(k) = max over j ≤ k of min(1, (m - j + 1) p_(j)). The
+    method needs no assumption about how the tests depend on each other, and is never less powerful than Bonferroni's m p.
 
     Args:
-        p_values: one for each test; in any order.
+        p_values: one p-value for each test, in any order.
 
     Returns:
-        The adjusted ones, in the same order.
+        The adjusted p-values, in the same order.
 
     Source: Holm 1979, "A simple sequentially rejective multiple test procedure". The papers of this course correct nothing.
     """
@@ -173,16 +161,16 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 
 def pairwise(scores: pd.DataFrame, *, nan: str = "raise") -> pd.DataFrame:
-    """`paired_t_test` between every two methods, with Holm's correction for their number.
+    """Apply `paired_t_test` to every two methods, with Holm's correction for the number of tests.
 
     Args:
-        scores: one row for each case, one column for each method.
-        nan: as for `paired_t_test`, pair by pair.
+        scores: table with one row for each case and one column for each method.
+        nan: "raise" or "omit" for NaN, as in `paired_t_test`, for each pair of methods separately.
 
     Returns:
-        One row for each pair, in the order of the columns: `a`, `b`, the mean difference a - b as `mean`, its 95 % confidence interval
-        `low` to `high` (of this pair alone, not corrected), `p`, `p_holm`, the cases in which a is higher (`wins`) and lower (`losses`),
-        and the pairs of values used, `n`.
+        One row for each pair of methods, in the order of the columns: `a`, `b`, the mean difference a - b as `mean`, its 95 %
+        confidence interval `low` to `high` (for this pair alone, not corrected), `p`, `p_holm`, the numbers of cases in which a is
+        higher (`wins`) and lower (`losses`), and the number of pairs of values used, `n`.
     """
     if scores.shape[1] < 2 or not scores.columns.is_unique:
         raise ValueError(
@@ -191,33 +179,23 @@ def pairwise(scores: pd.DataFrame, *, nan: str = "raise") -> pd.DataFrame:
     rows = []
     for a, b in combinations(scores.columns, 2):
         test, difference = paired_t_test(scores[a], scores[b], nan=nan), scores[a] - scores[b]
-        rows.append(
-            {
-                "a": a,
-                "b": b,
-                "mean": test.mean,
-                "low": test.low,
-                "high": test.high,
-                "p": test.p,
-                "wins": int((difference > 0).sum()),
-                "losses": int((difference < 0).sum()),
-                "n": test.n,
-            }
-        )
-    table = pd.DataFrame(rows)
+        wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+        rows.append((a, b, test.mean, test.low, test.high, test.p, wins, losses, test.n))
+    table = pd.DataFrame(rows, columns=["a", "b", "mean", "low", "high", "p", "wins", "losses", "n"])
     table.insert(6, "p_holm", holm(table["p"]))
     return table
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Result of `ranks`.
+    """The result of `ranks`.
 
     Attributes:
         mean: mean rank of each method over the cases, best (near 1) first.
-        p: chance of mean ranks at least this unequal if all methods were alike (Friedman's test).
-        critical: two methods whose mean ranks are further apart than this differ at the level asked for (Nemenyi's test).
-        n: cases.
+        p: probability of mean ranks at least this unequal if all methods were alike (Friedman's test).
+        critical: critical difference. Two methods whose mean ranks differ by more are different at the chosen level (Nemenyi's
+            test).
+        n: number of cases.
     """
 
     mean: pd.Series
@@ -227,16 +205,16 @@ class Ranking:
 
 
 def ranks(scores: pd.DataFrame, *, higher_is_better: bool = True, level: float = 0.05) -> Ranking:
-    """Rank the methods within each case, and ask whether the mean ranks differ by more than chance.
+    """Rank the methods within each case, and test whether the mean ranks differ by more than chance.
 
-    Ranks forget by how much a case was lost, so that one disaster counts no more than any other last place. Equal
-    values share their ranks' mean.
+    Ranks ignore the size of a difference, so that one disaster counts no more than any other last place. Equal values share
+    the mean of their ranks.
 
     Args:
-        scores: one row for each case, one column for each of three methods or more; no NaN.
-        higher_is_better: False for distances.
-        level: of Nemenyi's test, for all pairs of methods together. Its critical difference is q √(k (k + 1) / 6 n) for k methods and n
-            cases, with q the studentized range's quantile over √2.
+        scores: table with one row for each case and one column for each of three methods or more, without NaN.
+        higher_is_better: whether a higher score is better; False for distances.
+        level: significance level of Nemenyi's test, for all pairs of methods together. The critical difference is
+            q √(k (k + 1) / 6 n) for k methods and n cases, where q is the studentized range's quantile divided by √2.
 
     Source: Demšar 2006, "Statistical comparisons of classifiers over multiple data sets", section 3.2.
     """
@@ -248,10 +226,10 @@ def ranks(scores: pd.DataFrame, *, higher_is_better: bool = True, level: float =
         worst = scores.index[np.isnan(values).any(axis=1)][0]
         raise ValueError(f"scores has NaN, first in case {worst}; ranks need all methods of a case: leave it out")
     if not 0 < level < 1:
-        raise ValueError(f"level={level}; expected a chance between 0 and 1, for example 0.05")
+        raise ValueError(f"level={level}; expected a probability between 0 and 1, for example 0.05")
     table = stats.rankdata(-values if higher_is_better else values, axis=1)
     mean = pd.Series(table.mean(axis=0), index=scores.columns, name="mean rank").sort_values(kind="stable")
-    alike = (table == table[:, :1]).all()  # every case one great tie, of which Friedman's test knows nothing
+    alike = (table == table[:, :1]).all()  # a tie in every case, for which Friedman's test is undefined
     p = 1.0 if alike else float(stats.friedmanchisquare(*values.T).pvalue)
     q = stats.studentized_range.ppf(1 - level, methods, np.inf) / math.sqrt(2)
     return Ranking(mean, p, float(q * math.sqrt(methods * (methods + 1) / (6 * count))), count)

@@ -43,6 +43,20 @@ def grid_case():
 
 
 @pytest.fixture
+def blobs():
+    """`blobs(seed, shape)`: a random object whose voxels cluster a little, never empty."""
+
+    def make(seed: int, shape: tuple[int, ...], density: float = 0.3) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        mask = rng.random(shape) < density
+        mask |= np.roll(mask, 1, axis=0) & (rng.random(shape) < 0.5)
+        mask.flat[rng.integers(mask.size)] = True
+        return mask
+
+    return make
+
+
+@pytest.fixture
 def stir():
     """`stir(model)`: move biases, slopes and normalisation away from their neutral starting values, as training does."""
 

@@ -280,7 +280,7 @@ def test_balanced_cross_entropy_does_not_mind_how_rare_a_class_is():
         losses.balanced_cross_entropy(logits, target, target_weights=t),
     )
     for bad in ((0.5, 0.4), (1.0,), (1.5, -0.5)):
-        with pytest.raises(ValueError, match="expected 2 numbers from 0 on of sum 1"):
+        with pytest.raises(ValueError, match="expected 2 numbers, none negative, that sum to 1"):
             losses.balanced_cross_entropy(logits, target, target_weights=bad)
 
 

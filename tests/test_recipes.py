@@ -241,7 +241,7 @@ def test_mlynarski_in_two_steps(tmp_path):
     assert all(same(model, again).values())
     alone = recipes.mlynarski(cases, network="mlynarski_3d", output=4, **short)
     assert alone.config["variant"] == "standard" and alone.in_channels == 2
-    with pytest.raises(ValueError, match="expected 3 numbers from 0 on of sum 1"):
+    with pytest.raises(ValueError, match="expected 3 numbers, none negative, that sum to 1"):
         recipes.mlynarski(cases, network="mlynarski_3d", output=4, target_weights=(0.5, 0.5), **short)
 
 

@@ -1,10 +1,10 @@
 """Make icbm152_2009a.npz from the ICBM152 2009a (symmetric, nonlinear) T1, grey and white matter maps.
 
-The three maps come with nilearn's wheel, which is needed for this script only (`pip install nilearn`):
+The three maps come with nilearn's wheel. Only this script needs it (`pip install nilearn`):
 
     python data/anatomy/make_anatomy.py
 
-They are cropped to the brain and resampled from 1 mm to 1.5 mm, which is finer than the average of 152 brains can
+The maps are cropped to the brain and resampled from 1 mm to 1.5 mm, which is finer than the average of 152 brains can
 resolve. Values stay uint8: 0 to 255 stand for 0 to 1.
 """
 
@@ -26,11 +26,12 @@ SHAPE = (101, 129, 107)
 
 
 def resample(volume: np.ndarray, grid: list[np.ndarray]) -> np.ndarray:
-    """Linear interpolation, after just enough smoothing to avoid aliasing."""
+    """Interpolate linearly, after just enough smoothing to avoid aliasing."""
     return ndimage.map_coordinates(ndimage.gaussian_filter(volume, 0.4), grid, order=1, mode="constant")
 
 
 def main() -> None:
+    """Write the file and print the extent of the brain in each map."""
     folder = Path(importlib.util.find_spec("nilearn").submodule_search_locations[0]) / "datasets" / "data"
     arrays = {}
     for name in ("t1", "gm", "wm"):

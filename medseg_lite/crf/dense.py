@@ -1,17 +1,18 @@
-"""The fully connected conditional random field: every voxel talks to every other, through two Gaussian kernels."""
+"""The fully connected conditional random field: every pair of voxels is connected, through two Gaussian kernels."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..volume import Case
-from .gaussian import GridGaussian, unravel
+from .gaussian import GridGaussian
 from .permutohedral import Permutohedral
 
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
@@ -25,30 +26,32 @@ class DenseCRF(nn.Module):
     potential ψ_u = -log P(z_i | image), the smoothness kernel k₁ = exp(-Σ_d Δp_d² / 2σ_α,d²) over positions p, and the
     appearance kernel k₂ = exp(-Σ_d Δp_d² / 2σ_β,d² - Σ_c ΔI_c² / 2σ_γ,c²) over positions and intensities I.
 
-    Mean field looks for the product of independent distributions Q_i that is closest to exp(-E). Starting from
-    softmax(-ψ_u), each iteration sets Q_i(l) ∝ exp(-ψ_u,i(l) - Σ_l' μ(l, l') Σ_m w_m Σ_j k_m(i, j) Q_j(l')). The sums over
-    all pairs are Gaussian filters: k₁ on the grid, k₂ on a permutohedral lattice, which approximates it (by 15 % for three
-    features, by more for more). As in the authors' code a voxel also hears itself, and kernels are normalised.
+    Mean field looks for the product of independent distributions Q_i that is closest to exp(-E). It starts from
+    softmax(-ψ_u), and each iteration sets Q_i(l) ∝ exp(-ψ_u,i(l) - Σ_l' μ(l, l') Σ_m w_m Σ_j k_m(i, j) Q_j(l')). The sums over
+    all pairs are Gaussian filters: k₁ on the grid, k₂ on a permutohedral lattice, which approximates it (with an error of 15 %
+    for three features, and more for more features). As in the authors' code, the sums over j include j = i, and the kernels are
+    normalised.
 
     Args:
         smoothness_weight, appearance_weight: w₁ and w₂; 0 leaves a kernel out.
         smoothness_sigma, appearance_sigma: σ_α and σ_β, one number or one for each axis.
         intensity_sigma: σ_γ in the image's own units (standard deviations after `transforms.standardise`), one number or one
             for each channel. The authors' code counts in 255ths of a range of 6 standard deviations: its 42.5 is our 1.
-        iterations: mean-field updates. 5 to 10 are common.
-        units: whether σ_α and σ_β are in "voxels" or "mm".
+        iterations: number of mean-field updates; 5 to 10 are common.
+        units: unit of σ_α and σ_β, "voxels" or "mm".
         normalization: how a kernel K is divided by its row sums n = K 1: "symmetric" n^-½ K n^-½ (the authors'),
             "before" K n⁻¹, "after" n⁻¹ K, or "none".
-        compatibility: μ, "potts" (1 for different labels, 0 for equal ones) or a `(classes, classes)` matrix.
-        learn: which parameters `parameters()` gives to an optimiser: any of "weights", "compatibility" and "sigmas".
+        compatibility: μ, "potts" (1 for different labels, 0 for equal ones) or a matrix `(classes, classes)`.
+        learn: groups of parameters that are to be learned (`requires_grad`), any of "weights", "compatibility" and "sigmas".
             A Potts matrix that is to be learned needs `classes`.
-        classes: number of labels, when the compatibility is "potts" and is to be learned.
+        classes: number of labels, if the compatibility is "potts" and is to be learned.
 
     Raises:
         ValueError: for values that make no sense, and in use for inputs that do not fit or are not finite.
 
-    Source: Kamnitsas et al. 2017, section 2.5 and equation 5; Krähenbühl and Koltun 2011 and 2013. As a layer: Zheng et al.
+    Source: Kamnitsas et al. 2017, section 2.5 and eq. 5; Krähenbühl and Koltun 2011 and 2013. As a layer: Zheng et al.
     2015, which Kamnitsas et al. name as future work (section 5).
+    Taught in notebook 05.
     """
 
     def __init__(
@@ -106,16 +109,16 @@ class DenseCRF(nn.Module):
         """Refine a batch of soft segmentations.
 
         Args:
-            logits: `(B, K, *space)`, unnormalised log-probabilities, as networks give them. Any number of spatial axes.
-            image: `(B, C, *space)`, which tells the appearance kernel what looks alike.
-            mask: `(B, *space)` bool; only the voxels inside take part. By default all.
+            logits: unnormalised log-probabilities `(B, K, *space)`, as networks return them, with any number of spatial axes.
+            image: image `(B, C, *space)` for the appearance kernel.
+            mask: voxels that take part, `(B, *space)` bool; by default all.
             spacing: mm between voxels along each axis; needed with `units="mm"`.
-            prepared: what `prepare` made for these images and masks, to be used again (unless sigmas are learned); mask
-                and spacing are then not needed.
+            prepared: results of `prepare` for these images and masks, to be used again (unless sigmas are learned). Mask and
+                spacing are then not needed.
 
         Returns:
-            log Q `(B, K, *space)`, of the logits' type, computed in float64 if the image is and else in float32; its softmax is
-            Q. Outside the mask the logits as they came.
+            log Q `(B, K, *space)`, of the logits' type; its softmax is Q. It is computed in float64 if the image is float64, and
+            in float32 otherwise. Outside the mask the logits are unchanged.
         """
         _check_shapes(logits, image, mask)
         if prepared is None:
@@ -136,10 +139,17 @@ class DenseCRF(nn.Module):
         clip: float = 1e-5,
         prepared: Prepared | None = None,
     ) -> np.ndarray:
-        """Refine the probabilities `(K, D, H, W)` that `inference.predict` gives for a case; returns the same kind of array.
+        """Refine the probabilities `(K, D, H, W)` that `inference.predict` returns for a case.
 
-        Probabilities are kept from `clip` on, so that an overconfident 0 can still be talked out of it. Outside the case's
-        mask nothing changes (`inside_mask=False` lets all voxels take part).
+        Args:
+            probabilities: class probabilities `(K, D, H, W)`.
+            case: case with the image. Its mask limits the voxels that take part; the others do not change.
+            inside_mask: whether to use the mask. False lets all voxels take part.
+            clip: least probability. Smaller ones are raised to it, so that a probability of exactly 0 can still change.
+            prepared: result of `prepare` for this case, to be used again.
+
+        Returns:
+            The refined probabilities, `(K, D, H, W)` float32.
         """
         device = self.smoothness_weight.device
         values = torch.as_tensor(np.asarray(probabilities))
@@ -161,7 +171,7 @@ class DenseCRF(nn.Module):
         return result.index_copy_(1, index, refined.to(result)).view(values.shape).numpy()
 
     def prepare(self, image: Tensor, mask: Tensor | None = None, *, spacing: Sequence[float] | None = None) -> Prepared:
-        """Build both kernels of one image `(C, *space)`, which do not depend on the segmentation, the weights or μ."""
+        """Build both kernels of one image `(C, *space)`; they do not depend on the segmentation, the weights or μ."""
         self._check_values()
         image = image.detach()  # no gradient flows to it
         dims = image.ndim - 1
@@ -180,9 +190,9 @@ class DenseCRF(nn.Module):
         intensities = torch.index_select(image.flatten(1), 1, index).to(kind)
         _check_finite("image", intensities)
         sigmas = [
-            _per("smoothness_sigma", self.smoothness_sigma, dims, "spatial axes").to(kind) / scale,
-            _per("appearance_sigma", self.appearance_sigma, dims, "spatial axes").to(kind) / scale,
-            _per("intensity_sigma", self.intensity_sigma, len(image), "channels").to(kind),
+            _expand("smoothness_sigma", self.smoothness_sigma, dims, "spatial axes").to(kind) / scale,
+            _expand("appearance_sigma", self.appearance_sigma, dims, "spatial axes").to(kind) / scale,
+            _expand("intensity_sigma", self.intensity_sigma, len(image), "channels").to(kind),
         ]
         return Prepared(index, tuple(image.shape[1:]), intensities, *sigmas, self.normalization)
 
@@ -195,33 +205,38 @@ class DenseCRF(nn.Module):
         return flat.index_copy(1, prepared.index, refined.to(logits.dtype)).view(logits.shape)
 
     def _mean_field(self, unary: Tensor, prepared: Prepared) -> Tensor:
-        """Logits of Q `(K, N)`, from log P `(K, N)` up to a constant.
+        """Compute logits of Q `(K, N)` from log P `(K, N)`, both up to a constant.
 
-        Only differences between labels matter, so all is kept relative to the last label, and filtering, the dear part, is done
-        for K - 1 differences. With E the energies Σ_l' μ(l, l') F(l') of the filtered Q, and D(l) = F(l) - F(K):
-        E(l) - E(K) = Σ_l' (μ(l, l') - μ(K, l')) D(l') + r(l) F(K), where r sums a row of that matrix, and F(K) follows from
-        the filtered constant 1 = Σ Q.
+        Only differences between labels matter, so everything is kept relative to the last label, and filtering, the costly part,
+        is done for K - 1 differences. With the energies E(l) = Σ_l' μ(l, l') F(l') of the filtered Q, and D(l) = F(l) - F(K):
+        E(l) - E(K) = Σ_l' (μ(l, l') - μ(K, l')) D(l') + r(l) F(K), where r sums a row of that matrix. F(K) follows from the
+        filtered constant 1 = Σ Q.
         """
-        classes, kind = len(unary), prepared.dtype
+        classes, kind = len(unary), prepared.intensities.dtype
         unary = unary.to(kind)
         if classes == 1 or not unary.shape[1]:
             return unary
-        potts = self.compatibility is None  # then the matrix of the second equation is -1 and r is 0
+        # For Potts the first K - 1 columns of that matrix are minus the identity, and r is 0.
+        potts = self.compatibility is None
         μ = 1 - torch.eye(classes, device=unary.device) if potts else self.compatibility
         if len(μ) != classes:
             raise ValueError(f"the compatibility matrix is for {len(μ)} classes, the segmentation has {classes}")
         relative = (μ[:-1] - μ[-1:]).to(kind)  # (K - 1, K)
         uneven = relative.sum(1, keepdim=True)
 
-        kernels = []
-        for weight, name in ((self.smoothness_weight, "smoothness"), (self.appearance_weight, "appearance")):
-            if weight.requires_grad or float(weight) != 0:  # a kernel without weight is not even built
-                kernels.append((weight.to(kind), getattr(prepared, name)))
+        def matters(weight: Tensor) -> bool:
+            return weight.requires_grad or float(weight) != 0
+
+        kernels = []  # a kernel without weight is not even built
+        if matters(self.smoothness_weight):
+            kernels.append((self.smoothness_weight.to(kind), prepared.smoothness))
+        if matters(self.appearance_weight):
+            kernels.append((self.appearance_weight.to(kind), prepared.appearance))
         unary = unary[:-1] - unary[-1:]
         zero = unary.new_zeros(1, unary.shape[1])
         z = unary
         for _ in range(self.iterations if kernels else 0):
-            # Q(l) - Q(K); with two labels sigmoid(z) - sigmoid(-z)
+            # Q(l) - Q(K); for two labels this is sigmoid(z) - sigmoid(-z) = tanh(z / 2).
             if classes == 2:
                 difference = torch.tanh(z / 2)
             else:
@@ -237,17 +252,20 @@ class DenseCRF(nn.Module):
                     filtered = kernel.add(filtered, difference, weight)
                 z = unary - relative[:, :-1] @ filtered
                 if uneven.requires_grad or uneven.any():
-                    of_ones = sum(weight * kernel.of_ones for weight, kernel in kernels)
-                    z = z - uneven * (of_ones - filtered.sum(0, keepdim=True)) / classes
+                    constant = sum(weight * kernel.filtered_ones for weight, kernel in kernels)
+                    z = z - uneven * (constant - filtered.sum(0, keepdim=True)) / classes
         return torch.cat([z, zero])
 
     def _check_values(self) -> None:
-        for name in ("smoothness_sigma", "appearance_sigma", "intensity_sigma"):
-            value = getattr(self, name).detach()
+        sigmas = {
+            "smoothness_sigma": self.smoothness_sigma,
+            "appearance_sigma": self.appearance_sigma,
+            "intensity_sigma": self.intensity_sigma,
+        }
+        for name, value in sigmas.items():
             if not (torch.isfinite(value).all() and (value > 0).all()):
                 raise ValueError(f"{name}={value.tolist()}; standard deviations must be positive and finite")
-        for name in ("smoothness_weight", "appearance_weight"):
-            value = getattr(self, name).detach()
+        for name, value in {"smoothness_weight": self.smoothness_weight, "appearance_weight": self.appearance_weight}.items():
             if value.ndim or not torch.isfinite(value):
                 raise ValueError(f"{name}={value.tolist()}; expected one finite number")
         if self.compatibility is not None:
@@ -257,39 +275,44 @@ class DenseCRF(nn.Module):
         return f"iterations={self.iterations}, units={self.units!r}, normalization={self.normalization!r}"
 
 
+@dataclass(eq=False)
 class Prepared:
     """Both kernels of one image; each is built when it is first needed.
 
     Attributes:
-        index: the voxels that take part, positions in the flattened grid `(N,)`.
+        index: positions in the flattened grid of the voxels that take part, `(N,)`.
         shape: size of the grid.
-        dtype: what is computed in.
-        smoothness, appearance: kernels; calling one filters `(c, N)`.
+        intensities: values of the channels at these voxels, `(C, N)`; everything is computed in their type.
+        smoothness_sigma, appearance_sigma: standard deviations in voxels, one for each axis.
+        intensity_sigma: standard deviations of the intensities, one for each channel.
+        normalization: as in `DenseCRF`.
     """
 
-    def __init__(self, index, shape, intensities, smoothness_sigma, appearance_sigma, intensity_sigma, normalization) -> None:
-        self.index, self.shape, self._intensities, self._normalization = index, shape, intensities, normalization
-        self.dtype = intensities.dtype
-        self._smoothness_sigma, self._appearance_sigma = smoothness_sigma, appearance_sigma
-        self._intensity_sigma = intensity_sigma
+    index: Tensor
+    shape: tuple[int, ...]
+    intensities: Tensor
+    smoothness_sigma: Tensor
+    appearance_sigma: Tensor
+    intensity_sigma: Tensor
+    normalization: str
 
     @functools.cached_property
     def smoothness(self) -> Kernel:
-        grid = GridGaussian(self.index, self.shape, self._smoothness_sigma)
-        return Kernel(grid.filter, self._intensities.new_ones(1, len(self.index)), self._normalization)
+        """The smoothness kernel k₁; calling it filters `(c, N)`."""
+        grid = GridGaussian(self.index, self.shape, self.smoothness_sigma)
+        return Kernel(grid.filter, self.intensities.new_ones(1, len(self.index)), self.normalization)
 
     @functools.cached_property
     def appearance(self) -> Kernel:
-        features = torch.empty(
-            len(self.shape) + len(self._intensities), len(self.index), dtype=self._intensities.dtype, device=self.index.device
-        )
-        positions = unravel(self.index, self.shape)
-        sigmas = torch.cat([self._appearance_sigma, self._intensity_sigma])
-        for row, sigma, values in zip(features, sigmas.detach(), (*positions, *self._intensities)):
+        """The appearance kernel k₂; calling it filters `(c, N)`."""
+        positions = torch.unravel_index(self.index, self.shape)
+        sigmas = torch.cat([self.appearance_sigma, self.intensity_sigma])
+        features = self.intensities.new_empty(len(sigmas), len(self.index))
+        for row, sigma, values in zip(features, sigmas.detach(), (*positions, *self.intensities)):
             torch.div(values, sigma, out=row)
         lattice = Permutohedral(features)
         if sigmas.requires_grad:
-            # The same features once more, now as a function of the sigmas, for gradients.
+            # The same features as a function of the sigmas, for gradients.
             features = features * (sigmas.detach() / sigmas)[:, None]
 
             def filter(signal: Tensor) -> Tensor:
@@ -300,13 +323,13 @@ class Prepared:
             def filter(signal: Tensor) -> Tensor:
                 return _LatticeFilter.apply(signal, None, lattice)
 
-        return Kernel(filter, self._intensities.new_ones(1, len(self.index)), self._normalization)
+        return Kernel(filter, self.intensities.new_ones(1, len(self.index)), self.normalization)
 
 
 class Kernel:
-    """A filter K with its normalisation; `of_ones` is what it makes of the constant 1, `(1, N)`."""
+    """A filter K with its normalisation."""
 
-    def __init__(self, filter, ones: Tensor, normalization: str) -> None:
+    def __init__(self, filter: Callable[[Tensor], Tensor], ones: Tensor, normalization: str) -> None:
         self._filter, self._ones, self._before, self._after = filter, ones, None, None
         if normalization == "symmetric":
             self._before = self._after = (filter(ones) + 1e-20).rsqrt()
@@ -316,21 +339,22 @@ class Kernel:
             self._after = 1 / (filter(ones) + 1e-20)
 
     @functools.cached_property
-    def of_ones(self) -> Tensor:
+    def filtered_ones(self) -> Tensor:
+        """The filtered constant 1, `(1, N)`."""
         return self(self._ones)
 
     def __call__(self, signal: Tensor) -> Tensor:
         return self.add(self._ones.new_zeros(()), signal, self._ones.new_ones(()))
 
     def add(self, total: Tensor, signal: Tensor, weight: Tensor) -> Tensor:
-        """total + weight K signal, in as few passes over memory as it takes."""
+        """Return total + weight K signal, in few passes over memory."""
         if self._before is not None:
             signal = signal * self._before
         return torch.addcmul(total, self._filter(signal), weight if self._after is None else weight * self._after)
 
 
 class _LatticeFilter(torch.autograd.Function):
-    """The lattice as a differentiable operation on the signal `(c, N)` and, where asked for, on the features `(d, N)`."""
+    """The lattice as a differentiable operation on the signal `(c, N)` and, if there are any, on the features `(d, N)`."""
 
     @staticmethod
     def forward(ctx, signal: Tensor, features: Tensor | None, lattice: Permutohedral) -> Tensor:
@@ -345,8 +369,8 @@ class _LatticeFilter(torch.autograd.Function):
         back = lattice.filter(gradient.contiguous(), transpose=True)
         if not ctx.needs_input_grad[1]:
             return back, None, None
-        # The lattice is piecewise linear in the features; its own slope says little. The Gaussian that it stands for has
-        # ∂k(f_i, f_j)/∂f_i = -k (f_i - f_j), and the sums over j of that are filters again.
+        # The lattice is piecewise linear in the features, so its own slope says little. The Gaussian that it approximates has
+        # ∂k(f_i, f_j)/∂f_i = -k (f_i - f_j), and the sums of that over j are filters again.
         signal, features, result = ctx.saved_tensors
         slope = torch.empty_like(features)
         for out, f in zip(slope, features - features.mean(1, keepdim=True)):
@@ -356,20 +380,22 @@ class _LatticeFilter(torch.autograd.Function):
 
 
 def whole_tumour(crf: DenseCRF, probabilities: np.ndarray, case: Case, *, prepared: Prepared | None = None) -> np.ndarray:
-    """The paper's recipe for several tumour classes: refine tumour against background, and keep what kind of tumour it is.
+    """Refine tumour against background and keep the kind of tumour, as the paper does for several tumour classes.
 
-    The class probabilities are merged into one "whole tumour" map, and the CRF refines that. Voxels that it takes away become
-    background; voxels that it adds get their most probable tumour class (the paper does not say; this is our reading).
+    The class probabilities are merged into one "whole tumour" map, and the CRF refines that. Voxels that it removes become
+    background. Voxels that it adds get their most probable tumour class (the paper does not say; this is our reading).
 
     Args:
         crf: a CRF for two classes.
-        probabilities: `(K, D, H, W)`, class 0 the background.
-        case: its image, and the mask outside which nothing changes.
+        probabilities: class probabilities `(K, D, H, W)`, class 0 the background.
+        case: case with the image, and the mask outside which nothing changes.
+        prepared: result of `crf.prepare` for this case, to be used again.
 
     Returns:
-        Labels `(D, H, W)` uint8.
+        Class numbers `(D, H, W)`, uint8.
 
     Source: Kamnitsas et al. 2017, section 4.2.2.
+    Taught in notebook 05.
     """
     probabilities = np.asarray(probabilities)
     background = probabilities[0]
@@ -381,7 +407,7 @@ def whole_tumour(crf: DenseCRF, probabilities: np.ndarray, case: Case, *, prepar
     return np.where(case.mask, labels, probabilities.argmax(0).astype(np.uint8))
 
 
-def _per(name: str, sigma: Tensor, count: int, what: str) -> Tensor:
+def _expand(name: str, sigma: Tensor, count: int, what: str) -> Tensor:
     if sigma.ndim == 0:
         return sigma.expand(count)
     if sigma.shape != (count,):
@@ -404,7 +430,7 @@ def _check_grid(prepared: Prepared, shape: Sequence[int]) -> None:
     if tuple(prepared.shape) != tuple(shape):
         raise ValueError(
             f"prepared is for an image of {tuple(prepared.shape)} voxels; the segmentation has {tuple(shape)}. "
-            "Prepare each image for itself"
+            "Prepare each image separately"
         )
 
 

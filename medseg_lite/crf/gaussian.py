@@ -1,4 +1,4 @@
-"""Gaussian filtering over the voxels of a grid: three small matrix products, as exact as float32 allows."""
+"""Gaussian filtering over the voxels of a grid: a small matrix product for each axis, as exact as float32 allows."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 class GridGaussian:
-    """Sums over the voxels inside a mask, weighted with exp(-distance² / 2σ²), along each axis its own σ.
+    """A filter that sums over the voxels inside a mask, weighted with exp(-distance² / 2σ²); each axis has its own σ.
 
-    The Gaussian is a product over the axes, and along an axis of n voxels its matrix is K ≈ A Aᵀ with A of shape (n, m): a
-    Gaussian is the convolution of two narrower ones, and m samples in between, h = .62 σ apart, are enough for an error of
-    5e-6: by Poisson's summation formula it is 2 exp(-π² σ² / 2h²).
-    So every axis is first reduced to m values and then expanded again. Gradients flow to the signal and to the sigmas.
+    The Gaussian is a product over the axes. Along an axis of n voxels its matrix is K ≈ A Aᵀ with A of shape (n, m), because a
+    Gaussian is the convolution of two narrower ones, and m samples between them, h = .62 σ apart, are enough for an error of
+    5e-6. (By Poisson's summation formula the error is 2 exp(-π² σ² / 2h²).) So every axis is first reduced to m values and
+    then expanded again. Gradients flow to the signal and to the sigmas.
 
     Args:
-        index: position of the voxels in the flattened grid, `(N,)`.
+        index: positions of the voxels in the flattened grid, `(N,)`.
         shape: size of the grid.
         sigma: standard deviation along each axis in voxels, `(dimensions,)`.
     """
@@ -26,33 +26,25 @@ class GridGaussian:
     def __init__(self, index: Tensor, shape: Sequence[int], sigma: Tensor) -> None:
         start, stop = _bounds(index, shape)
         self.shape = [b - a for a, b in zip(start, stop)]
-        self.index = _flat([p - a for p, a in zip(unravel(index, shape), start)], self.shape)
+        self.index = _flatten([p - a for p, a in zip(torch.unravel_index(index, tuple(shape)), start)], self.shape)
         self.factors = [_factor(n, s) for n, s in zip(self.shape, sigma)]
 
     def filter(self, signal: Tensor) -> Tensor:
-        """`(c, N)` -> `(c, N)`, each channel by itself."""
+        """Filter a signal `(c, N)`, each channel separately; the result has the same shape."""
         return torch.stack([self._filter(channel) for channel in signal])
 
     def _filter(self, values: Tensor) -> Tensor:
         box = values.new_zeros(math.prod(self.shape)).index_copy_(0, self.index, values).view(self.shape)
         for axis, (down, _) in enumerate(self.factors):
-            box = _along(box, down, axis)
+            box = _multiply_axis(box, down, axis)
         for axis in reversed(range(len(self.shape))):
             up = self.factors[axis][1]
-            box = box if up is None else _along(box, up, axis)
+            box = box if up is None else _multiply_axis(box, up, axis)
         return torch.index_select(box.reshape(-1), 0, self.index)
 
 
-def unravel(index: Tensor, shape: Sequence[int]) -> list[Tensor]:
-    """The coordinates of flat positions, one tensor for each axis."""
-    coordinates = []
-    for n in reversed(shape):
-        coordinates.append(index % n)
-        index = torch.div(index, n, rounding_mode="floor")
-    return coordinates[::-1]
-
-
-def _flat(coordinates: list[Tensor], shape: Sequence[int]) -> Tensor:
+def _flatten(coordinates: list[Tensor], shape: Sequence[int]) -> Tensor:
+    """Return the positions in the flattened grid of voxels with these coordinates."""
     flat = torch.zeros_like(coordinates[0])
     for coordinate, n in zip(coordinates, shape):
         flat = flat * n + coordinate
@@ -60,12 +52,13 @@ def _flat(coordinates: list[Tensor], shape: Sequence[int]) -> Tensor:
 
 
 def _bounds(index: Tensor, shape: Sequence[int]) -> tuple[list[int], list[int]]:
-    coordinates = unravel(index, shape)
+    """Return the first and last corner of the smallest box that holds the voxels."""
+    coordinates = torch.unravel_index(index, tuple(shape))
     return [int(c.min()) for c in coordinates], [int(c.max()) + 1 for c in coordinates]
 
 
 def _factor(n: int, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Two matrices whose product is the Gaussian's matrix `(n, n)`; the second is None where the whole matrix is no larger."""
+    """Return two matrices whose product is the Gaussian's matrix `(n, n)`, or this matrix and None where it is no larger."""
     voxels = torch.arange(n, dtype=sigma.dtype, device=sigma.device)
     step = 0.62 * float(sigma.detach())
     samples = math.ceil((n - 1 + 6 * float(sigma.detach())) / step) + 1  # 3 σ beyond both ends
@@ -77,8 +70,8 @@ def _factor(n: int, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
     return narrow.T.contiguous(), narrow
 
 
-def _along(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    """Multiply one axis of `x` by a matrix `(m, n)`."""
+def _multiply_axis(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    """Multiply every line of `x` along an axis by a matrix `(m, n)`."""
     m, n = matrix.shape
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     if not after:

@@ -1,8 +1,8 @@
-"""Gaussian filtering in many dimensions at once, in time linear in the number of points: the permutohedral lattice.
+"""The permutohedral lattice: Gaussian filtering in many dimensions, in time linear in the number of points.
 
-Points are spread onto the vertices of a lattice of simplices (splat), the vertices are blurred along the lattice's
-directions with (1/2, 1, 1/2) (blur), and the points read their values back (slice). A. Adams, J. Baek, M. A. Davis: Fast
-high-dimensional filtering using the permutohedral lattice, Computer Graphics Forum 29, 2010; used for dense CRFs by
+Three steps filter a signal. Splat spreads the points onto the vertices of a lattice of simplices. Blur filters the vertices
+along the lattice's directions with (1/2, 1, 1/2). Slice reads the values back at the points. A. Adams, J. Baek, M. A. Davis:
+Fast high-dimensional filtering using the permutohedral lattice, Computer Graphics Forum 29, 2010; used for dense CRFs by
 P. Krähenbühl and V. Koltun, NIPS 2011.
 
 Seen in the right coordinates the lattice is simple. `shear` maps features to R^d so that the lattice's vertices are the
@@ -22,15 +22,15 @@ import scipy.sparse
 import torch
 from torch import Tensor, nn
 
-# Numbers at a time: they stay in the cache, and PyTorch would use threads of its own from 2^15 on.
+# Length of the pieces in which arrays are computed: they fit the cache, and PyTorch uses threads of its own from 2^15 on.
 CHUNK = 2**15 - 1
 
 
 def shear(dimensions: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The lower-triangular matrix `(d, d)` that turns features of unit standard deviation into lattice coordinates.
+    """Return the lower-triangular matrix `(d, d)` that turns features of unit standard deviation into lattice coordinates.
 
-    Its scale, the original's, gives splat, blur and slice together a variance of 1 along every feature, where no vertex is
-    missing: 3/4 from the blur, 1/8 each from splat and slice.
+    Its scale is that of the original paper. Where no vertex is missing, it gives splat, blur and slice together a variance of 1
+    along every feature: 3/4 from the blur, 1/8 each from splat and slice.
     """
     d = dimensions
     gram = torch.eye(d, dtype=torch.float64) + 1
@@ -38,19 +38,20 @@ def shear(dimensions: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Permutohedral:
-    """The lattice of one set of points: built once, then applied to as many signals as one likes.
+    """The lattice of one set of points. It is built once and can then filter any number of signals.
 
     Args:
-        features: `(d, N)`, each row divided by its standard deviation; float32 or float64, on any device.
+        features: features of the points `(d, N)`, each row divided by its standard deviation; float32 or float64, on any device.
 
     Attributes:
         points, dimensions, vertices: N, d and the number M of lattice vertices in use.
-        vertex: `(N, d + 1)` int32, the vertices of each point's simplex.
-        weight: `(N, d + 1)`, each point's barycentric coordinates there.
-        neighbours: for each direction two lists of vertices, int32: the second one's are one step from the first one's.
+        vertex: the vertices of each point's simplex, `(N, d + 1)` int32.
+        weight: the barycentric coordinates of each point in its simplex, `(N, d + 1)`.
+        neighbours: for each direction two lists of vertices, int32. The vertices of the second list are one step away from those
+            of the first.
 
     Raises:
-        ValueError: when the features span too many cells to be numbered in 64 bits.
+        ValueError: if the features span too many cells to be numbered in 64 bits.
     """
 
     def __init__(self, features: Tensor) -> None:
@@ -61,10 +62,10 @@ class Permutohedral:
         self.scale = 1 / (1 + 2.0**-self.dimensions)
 
     def filter(self, signal: Tensor, *, transpose: bool = False) -> Tensor:
-        """Gaussian-weighted sum `(c, N)` of a signal `(c, N)`, each channel by itself.
+        """Return the Gaussian-weighted sum `(c, N)` of a signal `(c, N)`, each channel separately.
 
-        Blurring along one direction after the other does not quite commute where vertices are missing, so the operator is
-        symmetric only roughly; `transpose=True` applies its exact transpose, which is what gradients need.
+        Where vertices are missing, blurs along different directions do not quite commute, so the operator is only roughly
+        symmetric. `transpose=True` applies its exact transpose, which gradients need.
         """
         return self._slice(self._blur(self._splat(signal), transpose))
 
@@ -77,7 +78,7 @@ class Permutohedral:
 
     @functools.cached_property
     def _spread(self) -> scipy.sparse.csc_array:
-        """The splat as a matrix `(M, N)`: for adding into scattered places SciPy is several times faster than PyTorch."""
+        """The splat as a matrix `(M, N)`, because SciPy adds into scattered places several times faster than PyTorch."""
         kind = np.int32 if self.vertex.numel() < 2**31 else np.int64
         ends = np.arange(self.points + 1, dtype=kind) * (self.dimensions + 1)
         parts = self.weight.numpy().reshape(-1), self.vertex.numpy().reshape(-1), ends
@@ -106,8 +107,12 @@ class Permutohedral:
 
 
 def _embed(features: Tensor) -> tuple[Tensor, Tensor, list[int], int]:
-    """Where the points lie: vertex keys `(N, d + 1)` in range(cells), barycentric weights `(N, d + 1)`, a key's step in each
-    direction, and the number of cells."""
+    """Find the simplex of each point.
+
+    Returns:
+        The keys of its vertices `(N, d + 1)` in range(cells), its barycentric weights `(N, d + 1)`, the step of a key in each
+        direction, and the number of cells.
+    """
     d, n = features.shape
     device, double = features.device, features.dtype == torch.float64
     matrix = shear(d, dtype=features.dtype).to(device)
@@ -115,8 +120,8 @@ def _embed(features: Tensor) -> tuple[Tensor, Tensor, list[int], int]:
 
     extremes = torch.stack([torch.stack(torch.aminmax(matrix @ features[:, s], dim=1)) for s in spans])
     low, high = extremes[:, 0].amin(0).floor(), extremes[:, 1].amax(0).floor()
-    # An integer vector becomes one integer, its key, so that a neighbour's key is the key plus a constant. Each axis has room
-    # for the simplex (+1) and for neighbours on both sides that do not exist but must not look like others that do.
+    # An integer vector becomes one integer, its key, so that a neighbour's key is the key plus a constant. Each axis has room for
+    # the simplex (+1), and for neighbours on both sides that do not exist, so that their keys differ from those of vertices.
     extents = (high - low).tolist()
     total = math.prod(extent + 4 for extent in extents)  # a float, which may be infinite
     if not total < 2**62:
@@ -133,7 +138,7 @@ def _embed(features: Tensor) -> tuple[Tensor, Tensor, list[int], int]:
 
     keys = torch.empty(n, d + 1, dtype=kind, device=device).T
     weights = torch.empty(n, d + 1, dtype=features.dtype, device=device).T
-    # A fractional part and its axis share one integer, the axis in the low bits: sorting that integer sorts both.
+    # A fractional part and its axis are packed into one integer, with the axis in the low bits. Sorting the integers sorts both.
     bits = (d - 1).bit_length()
     packed_kind, unit = (torch.int64, 2.0 ** (52 - bits)) if double else (torch.int32, 2.0 ** (30 - bits))
     axis = torch.arange(d, dtype=packed_kind, device=device)[:, None]
@@ -155,7 +160,7 @@ def _embed(features: Tensor) -> tuple[Tensor, Tensor, list[int], int]:
 
 
 def _sort_descending(rows: Tensor) -> Tensor:
-    """Sort each column of `(d, n)`; a few rows with many columns are sorted fastest by comparing neighbouring rows d times."""
+    """Sort each column of `(d, n)`. Comparing neighbouring rows d times is the fastest way for few rows with many columns."""
     rows = list(rows)
     for turn in range(len(rows)):
         for i in range(turn % 2, len(rows) - 1, 2):
@@ -164,9 +169,9 @@ def _sort_descending(rows: Tensor) -> Tensor:
 
 
 def _connect(keys: Tensor, steps: list[int], cells: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]], int]:
-    """Number the different keys: the `vertex` of every key, the pairs of `neighbours` in every direction, and how many vertices."""
+    """Number the different keys; return the `vertex` of every key, the pairs of `neighbours`, and the number of vertices."""
     flat, device = keys.flatten(), keys.device
-    # Few cells: a table with one entry for each is fastest. Many: sort the keys, and search in them.
+    # For few cells a table with one entry per cell is fastest. For many, the keys are sorted, and a search finds them.
     if cells <= 24 * len(keys) + 2**20:
         used = torch.zeros(cells, dtype=torch.bool, device=device)
         _run(lambda span: used.index_fill_(0, flat[span].long(), True), [(s,) for s in _spans(len(flat), keys)], keys)
@@ -176,7 +181,8 @@ def _connect(keys: Tensor, steps: list[int], cells: int) -> tuple[Tensor, list[t
         number = torch.full((cells,), -1, dtype=torch.int32, device=device)
         number.scatter_(0, unique, torch.arange(count, dtype=torch.int32, device=device))
         unique = unique.to(keys.dtype)
-        vertex = flat if flat.dtype == torch.int32 else flat.new_empty(len(flat), dtype=torch.int32)  # the keys are done with
+        # The keys are not needed any more, so `vertex` may overwrite them.
+        vertex = flat if flat.dtype == torch.int32 else flat.new_empty(len(flat), dtype=torch.int32)
 
         def look_up(span: slice) -> None:
             vertex[span] = torch.index_select(number, 0, flat[span])
@@ -213,7 +219,7 @@ def _connect(keys: Tensor, steps: list[int], cells: int) -> tuple[Tensor, list[t
 
 
 def _search(values: Tensor, wanted: Tensor) -> Tensor:
-    """Where the wanted values belong among sorted ones; NumPy makes use of the wanted ones being sorted too."""
+    """Return the places of the wanted values among sorted ones; NumPy is faster if the wanted values are sorted too."""
     if values.is_cuda:
         return torch.searchsorted(values, wanted)
     return torch.from_numpy(np.searchsorted(values.numpy(), wanted.numpy()))
@@ -224,13 +230,13 @@ def _threads(tensor: Tensor) -> int:
 
 
 def _spans(length: int, tensor: Tensor) -> list[slice]:
-    """Slices that cover `range(length)`: short ones on a CPU, a single one on a GPU."""
+    """Return slices that cover `range(length)`: short ones on a CPU, a single one on a GPU."""
     size = max(length, 1) if tensor.is_cuda else CHUNK
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _run(function: Callable, jobs: list[tuple], tensor: Tensor) -> None:
-    """Call the function with each job's arguments, in threads on a CPU (PyTorch works outside Python's lock)."""
+    """Call the function with the arguments of each job; on a CPU in threads, as PyTorch works outside Python's lock."""
     if _threads(tensor) == 1 or len(jobs) == 1:
         for job in jobs:
             function(*job)

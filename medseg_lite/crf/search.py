@@ -1,4 +1,4 @@
-"""Random search for the CRF's parameters, as the paper configures it: on held-out cases, judged by their Dice."""
+"""Random search for the CRF's parameters on held-out cases by their Dice, as the paper configures its CRF."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..statistics import TTest, paired_t_test
 from ..volume import Case
 from .dense import DenseCRF, whole_tumour
 
-# Drawn uniformly in the logarithm: what matters is the factor. Sigmas in voxels and in standard deviations of intensity.
+# Ranges of the parameters, drawn uniformly in the logarithm. Sigmas are in voxels and in standard deviations of intensity.
 SPACE = {
     "smoothness_weight": (0.3, 10.0),
     "smoothness_sigma": (0.5, 4.0),
@@ -33,11 +33,11 @@ _WEIGHTS = ("smoothness_weight", "appearance_weight")
 
 @dataclass(frozen=True)
 class Search:
-    """What `search` found.
+    """The result of `search`.
 
     Attributes:
-        table: one row per trial: its parameters, the mean `dice` over the cases, its `gain` over no CRF, and the `p` of
-            a two-sided paired t-test between the two.
+        table: table with one row per trial: its parameters, the mean `dice` over the cases, its `gain` over no CRF, and the `p`
+            of a two-sided paired t-test between the two.
         scores: Dice of every trial (row) and case (column).
         baseline: Dice of every case without the CRF.
     """
@@ -48,12 +48,12 @@ class Search:
 
     @property
     def best(self) -> dict[str, float]:
-        """The parameters of the trial with the highest mean Dice; `DenseCRF(**best)` uses them."""
+        """The parameters of the trial with the highest mean Dice, for `DenseCRF(**best)`."""
         row = self.table.loc[self.table["dice"].idxmax()]
         return {name: float(row[name]) for name in self.table.columns if name not in ("dice", "gain", "p")}
 
     def test(self, trial: int | None = None, **options) -> TTest:
-        """Paired t-test of one trial, by default the best, against no CRF; `options` go to `statistics.paired_t_test`."""
+        """Compare one trial, by default the best, with no CRF; `options` are those of `statistics.paired_t_test`."""
         trial = int(self.table["dice"].idxmax()) if trial is None else trial
         return paired_t_test(self.scores.loc[trial], self.baseline, **options)
 
@@ -70,28 +70,28 @@ def search(
     progress: bool = True,
     **fixed,
 ) -> Search:
-    """Try random parameters and score each by the mean Dice of the foreground over the cases.
+    """Try random parameters and score each set by the mean Dice of the foreground over the cases.
 
-    The kernels depend on the sigmas only, so each draw of sigmas serves several draws of weights. With more than two classes
-    the paper's recipe for tumours is searched (`whole_tumour`), and "foreground" is the whole tumour.
+    The kernels depend only on the sigmas, so each draw of sigmas serves several draws of weights. With more than two classes
+    the paper's recipe for tumours is searched (`whole_tumour`), and the foreground is the whole tumour.
 
     Args:
         cases: labelled cases that the network was not trained on.
-        probabilities: what the network says about each, `(K, D, H, W)`.
-        trials: how many parameter sets. More trials begin with the same ones.
-        weights_per_lattice: how many draws of weights share one draw of sigmas.
-        space: range of each parameter that is searched, drawn uniformly in its logarithm.
-        seed: of the draws.
-        folder: where finished trials are kept; the same call, on the same data, goes on from there.
+        probabilities: the network's class probabilities for each case, `(K, D, H, W)`.
+        trials: number of parameter sets. A search with more trials begins with the same ones.
+        weights_per_lattice: number of draws of weights that share one draw of sigmas.
+        space: range of each parameter that is searched. Values are drawn uniformly in their logarithm.
+        seed: seed of the draws.
+        folder: where finished trials are stored. The same call on the same data resumes from there.
         progress: whether to show a bar.
         **fixed: parameters of `DenseCRF` that are not searched, such as `iterations` or `units`.
 
     Source: Kamnitsas et al. 2017, sections 4.1.2, 4.2.2 and 4.3.2 (random search; the ranges are ours).
+    Taught in notebook 05.
     """
     _check(cases, probabilities, trials, weights_per_lattice, space, fixed)
-    base_scores = [_dice(np.asarray(p).argmax(0) > 0, case) for case, p in zip(cases, probabilities)]
     names = [case.name for case in cases]
-    baseline = pd.Series(base_scores, index=names, name="no CRF")
+    base_scores = [_dice(np.asarray(p).argmax(0) > 0, case) for case, p in zip(cases, probabilities)]
     question = {
         "cases": names,
         "inputs": [_checksum(c.image, c.mask, c.label, c.spacing, p) for c, p in zip(cases, probabilities)],
@@ -100,45 +100,59 @@ def search(
         "weights_per_lattice": weights_per_lattice,
         "fixed": {k: repr(v) for k, v in sorted(fixed.items())},
     }
-    file = None
-    if folder is not None:
-        digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:12]
-        file = Path(folder) / f"crf_search_{digest}.json"
-    done: dict[int, list[float]] = {}
-    if file is not None and file.exists():
-        done = {int(t): s for t, s in json.loads(file.read_text())["dice"].items()}
-
+    file = None if folder is None else _file_for(question, Path(folder))
+    done = {} if file is None else _load(file)
     drawn = [_draw(space, seed, t, weights_per_lattice) for t in range(trials)]
     bar = tqdm(total=trials, initial=sum(t in done for t in range(trials)), desc="CRF search", disable=not progress)
     for group in range(0, trials, weights_per_lattice):
         todo = [t for t in range(group, min(group + weights_per_lattice, trials)) if t not in done]
-        if not todo:
-            continue
-        scores = {t: [] for t in todo}
-        for case, p in zip(cases, probabilities):
-            image = torch.from_numpy(case.image)
-            mask = None if case.mask is None else torch.from_numpy(case.mask)
-            prepared = None
-            for t in todo:
-                crf = DenseCRF(**drawn[t], **fixed, learn=())
-                if prepared is None:
-                    prepared = crf.prepare(image, mask, spacing=case.spacing)
-                scores[t].append(_dice(_foreground(crf, p, case, prepared), case))
-        done |= scores
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(file) as temporary:
-                temporary.write_text(json.dumps(question | {"dice": done}))
-        bar.update(len(todo))
+        if todo:
+            crfs = [DenseCRF(**drawn[t], **fixed, learn=()) for t in todo]
+            done |= dict(zip(todo, _score(crfs, cases, probabilities)))
+            if file is not None:
+                _store(file, question | {"dice": done})
+            bar.update(len(todo))
     bar.close()
 
     scores = pd.DataFrame([done[t] for t in range(trials)], columns=names)
+    baseline = pd.Series(base_scores, index=names, name="no CRF")
     table = pd.DataFrame(drawn)
     table["dice"] = scores.mean(axis=1)
     table["gain"] = table["dice"] - baseline.mean()
     table["p"] = [paired_t_test(row, base_scores).p if len(cases) > 1 else np.nan for row in scores.to_numpy()]
     table.index.name = scores.index.name = "trial"
     return Search(table, scores, baseline)
+
+
+def _score(crfs: Sequence[DenseCRF], cases: Sequence[Case], probabilities: Sequence[np.ndarray]) -> list[list[float]]:
+    """Return the Dice of every case for each of several CRFs, which have the same sigmas and so share a lattice per case."""
+    scores = [[] for _ in crfs]
+    for case, p in zip(cases, probabilities):
+        mask = None if case.mask is None else torch.from_numpy(case.mask)
+        prepared = crfs[0].prepare(torch.from_numpy(case.image), mask, spacing=case.spacing)
+        for row, crf in zip(scores, crfs):
+            if len(p) > 2:
+                found = whole_tumour(crf, p, case, prepared=prepared)
+            else:
+                found = crf.refine(p, case, prepared=prepared).argmax(0)
+            row.append(_dice(found > 0, case))
+    return scores
+
+
+def _file_for(question: Mapping, folder: Path) -> Path:
+    digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:12]
+    return folder / f"crf_search_{digest}.json"
+
+
+def _load(file: Path) -> dict[int, list[float]]:
+    """Return the stored Dice of every case in each finished trial."""
+    return {int(t): s for t, s in json.loads(file.read_text())["dice"].items()} if file.exists() else {}
+
+
+def _store(file: Path, content: Mapping) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as temporary:
+        temporary.write_text(json.dumps(content))
 
 
 def _draw(space: Mapping, seed: int, trial: int, weights_per_lattice: int) -> dict[str, float]:
@@ -148,12 +162,6 @@ def _draw(space: Mapping, seed: int, trial: int, weights_per_lattice: int) -> di
         name: float(np.exp((own if name in _WEIGHTS else shared).uniform(np.log(low), np.log(high))))
         for name, (low, high) in space.items()
     }
-
-
-def _foreground(crf: DenseCRF, probabilities: np.ndarray, case: Case, prepared) -> np.ndarray:
-    if len(probabilities) > 2:
-        return whole_tumour(crf, probabilities, case, prepared=prepared) > 0
-    return crf.refine(probabilities, case, prepared=prepared).argmax(0) > 0
 
 
 def _checksum(*arrays: np.ndarray | None) -> int:

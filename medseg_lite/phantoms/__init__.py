@@ -1,4 +1,4 @@
-"""Generated cases with known truth: deterministic by seed, so nothing has to be downloaded to teach or test."""
+"""Generated cases with a known label. The seed determines each case, so teaching and testing need no download."""
 
 from .brain import brain, brain_cohort
 from .em import em, em_cohort

@@ -1,18 +1,16 @@
-"""One person's brain, made from the ICBM152 average: a random warp, sharp tissues and cortical folds of their own.
+"""The brain of one person, made from the ICBM152 average by a random warp, sharper tissues and cortical folds of its own.
 
-The average of 152 brains knows where cortex is but has lost the folds, which differ between people. They are put back
-by a random labyrinth that is drawn on the surface of each hemisphere and reaches straight down into it: wherever the
-average is in doubt, it decides which voxels become sulcus, which cortex and which white matter. Where the average is
-sure, it has no say.
+The average of 152 brains knows where cortex is but has lost the folds, which differ between people. A random labyrinth
+puts them back. It is drawn on the surface of each hemisphere and continues straight down into it. Where the average is in
+doubt, the labyrinth decides which voxels become sulcus, which cortex and which white matter. Where the average is sure,
+the labyrinth has no say.
 
-World positions are mm from the middle of the field of view, template positions are MNI mm; both grow to the right,
-front and top. The template is symmetric and its plane x = 0 is the falx.
+World positions are mm from the middle of the field of view, template positions are MNI mm. Both grow to the right, front
+and top. The template is symmetric and its plane x = 0 is the falx.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -21,13 +19,13 @@ import torch
 from scipy import ndimage
 
 from .. import paths
-from .noise import bspline_noise
+from .noise import Axes, bspline_noise, stream
 
 CENTRE = np.array([0.0, -17.0, 11.0], np.float32)  # template position of the middle of the field of view
 SHRINK = 0.84  # the ICBM152 average is larger than the people in it
-EXTENT = ((-80.0, 80.0), (-88.0, 88.0), (-72.0, 72.0))  # mm that random fields span, whatever the grid
+EXTENT = ((-80.0, 80.0), (-88.0, 88.0), (-72.0, 72.0))  # mm that random fields span, on any grid
 
-# Arteries, veins and sinuses as polylines of template positions; those with x > 0 exist on both sides.
+# Arteries, veins and sinuses as polylines of template positions. Those that start at x > 0 exist on both sides.
 VESSELS = (
     [(0, -46, 12), (0, -66, -1), (0, -88, -14)],  # straight sinus
     [(2, -8, 17), (2, -30, 15), (0, -46, 12)],  # internal cerebral veins
@@ -37,19 +35,12 @@ VESSELS = (
     [(2, 6, -13), (2, 30, -5), (2, 37, 10), (2, 20, 31)],  # anterior cerebral artery
 )
 
-Axes = Sequence[np.ndarray]  # positions in mm along D, H, W
-
-
-def stream(seed: int, purpose: str) -> np.random.Generator:
-    """Random numbers for one purpose, independent of those for every other purpose of the same seed."""
-    return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
-
 
 def sample(table: torch.Tensor, first: np.ndarray, step: float, points: np.ndarray) -> np.ndarray:
-    """Linear interpolation of maps stored channels last, `(X, Y, Z, C)`, at points `(3, N)` mm. Returns `(C, N)`.
+    """Interpolate maps stored channels last, `(X, Y, Z, C)`, linearly at points `(3, N)` mm; returns `(C, N)`.
 
-    Channels last makes the eight corners of a point eight rows of memory, whatever the number of maps, and summing
-    weighted rows is what `embedding_bag` does. Points outside take the value at the nearest edge.
+    With channels last, the eight corners of a point are eight rows of memory, whatever the number of maps, and
+    `embedding_bag` sums weighted rows. Points outside take the value at the nearest edge.
     """
     flat = table.flatten(0, 2)
     out = np.empty((flat.shape[1], points.shape[1]), np.float32)
@@ -69,7 +60,7 @@ def sample(table: torch.Tensor, first: np.ndarray, step: float, points: np.ndarr
 
 
 class Template:
-    """Maps of the average brain on its 1.5 mm grid; `template()` makes it once."""
+    """The maps of the average brain on its 1.5 mm grid; `template()` makes them once."""
 
     def __init__(self):
         with np.load(paths.shipped("anatomy", "icbm152_2009a.npz"), allow_pickle=False) as file:
@@ -89,9 +80,9 @@ class Template:
         # Between ventricle and white matter the average shows a ring of "grey matter": partial volume, not cortex.
         ring = (blur(ventricle, 2.5) > 0.08) & (blur(gm, 4.5) < 0.55)
         wm, gm = np.where(ring, wm + 0.8 * gm, wm), np.where(ring, 0.2 * gm, gm)
-        # What is darker on T1 than its surroundings is the bottom of a sulcus.
+        # A voxel that is darker on T1 than its surroundings is the bottom of a sulcus.
         sulcus = np.clip(blur(t1, 4) - t1 - 0.02, 0, None) * mask
-        # The fissures between the cerebellum's folia are finer than the average can show: draw them, as sheets that
+        # The fissures between the cerebellum's folia are finer than the average can show. They are drawn as sheets that
         # fan out from the middle of the cerebellum.
         cerebellum = blur(((y < -32) & (z < -19 - 0.12 * (y + 60))).astype(np.float32), 2)
         fan = np.arctan2(z + 33, -(y + 42)) + 0.004 * np.abs(x)
@@ -102,35 +93,21 @@ class Template:
         hull = [blur(f + self.step * n.astype(np.float32), 2) for f, n in zip(self.first, nearest)]
         deep = ((x / 36) ** 2 + ((y + 12) / 48) ** 2 + ((z - 6) / 27) ** 2 < 1) | ((z < -20) & (np.abs(x) < 16) & (y < 0))
         folding = blur((~deep).astype(np.float32), 4) * (1 - cerebellum) * np.clip((26 - reach) / 10, 0, 1)
-        # T1 that the three tissues leave unexplained: pallidum, thalamic nuclei, fibre tracts.
+        # The part of T1 that the three tissues leave unexplained: pallidum, thalamic nuclei, fibre tracts.
         typical = [np.median(t1[p > 0.95]) for p in (csf, gm, wm)]
         detail = t1 - csf * typical[0] - gm * typical[1] - wm * typical[2]
         detail = np.clip(detail, -0.2, 0.2) * (gm + wm) * (depth > 3)
         callosum = (wm > 0.6) & (np.abs(x) < 8) & (z > 2) & (y > -46)
-        maps = dict(
-            gm=gm,
-            wm=wm,
-            csf=csf,
-            sulcus=sulcus,
-            depth=depth,
-            ventricle=ventricle,
-            near_ventricle=blur(ventricle, 3),
-            callosum=callosum,
-            cerebellum=cerebellum,
-            detail=detail,
-            vessel=self._vessels(x, y, z, mask, depth, ventricle),
-            folding=folding,
-            reach=reach,
-            hull_x=hull[0],
-            hull_y=hull[1],
-            hull_z=hull[2],
-        )
+        vessel = self._draw_vessels(x, y, z, depth, ventricle) * mask
+        maps = {"gm": gm, "wm": wm, "csf": csf, "sulcus": sulcus, "depth": depth, "ventricle": ventricle}
+        maps |= {"near_ventricle": blur(ventricle, 3), "callosum": callosum, "cerebellum": cerebellum, "detail": detail}
+        maps |= {"vessel": vessel, "folding": folding, "reach": reach, **dict(zip(("hull_x", "hull_y", "hull_z"), hull))}
         self.names = tuple(maps)
         self.table = torch.from_numpy(np.stack([m.astype(np.float32) for m in maps.values()], -1))
         self.depth = self.table[..., [self.names.index("depth")]].contiguous()
 
-    def _vessels(self, x, y, z, mask, depth, ventricle) -> np.ndarray:
-        """What takes up contrast agent in a healthy brain: sagittal sinus, large vessels, choroid plexus."""
+    def _draw_vessels(self, x, y, z, depth, ventricle) -> np.ndarray:
+        """Draw what takes up contrast agent in a healthy brain: sagittal sinus, large vessels, choroid plexus."""
         sinus = np.exp(-((x / 2.2) ** 2)) * np.clip((5 - depth) / 3, 0, 1) * (z > -15) * (y < 62)
         plexus = np.exp(-((np.abs(x) - 25) ** 2 + (y + 43) ** 2 + (z - 12) ** 2) / 5**2) * ventricle
         vessel = np.maximum(sinus, plexus)
@@ -142,22 +119,23 @@ class Template:
                     high = ((np.maximum(a, b) + 5 - self.first) / self.step).astype(int) + 1
                     box = tuple(map(slice, low, high))
                     p = np.stack([x[box], y[box], z[box]], -1) - a
-                    along = np.clip(p @ (b - a) / np.sum((b - a) ** 2), 0, 1)
-                    distance = np.linalg.norm(p - along[..., None] * (b - a), axis=-1)
+                    share = np.clip(p @ (b - a) / np.sum((b - a) ** 2), 0, 1)  # of the way from a to b
+                    distance = np.linalg.norm(p - share[..., None] * (b - a), axis=-1)
                     vessel[box] = np.maximum(vessel[box], np.exp(-((distance / 1.6) ** 2)))
-        return vessel * mask
+        return vessel
 
     def look_up(self, points: np.ndarray) -> dict[str, np.ndarray]:
-        """All maps at template points `(3, N)`, each `(N,)`."""
+        """Return all maps at template points `(3, N)`, each `(N,)`."""
         return dict(zip(self.names, sample(self.table, self.first, self.step, points)))
 
     def depth_at(self, positions: np.ndarray) -> np.ndarray:
-        """Distance from the brain's surface in template mm, 0 outside, at positions `(3, D, H, W)`."""
+        """Return the distance from the brain's surface in template mm, 0 outside, at positions `(3, D, H, W)`."""
         return sample(self.depth, self.first, self.step, positions.reshape(3, -1)).reshape(positions.shape[1:])
 
 
 @lru_cache(maxsize=1)
 def template() -> Template:
+    """Return the template; it is made at the first call."""
     return Template()
 
 
@@ -166,7 +144,7 @@ class Person:
 
     Attributes:
         atrophy: 0 (young, narrow sulci) to 1 (old: wide sulci and ventricles, white-matter lesions).
-        age: years, a label for tables that goes with atrophy.
+        age: age in years. It grows with atrophy and is only a label for tables.
     """
 
     def __init__(self, seed: int):
@@ -184,7 +162,7 @@ class Person:
         self.offset = CENTRE + rng.normal(0, 1, 3).astype(np.float32)
 
     def positions(self, axes: Axes) -> np.ndarray:
-        """Template position `(3, D, H, W)` of every voxel, before any lesion pushes tissue aside."""
+        """Return the template position `(3, D, H, W)` of every voxel, before any lesion pushes tissue aside."""
         rng = stream(self.seed, "warp")
         grid = np.meshgrid(*axes, indexing="ij", sparse=True)
         warp = sum(
@@ -195,19 +173,21 @@ class Person:
         return warp
 
     def look(self, positions: np.ndarray, effaced: np.ndarray | float = 0.0) -> dict[str, np.ndarray]:
-        """This person's maps at template positions: those of `Template` with their own `csf`, `gm` and `wm`.
+        """Return this person's maps at template positions: those of `Template`, with their own `csf`, `gm` and `wm`.
 
-        `effaced` (0 to 1) is how far a lesion's pressure has closed the sulci.
+        Args:
+            positions: template positions `(3, D, H, W)`.
+            effaced: how far, 0 to 1, a lesion's pressure has closed the sulci, one number or `(D, H, W)`.
         """
         depth = template().depth_at(positions)
         inside = depth > 0.1
         maps = template().look_up(positions[:, inside])
-        # A 2.5 mm table of the labyrinth, looked up where each voxel's nearest surface point lies.
+        # A 2.5 mm table of the labyrinth, looked up at the surface point that is nearest to each voxel.
         first, last, step = np.array([-85.0, -120.0, -80.0]), np.array([85.0, 90.0, 95.0]), 2.5
         table = bspline_noise(stream(self.seed, "folds"), [np.arange(a, b, step) for a, b in zip(first, last)], 6.0)
         hull = np.stack([maps.pop("hull_x"), maps.pop("hull_y"), maps.pop("hull_z")])
         labyrinth = sample(torch.from_numpy(table)[..., None], first, step, hull)[0]
-        labyrinth = 1.6 * np.abs(labyrinth) - 1.2  # least along the bottom of sulci
+        labyrinth = 1.6 * np.abs(labyrinth) - 1.2  # lowest along the bottom of sulci
         folding, reach = maps.pop("folding"), maps.pop("reach")
         sway = 2 * folding * labyrinth
         if not np.isscalar(effaced):

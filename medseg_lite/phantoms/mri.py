@@ -1,4 +1,4 @@
-"""What a scanner makes of tissues: signal equations, four sites, and all that degrades an image.
+"""The MRI scanner that takes pictures of tissues: signal equations, four sites, and everything that degrades an image.
 
 Signals follow the textbook equations of the steady state (for example Bernstein, King and Zhou, Handbook of MRI Pulse
 Sequences, 2004, chapters 14 and 16), with TR, TE, TI and relaxation times in ms:
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .noise import along, bspline_noise
+from .noise import Axes, blur, bspline_noise, multiply_axis
 
-# At 3 T: T1 ms, T2 ms, proton density, diffusion in 1e-3 mm2/s, and what a dose of gadolinium adds to 1/T1 (1/s).
+# At 3 T: T1 and T2 in ms, proton density, diffusion in 1e-3 mm2/s, and the increase of 1/T1 by a dose of gadolinium, in 1/s.
 TISSUES = {
     "csf": (4200, 900, 1.00, 3.00, 0.0),
     "gm": (1400, 97, 0.82, 0.85, 0.012),
@@ -36,14 +36,14 @@ TISSUES = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a site acquires one channel.
+    """The way in which a site acquires one channel.
 
     Attributes:
-        kind: "spin echo", "mprage", "flair" or "dwi": which signal equation.
-        tr, te, ti: ms; a FLAIR finds its own TI.
+        kind: name of the signal equation: "spin echo", "mprage", "flair" or "dwi".
+        tr, te, ti: times in ms. For a FLAIR, TI is computed instead.
         level: intensity of white matter in the scanner's arbitrary units.
-        slice_mm: thickness of the slices, which lie along W.
-        blur_mm: in-plane blur, a standard deviation.
+        slice_mm: thickness of the slices, which are stacked along W.
+        blur_mm: standard deviation of the in-plane blur.
     """
 
     kind: str
@@ -57,13 +57,13 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Site:
-    """One hospital's scanner and how it is run.
+    """The scanner of one hospital, and its settings.
 
     Attributes:
-        tesla: field strength; T1 times grow with its cube root.
+        tesla: field strength. T1 times grow with its cube root.
         noise: standard deviation of the Rician noise in one voxel, as a fraction of white matter.
         bias: strength of the coil's smooth shading.
-        gamma: 1 for a linear intensity scale.
+        gamma: exponent of the intensity scale, 1 for a linear one.
         protocols: `Protocol` of each channel.
     """
 
@@ -78,71 +78,57 @@ def _dwi(level: float) -> Protocol:
     return Protocol("dwi", 6000, 90, level=level, slice_mm=5, blur_mm=1.3)
 
 
+PROTOCOLS = {
+    "A": {
+        "flair": Protocol("flair", 9000, 118, level=430, slice_mm=3, blur_mm=0.8),
+        "t1": Protocol("spin echo", 600, 12, level=480),
+        "t1c": Protocol("spin echo", 600, 12, level=520),
+        "t2": Protocol("spin echo", 4500, 95, level=700, slice_mm=3),
+        "dwi": _dwi(300),
+    },
+    "B": {
+        "flair": Protocol("flair", 8500, 125, level=190, slice_mm=5, blur_mm=1.0),
+        "t1": Protocol("spin echo", 520, 14, level=210, slice_mm=5),
+        "t1c": Protocol("mprage", 1900, 3.5, 950, level=1500),
+        "t2": Protocol("spin echo", 3800, 105, level=330, slice_mm=5, blur_mm=0.7),
+        "dwi": _dwi(180),
+    },
+    "C": {
+        "flair": Protocol("flair", 6000, 125, level=900, blur_mm=0.6),
+        "t1": Protocol("mprage", 2000, 3, 1150, level=900),
+        "t1c": Protocol("mprage", 2000, 3, 1150, level=1100),
+        "t2": Protocol("spin echo", 3200, 110, level=1300),
+        "dwi": _dwi(600),
+    },
+    "D": {
+        "flair": Protocol("flair", 10000, 95, level=1700, slice_mm=5, blur_mm=1.2),
+        "t1": Protocol("spin echo", 400, 16, level=1200, slice_mm=5, blur_mm=0.8),
+        "t1c": Protocol("spin echo", 450, 16, level=1300, slice_mm=5, blur_mm=0.8),
+        "t2": Protocol("spin echo", 5500, 80, level=2500, slice_mm=5, blur_mm=0.9),
+        "dwi": _dwi(900),
+    },
+}
+
 SITES = {
-    # A: 3 T research protocol, low noise: spin-echo T1, T2 and FLAIR of 3 mm
-    "A": Site(
-        3.0,
-        0.020,
-        0.12,
-        1.0,
-        {
-            "flair": Protocol("flair", 9000, 118, level=430, slice_mm=3, blur_mm=0.8),
-            "t1": Protocol("spin echo", 600, 12, level=480),
-            "t1c": Protocol("spin echo", 600, 12, level=520),
-            "t2": Protocol("spin echo", 4500, 95, level=700, slice_mm=3),
-            "dwi": _dwi(300),
-        },
-    ),
-    # B: 1.5 T clinical routine: 5 mm slices but for a 3-D T1 after contrast
-    "B": Site(
-        1.5,
-        0.028,
-        0.20,
-        1.0,
-        {
-            "flair": Protocol("flair", 8500, 125, level=190, slice_mm=5, blur_mm=1.0),
-            "t1": Protocol("spin echo", 520, 14, level=210, slice_mm=5),
-            "t1c": Protocol("mprage", 1900, 3.5, 950, level=1500),
-            "t2": Protocol("spin echo", 3800, 105, level=330, slice_mm=5, blur_mm=0.7),
-            "dwi": _dwi(180),
-        },
-    ),
-    # C: 3 T, everything 3-D at 1 mm, strong shading
-    "C": Site(
-        3.0,
-        0.030,
-        0.28,
-        1.0,
-        {
-            "flair": Protocol("flair", 6000, 125, level=900, blur_mm=0.6),
-            "t1": Protocol("mprage", 2000, 3, 1150, level=900),
-            "t1c": Protocol("mprage", 2000, 3, 1150, level=1100),
-            "t2": Protocol("spin echo", 3200, 110, level=1300),
-            "dwi": _dwi(600),
-        },
-    ),
-    # D, held out: an old 1.5 T scanner, thick noisy slices, shaded, and a curved intensity scale
-    "D": Site(
-        1.5,
-        0.042,
-        0.30,
-        1.15,
-        {
-            "flair": Protocol("flair", 10000, 95, level=1700, slice_mm=5, blur_mm=1.2),
-            "t1": Protocol("spin echo", 400, 16, level=1200, slice_mm=5, blur_mm=0.8),
-            "t1c": Protocol("spin echo", 450, 16, level=1300, slice_mm=5, blur_mm=0.8),
-            "t2": Protocol("spin echo", 5500, 80, level=2500, slice_mm=5, blur_mm=0.9),
-            "dwi": _dwi(900),
-        },
-    ),
+    # 3 T research protocol, low noise: spin-echo T1, T2 and FLAIR of 3 mm
+    "A": Site(tesla=3.0, noise=0.020, bias=0.12, gamma=1.0, protocols=PROTOCOLS["A"]),
+    # 1.5 T clinical routine: 5 mm slices, except for a 3D T1 after contrast agent
+    "B": Site(tesla=1.5, noise=0.028, bias=0.20, gamma=1.0, protocols=PROTOCOLS["B"]),
+    # 3 T, all sequences 3D at 1 mm, strong shading
+    "C": Site(tesla=3.0, noise=0.030, bias=0.28, gamma=1.0, protocols=PROTOCOLS["C"]),
+    # held out: an old 1.5 T scanner with thick noisy slices, shading, and a curved intensity scale
+    "D": Site(tesla=1.5, noise=0.042, bias=0.30, gamma=1.15, protocols=PROTOCOLS["D"]),
 }
 
 
 def signals(site: Site, channels: Sequence[str], person: np.random.Generator, visit: np.random.Generator) -> np.ndarray:
-    """Signal of every tissue in every channel, `(channels, tissues)` in the order of `TISSUES`, white matter = 1.
+    """Compute the signal of every tissue in every channel, `(channels, tissues)` in the order of `TISSUES`, white matter = 1.
 
-    T1 and T2 differ by 4 % (standard deviation) between people, drawn from `person`; the dose of contrast agent and
-    how well FLAIR nulls cerebrospinal fluid come from `visit`.
+    Args:
+        site: scanner and its settings.
+        channels: names of the channels.
+        person: random generator for T1 and T2, which differ by 4 % (standard deviation) between people.
+        visit: random generator for the dose of contrast agent, and for how well FLAIR nulls cerebrospinal fluid.
     """
     t1, t2, pd, diffusion, uptake = np.array(list(TISSUES.values())).T
     wobble = person.normal(0, (0.04, 0.04, 0.01), (len(TISSUES), 3)).T
@@ -173,18 +159,24 @@ def acquire(
     image: np.ndarray,
     site: Site,
     channels: Sequence[str],
-    axes: Sequence[np.ndarray],
+    axes: Axes,
     rng: np.random.Generator,
     *,
     extent: Sequence[tuple[float, float]],
     motion: float = 0.0,
 ) -> np.ndarray:
-    """Scan ideal images `(C, D, H, W)`, white matter = 1: blur, thick slices, shading, noise, intensity scale.
+    """Scan ideal images: add shading, motion, blur, thick slices, noise and the scanner's intensity scale.
 
-    `motion` is the standard deviation, in mm, of the head's sudden shifts during each scan.
+    Args:
+        image: ideal images `(C, D, H, W)`, white matter = 1.
+        site: scanner and its settings.
+        channels: names of the channels.
+        axes: positions of the voxels in mm.
+        rng: random generator of this scan.
+        extent: (first, last) position in mm that the shading spans along each axis, see `bspline_noise`.
+        motion: size of the head's sudden shifts during each scan, a standard deviation in mm.
     """
     spacing = float(axes[0][1] - axes[0][0]) if len(axes[0]) > 1 else 1.0
-    shape = image.shape[1:]
     coil = bspline_noise(rng, axes, 90, extent=extent, count=len(channels) + 1)
     out = np.empty_like(image)
     for i, channel in enumerate(channels):
@@ -193,17 +185,16 @@ def acquire(
         if motion:
             x = shake(x, motion / spacing, rng)
         if p.blur_mm > 0.3 * spacing:
-            x = along(x, 0, blur_matrix(shape[0], p.blur_mm / spacing))
-            x = along(x, 1, blur_matrix(shape[1], p.blur_mm / spacing))
+            x = blur(x, p.blur_mm / spacing)
         thin = p.slice_mm <= spacing
         if not thin:
-            to_slices, to_voxels = slice_matrices(shape[2], spacing, p.slice_mm)
-            x = along(x, 2, to_slices)
+            to_slices, to_voxels = slice_matrices(x.shape[2], spacing, p.slice_mm)
+            x = multiply_axis(x, 2, to_slices)
         sd = site.noise * rng.uniform(0.7, 1.3) * (1.0 if p.kind in ("spin echo", "mprage") else 1.2)
         real, imaginary = np.float32(sd) * rng.standard_normal((2, *x.shape), dtype=np.float32)
         x = np.sqrt((x + real) ** 2 + imaginary**2)
         if not thin:
-            x = along(x, 2, to_voxels)
+            x = multiply_axis(x, 2, to_voxels)
         if site.gamma != 1:
             x **= np.float32(site.gamma)
         out[i] = x * np.float32(p.level * np.exp(rng.normal(0, 0.12)))
@@ -211,7 +202,10 @@ def acquire(
 
 
 def slice_matrices(voxels: int, spacing: float, thickness: float) -> tuple[np.ndarray, np.ndarray]:
-    """Matrices `(slices, voxels)` that averages voxels into slices, and `(voxels, slices)` that interpolates back."""
+    """Return two matrices: one averages voxels into slices, one interpolates slices back to voxels.
+
+    Their shapes are `(slices, voxels)` and `(voxels, slices)`; `spacing` and `thickness` are in mm.
+    """
     slices = int(np.ceil(voxels * spacing / thickness))
     p = (np.arange(voxels) - (voxels - 1) / 2) * spacing
     q = (np.arange(slices) - (slices - 1) / 2) * thickness
@@ -224,16 +218,13 @@ def slice_matrices(voxels: int, spacing: float, thickness: float) -> tuple[np.nd
     )
 
 
-def blur_matrix(n: int, sd: float) -> np.ndarray:
-    i = np.arange(n)
-    weights = np.exp(-0.5 * ((i[:, None] - i) / sd) ** 2)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-
-
 def shake(image: np.ndarray, sd: float, rng: np.random.Generator) -> np.ndarray:
-    """Ghosts of a head that jumps between phase-encoding lines: `sd` voxels, lines along H, the centre of k-space still."""
+    """Add the ghosts of a head that jumps by `sd` voxels between phase-encoding lines.
+
+    Phase encoding runs along H. The head does not move while the centre of k-space is acquired.
+    """
     lines = np.fft.fftfreq(image.shape[1])
-    jumps = np.sort(rng.uniform(0.04, 0.5, 6))  # |frequency| at which the head moves; each sign moves on its own
+    jumps = np.sort(rng.uniform(0.04, 0.5, 6))  # |frequency| at which the head jumps; each sign has shifts of its own
     places = rng.normal(0, sd, (2, 7, 3))
     places[:, 0] = 0
     shift = places[(lines < 0).astype(int), np.searchsorted(jumps, np.abs(lines))]  # (H, 3)

@@ -91,7 +91,7 @@ class CompareSegmentations(anywidget.AnyWidget):
             given = classes if classes is not None else case.info.get("classes")
             present = sorted({int(k) for a in (case.label, *self._predictions.values()) for k in np.unique(a)} - {0})
             regions = {"all labels": present, **{plotting.class_name(k, given): [k] for k in present}}
-        self._regions = metrics._regions(regions)
+        self._regions = metrics.as_regions(regions)
         self._case = case
         labelled = np.any([case.label > 0, *(p > 0 for p in self._predictions.values())], axis=0)
         mask = labelled if case.mask is None else case.mask | labelled
