@@ -19,7 +19,7 @@ from medseg_lite.datasets._download import fetch, unpack
 
 DOWNLOAD = sys.modules["medseg_lite.datasets._download"]
 
-GOOD = gzip.compress(b"many voxels" * 100)
+GOOD = gzip.compress(b"many voxels" * 100, mtime=0)
 GOOD_SHA256 = hashlib.sha256(GOOD).hexdigest()
 LARGE = np.random.default_rng(0).bytes(300_000)
 LARGE_SHA256 = hashlib.sha256(LARGE).hexdigest()
