@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--chromium", default="/usr/bin/chromium")
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
-    print("| volume | overlays | axial | coronal | sagittal | all planes | created | sent | PNG form, one picture |")
+    print("| volume | overlays | axial | coronal | sagittal | all planes | created | sent | snapshot |")
     print("|---|---|---|---|---|---|---|---|---|")
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
         browser = playwright.chromium.launch(executable_path=options.chromium, args=["--no-sandbox", "--disable-gpu"])

@@ -16,6 +16,7 @@ from scipy.stats import mannwhitneyu
 from medseg_lite import features, models
 from medseg_lite.volume import Case
 from medseg_lite.widgets import FeatureExplorer
+from medseg_lite.widgets import _feature_numbers as numbers
 from medseg_lite.widgets import feature_explorer as module
 
 
@@ -224,11 +225,11 @@ def test_quantisation_keeps_zero_and_extremes():
     data[2] = 0
     data[3] = 0
     data[3, 4, 4, 4] = 5  # a channel that fires once
-    levels, low, step = module._quantise(data)
+    levels, low, step = numbers.quantise(data)
     back = low.reshape(-1, 1, 1, 1) + step.reshape(-1, 1, 1, 1) * levels
     assert (back[1][data[1] == 0] == 0).all() and np.abs(back[2]).max() < 1e-6
     assert back[3].max() == pytest.approx(5, rel=0.01) and np.abs(back[:2] - data[:2]).max() < 0.5
-    assert module._is_signed(data[:1]) and not module._is_signed(data[1:2])
+    assert numbers.is_signed(data[:1]) and not numbers.is_signed(data[1:2])
 
 
 def test_dead_channels(model):

@@ -300,7 +300,7 @@ def test_style_is_local():
 
 def test_show_writes_the_alt_text_that_nbconvert_puts_on_the_image(monkeypatch):
     calls = []
-    monkeypatch.setattr(plotting, "display", lambda data, **options: calls.append((data, options)))
+    monkeypatch.setattr(plotting.figures, "display", lambda data, **options: calls.append((data, options)))
     figure, _ = plt.subplots()
     plotting.show(figure, 'A ball,\n  "large" & <round>')
     assert not plt.get_fignums()

@@ -1,22 +1,13 @@
-// Several segmentations against the truth, drawn here from the labels; the bars below each picture count its wrong voxels by slice.
+// Several segmentations against the truth, drawn here from the labels. The bars below each picture count its wrong voxels by slice.
 
 function render({ model, el }) {
   const scene = model.get("_scene");
   const { start, shape, spacing, sequences, regions, outcomes } = scene;
-  const strides = [shape[1] * shape[2], shape[2], 1], names = Object.keys(outcomes);
+  const names = Object.keys(outcomes), { strides, planeNow, moveTo, move, pointAt, at } = navigate(model, scene);
   const [FOUND, MISSED, MADE_UP] = [1, 2, 3];
   const colours = new Uint32Array(256);
   names.forEach((name, i) => { colours[i + 1] = pixel(outcomes[name]); });
   const volumes = [], labels = []; // labels[0] is the truth
-
-  const set = (key, value) => { model.set(key, value); model.save_changes(); };
-  const within = (position) => position.map((p, axis) => clamp(p, start[axis], start[axis] + shape[axis] - 1));
-  const moveTo = (position) => {
-    const next = within(position);
-    if (next.some((p, axis) => p !== model.get("position")[axis])) set("position", next);
-  };
-  const move = (axis, by) => moveTo(model.get("position").map((p, a) => (a === axis ? p + by : p)));
-  const planeNow = () => scene.planes.find((p) => p.name.toLowerCase() === model.get("plane"));
 
   const views = scene.predictions.map((name, number) => {
     const picture = make("canvas"), bars = make("canvas"), score = make("span", { class: "number" });
@@ -27,14 +18,8 @@ function render({ model, el }) {
     const strip = make("div", { class: "bars", "data-view": `bars${number}`, title: "Wrong voxels in each slice; click to go there" }, bars);
     const worst = make("button", { type: "button", onclick: () => goToWorst(views[number]) }, "worst slice");
     const box = make("figure", {}, make("figcaption", {}, make("b", {}, name), score, worst), stage, strip);
-    const pointAt = (event) => {
-      const r = stage.getBoundingClientRect(), plane = planeNow(), next = [...model.get("position")];
-      for (const [axis, part] of [[plane.x, (event.clientX - r.left) / r.width], [plane.y, (event.clientY - r.top) / r.height]])
-        next[axis] = start[axis] + shape[axis] - 1 - Math.floor(part * shape[axis]);
-      return next;
-    };
-    stage.addEventListener("pointerdown", (event) => { if (event.button === 0) { stage.setPointerCapture(event.pointerId); moveTo(pointAt(event)); } });
-    stage.addEventListener("pointermove", (event) => { if (event.buttons & 1) moveTo(pointAt(event)); });
+    stage.addEventListener("pointerdown", (event) => { if (event.button === 0) { stage.setPointerCapture(event.pointerId); moveTo(pointAt(stage, event)); } });
+    stage.addEventListener("pointermove", (event) => { if (event.buttons & 1) moveTo(pointAt(stage, event)); });
     steer(stage, planeNow, shape, move);
     const jump = (event) => {
       const r = strip.getBoundingClientRect(), { cut } = planeNow(), next = [...model.get("position")];
@@ -52,7 +37,7 @@ function render({ model, el }) {
     moveTo(next);
   }
 
-  /** What became of every voxel, and the wrong ones in every slice. */
+  /** Find what became of every voxel, and count the wrong ones in every slice. */
   function judge() {
     if (!labels.length) return;
     const inRegion = new Uint8Array(256), { cut } = planeNow();
@@ -88,9 +73,7 @@ function render({ model, el }) {
       context.globalAlpha = model.get("opacity");
       stamp(context, sliceImage(view.outcome, shape, 0, plane, here, colours), 0, 0, width, height);
       context.globalAlpha = 1;
-      context.fillStyle = "rgb(255 255 255 / 45%)";
-      context.fillRect(0, ((shape[y] - (position[y] - start[y]) - 0.5) / shape[y]) * height - 0.5, width, 1);
-      context.fillRect(((shape[x] - (position[x] - start[x]) - 0.5) / shape[x]) * width - 0.5, 0, 1, height);
+      drawCrosshair(context, plane, position, scene, width, height, "rgb(255 255 255 / 45%)");
       const wide = view.strip.clientWidth || width, tall = 44, strip = fit(view.bars, wide, tall), w = wide / shape[cut];
       strip.fillStyle = getComputedStyle(view.strip).color;
       strip.globalAlpha = 0.15;
@@ -107,52 +90,27 @@ function render({ model, el }) {
       strip.fillStyle = getComputedStyle(view.strip).color;
       strip.fillRect(0, tall - 1, wide, 1);
     }
-    for (const one of choices) one.select.value = model.get(one.key);
-    Object.assign(slice, { min: start[cut], max: start[cut] + shape[cut] - 1, disabled: shape[cut] === 1 });
-    slice.value = position[cut];
-    number.textContent = `${position[cut]} / ${start[cut] + shape[cut] - 1}`;
+    for (const one of [...choices, slice]) one.show();
     opacity.value = model.get("opacity");
-    const at = position.reduce((sum, p, axis) => sum + (p - start[axis]) * strides[axis], 0);
-    const facts = [["voxel", position.join(", ")], ...views.map((v) => [v.name, ["right, outside", ...names][v.outcome[at]]])];
+    const facts = [["voxel", position.join(", ")], ...views.map((v) => [v.name, ["right, outside", ...names][v.outcome[at(position)]]])];
     const sums = views.map((v) => [`${v.name}, this slice`, `${v.wrong.missed[here]} missed, ${v.wrong.madeUp[here]} made up`]);
-    readout.replaceChildren(...[...facts, ...sums].map(([key, value]) => make("span", {}, make("em", {}, key), value)));
+    tell(readout, [...facts, ...sums]);
   }
 
-  const choice = (title, key, options) => {
-    const select = make("select", { "aria-label": title, onchange: () => set(key, select.value) }, ...options.map((o) => make("option", { value: o }, o)));
-    return { key, select, box: make("label", {}, make("span", {}, title), select) };
-  };
-  const choices = [choice("Region", "region", Object.keys(regions)), choice("Plane", "plane", scene.planes.map((p) => p.name.toLowerCase())),
-    choice("Input", "sequence", sequences.map((s) => s.name))];
-  const slice = make("input", { type: "range", "aria-label": "Slice", oninput: () => move(planeNow().cut, +slice.value - model.get("position")[planeNow().cut]) });
-  const number = make("span", { class: "number" });
-  const opacity = make("input", { type: "range", min: 0, max: 1, step: 0.05, "aria-label": "Opacity of the colours", oninput: () => set("opacity", +opacity.value) });
-  const readout = make("output", { class: "readout", "aria-live": "polite", "aria-label": "At the crosshair" });
+  const choices = [makeChoice(model, "Region", "region", Object.keys(regions)), makeChoice(model, "Plane", "plane", scene.planes.map((p) => p.name.toLowerCase())),
+    makeChoice(model, "Input", "sequence", sequences.map((s) => s.name))];
+  const slice = makeSlice(model, scene, { planeNow, move }), opacity = makeOpacity(model, "Opacity of the colours"), readout = makeReadout("At the crosshair");
   const key = make("ul", { class: "key", "aria-label": "Colours" }, ...names.map((name) => make("li", {}, make("i", { style: `--class-colour: ${outcomes[name]}` }),
     `${name} (${{ found: "true positive", missed: "false negative", "made up": "false positive" }[name]})`)));
   const root = make("div", { class: "medseg-compare", role: "group", "aria-label": `Segmentations of ${scene.title}` },
-    make("div", { class: "toolbar" }, ...choices.map((c) => c.box), make("label", {}, slice, number), make("label", {}, make("span", {}, "Opacity"), opacity)),
+    make("div", { class: "toolbar" }, ...choices.map((c) => c.box), slice.box, make("label", {}, make("span", {}, "Opacity"), opacity)),
     make("div", { class: "panels" }, ...views.map((v) => v.box)), readout, key);
-  // The notebook has shortcuts of its own for single keys.
-  root.addEventListener("keydown", (event) => { if (!(event.ctrlKey || event.altKey || event.metaKey)) event.stopPropagation(); });
-
-  const listeners = { region: judge, plane: judge, position: draw, sequence: draw, opacity: draw };
-  for (const [name, listener] of Object.entries(listeners)) model.on(`change:${name}`, listener);
-  el.append(root);
-  let width = 0;
-  const resized = new ResizeObserver(() => { if (root.clientWidth !== width) { width = root.clientWidth; draw(); } });
-  resized.observe(root);
+  const leave = mount(model, el, root, { region: judge, plane: judge, position: draw, sequence: draw, opacity: draw }, { resized: draw });
   Promise.all([Promise.all(model.get("_volumes").map(unpack)), Promise.all(model.get("_labels").map(unpack))]).then(([images, maps]) => {
     volumes.push(...images);
     labels.push(...maps);
     judge();
     root.dataset.ready = "true";
   });
-  return () => {
-    resized.disconnect();
-    for (const [name, listener] of Object.entries(listeners)) model.off(`change:${name}`, listener);
-  };
+  return leave;
 }
-
-const widget = { render };
-export default widget;

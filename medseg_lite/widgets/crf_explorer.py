@@ -1,27 +1,25 @@
-"""What each kernel of the dense CRF does: its parameters on sliders, their effect on one slice at once."""
+"""The effect of each kernel of the dense CRF: sliders for its parameters, and one slice that follows them."""
 
 from __future__ import annotations
 
-import base64
-import io
+from collections.abc import Sequence
 
 import ipywidgets
-import matplotlib.font_manager
 import numpy as np
 import torch
 import traitlets
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from .. import plotting
 from ..crf import DenseCRF
 from ..metrics import dice
 from ..volume import Case, bounding_box
-from .slice_viewer import StateError
+from ._base import Pictured, StateError, font
 
 KEPT, REMOVED, ADDED = "#56B4E9", "#D55E00", "#F0E442"  # told apart by colour-blind readers too
 WIDTH, GAP = 250, 10  # pixels of one picture, and between two
-# Range and title of each parameter's slider; the sliders are logarithmic, because what matters is the factor.
+# Range and title of each parameter's slider. The sliders are logarithmic, because what matters is the factor.
 RANGES = {
     "smoothness_weight": (0.01, 30.0, "w₁ smoothness"),
     "smoothness_sigma": (0.3, 10.0, "σ_α voxels"),
@@ -31,38 +29,38 @@ RANGES = {
 }
 
 
-class CRFExplorer(ipywidgets.VBox):
-    """A slice before and after the CRF, what one marked voxel hears through each kernel, and sliders for all of it.
+class CRFExplorer(Pictured, ipywidgets.VBox):
+    """A slice before and after the CRF, the kernels of one marked voxel, and sliders for all parameters.
 
         explorer = CRFExplorer(case, probabilities)
         explorer.appearance_weight = 3          # every slider is also an attribute
         explorer.result                         # (rows, columns) bool: the foreground of the slice after the CRF
 
-    Four pictures: the foreground as the network has it; how loudly every voxel speaks to the marked one through the smoothness
-    kernel, and through the appearance kernel; and the foreground after the CRF, with what it kept, removed and added. Where
-    the case has a label, the Dice of this slice is written beside.
+    There are four pictures: the network's foreground; the weight of every voxel in the marked one's smoothness kernel, and in
+    its appearance kernel; and the foreground after the CRF, with what it kept, removed and added. If the case has a label, the
+    Dice of this slice is written above.
 
-    The CRF runs on this one slice alone, in two dimensions, so that it follows the sliders. Kernels are built anew only when a σ
-    or the slice changes. Several classes are merged into one foreground, as `crf.whole_tumour` does.
+    The CRF runs on this one slice alone, in two dimensions, so that it follows the sliders. Kernels are built anew only when a
+    σ or the slice changes. Several classes are merged into one foreground, as `crf.whole_tumour` does.
 
     Args:
-        case: its image tells the appearance kernel what looks alike; only voxels inside its mask take part.
+        case: case whose image the appearance kernel compares. Only voxels inside its mask take part.
         probabilities: `(K, D, H, W)`, class 0 the background.
         plane: "axial", "coronal" or "sagittal".
-        index: of the slice; by default the one with most foreground.
+        index: slice shown; by default the one with most foreground.
         voxel: (row, column) of the marked voxel in the picture; by default on the rim of a larger piece of foreground.
-        iterations: mean-field updates.
+        iterations: number of mean-field updates.
         **parameters: first values of the sliders, as for `DenseCRF`.
 
     Attributes:
-        index, row, column and the five parameters: as the sliders show them.
+        index, row, column: slice and marked voxel, as the sliders show them.
+        smoothness_weight, smoothness_sigma, appearance_weight, appearance_sigma, intensity_sigma: parameters, as for
+            `DenseCRF`.
         result: foreground of the slice after the CRF.
 
     Raises:
         ValueError: for probabilities on another grid or outside 0..1, for a NaN, for unknown parameters and planes.
     """
-
-    _ipython_display_ = None  # ipywidgets 7 would display through it, and drop the PNG below
 
     index = traitlets.Int()
     row = traitlets.Int()
@@ -112,7 +110,7 @@ class CRFExplorer(ipywidgets.VBox):
             voxel = np.unravel_index(np.abs(ndimage.gaussian_filter(p, 1.5) - 0.5).argmin(), p.shape)
         self._picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
         super().__init__(index=index, row=int(voxel[0]), column=int(voxel[1]), **parameters)
-        self.children = [*self._sliders(), self._picture]
+        self.children = [self._sliders(), self._picture]
         self.observe(self._refresh, ["index", "row", "column", *RANGES])
         self._refresh()
 
@@ -120,22 +118,22 @@ class CRFExplorer(ipywidgets.VBox):
         values = ", ".join(f"{name}={getattr(self, name):.3g}" for name in RANGES)
         return f"CRFExplorer({self._case.name!r}, {self._plane.name.lower()} {self.index}, {values})"
 
-    def snapshot(self) -> bytes:
-        """The four pictures as a PNG file."""
-        return bytes(self._picture.value)
+    def _draw(self) -> Image.Image:
+        return self._sheet
 
-    def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
-        picture = base64.b64encode(self.snapshot()).decode()
-        alt = (
+    def _alt(self) -> str:
+        return (
             f"One {self._plane.name.lower()} slice of {self._case.name}, four times: the network's foreground; what a marked voxel "
             "hears through the smoothness and through the appearance kernel; the foreground after the CRF, with what it kept, "
             "removed and added"
         )
-        data = {"text/plain": repr(self), "application/vnd.jupyter.widget-view+json": view, "image/png": picture}
-        return data, {"image/png": {"alt": alt}}
 
-    def _sliders(self) -> list[ipywidgets.Widget]:
+    def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
+        return self._with_picture({"text/plain": repr(self), "application/vnd.jupyter.widget-view+json": view}, {})
+
+    def _sliders(self) -> ipywidgets.HBox:
+        """Return sliders for all parameters, in a column for each kernel and one for the slice and the marked voxel."""
         wide = {"style": {"description_width": "110px"}, "layout": {"width": "300px"}, "readout_format": ".2f"}
         sliders = {
             name: ipywidgets.FloatLogSlider(
@@ -158,11 +156,13 @@ class CRFExplorer(ipywidgets.VBox):
             ("index", "row", "column"),
         )
         groups = [ipywidgets.VBox([sliders[name] for name in names]) for names in by_kernel]
-        return [ipywidgets.HBox(groups, layout={"flex_flow": "row wrap"})]
+        return ipywidgets.HBox(groups, layout={"flex_flow": "row wrap"})
 
-    # ----------------------------------------------------------------------------------------------- what it shows
+    # ------------------------------------------------------------------------------------------------------- picture
 
     def _refresh(self, change=None) -> None:
+        """Run the CRF on the slice, and draw the four pictures."""
+
         def cut(volume):
             return torch.from_numpy(plotting.cut(volume, self._plane, self.index - self._offset).copy())
 
@@ -180,19 +180,20 @@ class CRFExplorer(ipywidgets.VBox):
 
         grey = plotting.paint(image[0].numpy(), self._windows[0])
         truth = None if self._case.label is None else cut(self._case.label > 0).numpy()
-        panels = [(_title("network", before, truth), _tint(grey, [(before, KEPT)]), [])]
+        panels = [(_headline("network", before, truth), _tint(grey, [(before, KEPT)]), [])]
         for name, kernel in zip(("smoothness", "appearance"), self._kernels(image, mask, parameters)):
             title = f"{name}: hears {kernel.sum():.0f} voxels"
             panels.append((title, _tint(0.6 * grey, [(kernel.numpy(), plotting.PROBABILITY_COLOUR)], 1), []))
         changes = [("kept", before & after, KEPT), ("removed", before & ~after, REMOVED), ("added", after & ~before, ADDED)]
         legend = [(f"{text} {where.sum()}", colour) for text, where, colour in changes]
-        panels.append((_title("after the CRF", after, truth), _tint(grey, [(w, c) for _, w, c in changes]), legend))
+        panels.append((_headline("after the CRF", after, truth), _tint(grey, [(w, c) for _, w, c in changes]), legend))
         spacing = self._case.spacing
         aspect = spacing[self._plane.y] / spacing[self._plane.x]
-        self._picture.value = _sheet(panels, aspect, (self.row, self.column))
+        self._sheet = _draw_sheet(panels, aspect, (self.row, self.column))
+        self._picture.value = self.snapshot()
 
     def _kernels(self, image, mask, parameters) -> list[torch.Tensor]:
-        """k₁ and k₂ between the marked voxel and every other, `(rows, columns)`, exactly."""
+        """Return the exact k₁ and k₂ between the marked voxel and every other, each `(rows, columns)`."""
         rows, columns = torch.meshgrid(*(torch.arange(n) for n in mask.shape), indexing="ij")
         distance = (rows - self.row) ** 2 + (columns - self.column) ** 2
         difference = ((image - image[:, self.row, self.column, None, None]) ** 2).sum(0)
@@ -200,7 +201,7 @@ class CRFExplorer(ipywidgets.VBox):
         appearance = distance / parameters["appearance_sigma"] ** 2 + difference / parameters["intensity_sigma"] ** 2
         return [torch.exp(-e / 2) * mask for e in (smoothness, appearance)]
 
-    # ----------------------------------------------------------------------------------------------------- checks
+    # -------------------------------------------------------------------------------------------------------- checks
 
     @traitlets.validate(*RANGES)
     def _valid_parameter(self, proposal):
@@ -224,41 +225,37 @@ def _within(name: str, value: float, low: float, high: float) -> float:
     return value
 
 
-def _title(what: str, foreground: np.ndarray, truth: np.ndarray | None) -> str:
+def _headline(what: str, foreground: np.ndarray, truth: np.ndarray | None) -> str:
     score = "" if truth is None else f", Dice {100 * dice(foreground, truth):.0f} %"
     return f"{what}: {foreground.sum()} voxels{score}"
 
 
-def _tint(grey: np.ndarray, layers, opacity: float = 0.6) -> np.ndarray:
-    """A grey picture `(rows, columns, 3)` with each layer (strength 0 to 1, colour) over it."""
-    rgb = grey.astype(np.float32)
+def _tint(grey: np.ndarray, layers: Sequence[tuple[np.ndarray, str]], opacity: float = 0.6) -> np.ndarray:
+    """Return a grey picture `(rows, columns, 3)` with each layer (strength 0 to 1, colour) over it."""
+    picture = grey.astype(np.float32)
     for strength, colour in layers:
-        target = np.float32([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
-        rgb += (target - rgb) * (opacity * strength[..., None].astype(np.float32))
-    return np.rint(rgb).astype(np.uint8)
+        picture = plotting.blend(picture, plotting.rgb(colour), opacity * strength)
+    return np.rint(picture).astype(np.uint8)
 
 
-def _sheet(panels, aspect: float, marked: tuple[int, int]) -> bytes:
-    """The panels (title, pixels, legend) in one row, titles above and the legend below, as PNG."""
+def _draw_sheet(panels, aspect: float, marked: tuple[int, int]) -> Image.Image:
+    """Draw the panels (title, pixels, legend) in one row, titles above and legends below."""
     rows, columns = panels[0][1].shape[:2]
     scale = WIDTH / columns
     high = round(rows * scale * aspect)
     sheet = Image.new("RGB", (len(panels) * (WIDTH + GAP) - GAP, high + 44), "white")
     pen = ImageDraw.Draw(sheet)
-    font = ImageFont.truetype(matplotlib.font_manager.findfont("DejaVu Sans"), 13)
     row, column = marked
     for n, (title, pixels, legend) in enumerate(panels):
         left = n * (WIDTH + GAP)
-        pen.text((left, 3), title, fill="#333333", font=font)
+        pen.text((left, 3), title, fill="#333333", font=font())
         sheet.paste(Image.fromarray(pixels).resize((WIDTH, high), Image.Resampling.NEAREST), (left, 22))
         corner = (left + column * scale - 1, 22 + row * scale * aspect - 1)
         opposite = (left + (column + 1) * scale, 22 + (row + 1) * scale * aspect)
         pen.rectangle((*corner, *opposite), outline="#CC79A7", width=2)
-        x = min(left, sheet.width - sum(26 + int(font.getlength(text)) for text, _ in legend))  # in sight to its end
+        x = min(left, sheet.width - sum(26 + int(font().getlength(text)) for text, _ in legend))  # in sight to its end
         for text, colour in legend:
             pen.rectangle((x, high + 28, x + 11, high + 39), fill=colour, outline="#333333")
-            pen.text((x + 16, high + 34), text, fill="#333333", font=font, anchor="lm")
-            x += 26 + int(font.getlength(text))
-    file = io.BytesIO()
-    sheet.save(file, format="png", compress_level=1)
-    return file.getvalue()
+            pen.text((x + 16, high + 34), text, fill="#333333", font=font(), anchor="lm")
+            x += 26 + int(font().getlength(text))
+    return sheet

@@ -1,5 +1,5 @@
-// Feature explorer: a strip of layers, the channels of one as a grid, one channel over the input. Python sends a layer when it is
-// first looked at, once; slices, sorting and colours are drawn here. Both axes of each picture run against the array's.
+// Feature explorer: a strip of layers, the channels of one as a grid, one channel over the input. Python sends a layer once, when it
+// is first looked at. Slices, sorting and colours are drawn here. Both axes of each picture run against the array's.
 
 const tidy = (x, range) => (Math.abs(x) < range / 1000 ? "0" : short(x)); // no 1.13e-5 at the end of a colour bar
 const received = new WeakMap(); // widget model -> {key: {about, data}}, shared by all views of one widget
@@ -7,20 +7,11 @@ const received = new WeakMap(); // widget model -> {key: {about, data}}, shared 
 function render({ model, el }) {
   const scene = model.get("_scene"); // never changes
   const { start, shape, spacing, sequences, classes, panels } = scene;
-  const strides = [shape[1] * shape[2], shape[2], 1];
+  const { planeNow, within, moveTo, move, pointAt, at } = navigate(model, scene), set = setter(model);
   const palettes = Object.fromEntries(Object.entries(scene.palettes).map(([name, colours]) => [name, Uint32Array.from(colours, (c) => pixel(c))]));
   const volumes = [];
   let label = null;
   if (!received.has(model)) received.set(model, model.get("_maps") ?? {});
-
-  const set = (key, value) => { model.set(key, value); model.save_changes(); };
-  const within = (position) => position.map((p, axis) => clamp(p, start[axis], start[axis] + shape[axis] - 1));
-  const moveTo = (position) => {
-    const next = within(position);
-    if (next.some((p, axis) => p !== model.get("position")[axis])) set("position", next);
-  };
-  const move = (axis, by) => moveTo(model.get("position").map((p, a) => (a === axis ? p + by : p)));
-  const planeNow = () => scene.planes.find((p) => p.name.toLowerCase() === model.get("plane"));
 
   // --------------------------------------------------------------------------------------------------------- input
   const sequenceNow = () => sequences.findIndex((s) => s.name === model.get("sequence"));
@@ -70,12 +61,6 @@ function render({ model, el }) {
     };
 
     // ------------------------------------------------------------------------------------------ pointer and keys
-    const pointAt = (event) => { // input position under the pointer
-      const r = stage.getBoundingClientRect(), plane = planeNow(), next = [...model.get("position")];
-      next[plane.x] = start[plane.x] + shape[plane.x] - 1 - Math.floor(((event.clientX - r.left) / r.width) * shape[plane.x]);
-      next[plane.y] = start[plane.y] + shape[plane.y] - 1 - Math.floor(((event.clientY - r.top) / r.height) * shape[plane.y]);
-      return within(next);
-    };
     const tileAt = (event) => {
       const r = tiles.getBoundingClientRect(), { columns, wide, high: tall, gap } = view.layout ?? {};
       if (!columns) return null;
@@ -89,10 +74,10 @@ function render({ model, el }) {
         next[axis] = Math.round(offset[axis] + stride[axis] * (size[axis + 1] * (1 - part) - 0.5));
       return { channel: view.order[place], position: within(next) };
     };
-    stage.addEventListener("pointerdown", (event) => { if (event.button === 0) { stage.setPointerCapture(event.pointerId); moveTo(pointAt(event)); } });
+    stage.addEventListener("pointerdown", (event) => { if (event.button === 0) { stage.setPointerCapture(event.pointerId); moveTo(pointAt(stage, event)); } });
     stage.addEventListener("pointermove", (event) => {
-      if (event.buttons & 1) moveTo(pointAt(event));
-      say(view, pointAt(event), model.get(channelKey));
+      if (event.buttons & 1) moveTo(pointAt(stage, event));
+      say(view, pointAt(stage, event), model.get(channelKey));
     });
     tiles.addEventListener("pointerdown", (event) => { const hit = tileAt(event); if (hit && event.button === 0) set(channelKey, hit.channel); });
     tiles.addEventListener("pointermove", (event) => { const hit = tileAt(event); if (hit) say(view, hit.position ?? model.get("position"), hit.channel); });
@@ -198,10 +183,7 @@ function render({ model, el }) {
     stamp(context, map, left * scale, top * tall, wide * scale, high * tall);
     context.globalAlpha = 1;
     if (label && model.get("truth")) stamp(context, outlineImage(label, shape, plane, here, outlineColours), 0, 0, width, height);
-    const centre = (axis) => shape[axis] - (position[axis] - start[axis]) - 0.5;
-    context.fillStyle = "rgb(255 255 255 / 60%)";
-    context.fillRect(0, centre(y) * tall - 0.5, width, 1);
-    context.fillRect(centre(x) * scale - 0.5, 0, 1, height);
+    drawCrosshair(context, plane, position, scene, width, height, "rgb(255 255 255 / 60%)");
     if (field) {
       const box = [x, y].map((axis) => {
         const middle = offset[axis] + stride[axis] * indexAt(view, axis, position[axis]);
@@ -322,50 +304,40 @@ function render({ model, el }) {
   function say(view, position = model.get("position"), channel = model.get(view.channelKey)) {
     if (!view.data || !volumes.length) return;
     const { name, low, high } = sequences[sequenceNow()];
-    const at = position.reduce((sum, p, axis) => sum + (p - start[axis]) * strides[axis], 0);
-    const facts = [["voxel", position.join(", ")], [name, short(low + (volumes[sequenceNow()][at] * (high - low)) / 255)]];
-    if (label) facts.push(["truth", classes.find(([k]) => k === label[at])?.[1] ?? "background"]);
+    const facts = [["voxel", position.join(", ")], [name, short(low + (volumes[sequenceNow()][at(position)] * (high - low)) / 255)]];
+    if (label) facts.push(["truth", classes.find(([k]) => k === label[at(position)])?.[1] ?? "background"]);
     const shown = view === undefined ? views : [view, ...views.filter((other) => other !== view && other.data)];
     for (const one of shown.sort((a, b) => a.number - b.number)) {
       const c = one === view ? channel : model.get(one.channelKey);
       facts.push([`${model.get(one.layerKey)}, channel ${c}`, short(valueOf(one, position, c))]);
     }
-    readout.replaceChildren(...facts.map(([key, value]) => make("span", {}, make("em", {}, key), value)));
+    tell(readout, facts);
   }
 
   // ------------------------------------------------------------------------------------------------------ controls
-  const choice = (title, key, options, name = title) => {
-    const select = make("select", { "aria-label": name, onchange: () => set(key, select.value) }, ...options.map((o) => make("option", { value: o }, o)));
-    return { key, select, box: make("label", {}, ...(title ? [make("span", {}, title)] : []), select) };
-  };
-  const slice = make("input", { type: "range", "aria-label": "Slice", oninput: () => move(planeNow().cut, +slice.value - model.get("position")[planeNow().cut]) });
-  const number = make("span", { class: "number" });
-  const opacity = make("input", { type: "range", min: 0, max: 1, step: 0.05, "aria-label": "Opacity of the map over the input", oninput: () => set("opacity", +opacity.value) });
+  const slice = makeSlice(model, scene, { planeNow, move }), opacity = makeOpacity(model, "Opacity of the map over the input");
   const truth = make("input", { type: "checkbox", onchange: () => set("truth", truth.checked) });
-  const plane = choice("Plane", "plane", scene.planes.map((p) => p.name.toLowerCase()));
-  const sequence = choice("Input", "sequence", sequences.map((s) => s.name));
-  const sort = choice("Sort by", "sort", ["index", "activity", ...(classes.length ? ["selectivity"] : []), ...(scene.maps.length ? ["correlation"] : [])]);
-  const byClass = choice("", "class_name", classes.map(([, name]) => name), "Class of the selectivity");
-  const byMap = choice("", "map_name", scene.maps, "Map of the correlation");
-  const scale = choice("Scale", "scale", ["channel", "layer", "p1-p99"]);
-  const colours = choice("Colours", "colours", ["auto", "sequential", "signed"]);
+  const plane = makeChoice(model, "Plane", "plane", scene.planes.map((p) => p.name.toLowerCase()));
+  const sequence = makeChoice(model, "Input", "sequence", sequences.map((s) => s.name));
+  const sort = makeChoice(model, "Sort by", "sort", ["index", "activity", ...(classes.length ? ["selectivity"] : []), ...(scene.maps.length ? ["correlation"] : [])]);
+  const byClass = makeChoice(model, "", "class_name", classes.map(([, name]) => name), "Class of the selectivity");
+  const byMap = makeChoice(model, "", "map_name", scene.maps, "Map of the correlation");
+  const scale = makeChoice(model, "Scale", "scale", ["channel", "layer", "p1-p99"]);
+  const colours = makeChoice(model, "Colours", "colours", ["auto", "sequential", "signed"]);
   const choices = [plane, sequence, sort, byClass, byMap, scale, colours];
   const save = make("button", { type: "button", title: "Save what is shown as a PNG file", onclick: () => exportPng() }, "PNG");
-  const readout = make("output", { class: "readout", "aria-live": "polite", "aria-label": "Values" });
+  const readout = makeReadout("Values");
   const key = make("ul", { class: "key", "aria-label": "Outlines" }, ...classes.map(([, name, colour]) =>
     make("li", {}, make("i", { style: `--class-colour: ${colour}` }), name)), make("li", {}, make("i", { style: "--class-colour: #009E73" }), "receptive field at the crosshair"));
-  const help = make("details", {}, make("summary", {}, "Keys and mouse"), make("p", {},
-    "Picture: click or drag for the crosshair, wheel or Page Up and Page Down for the slice, arrow keys (with Shift ten voxels). Channels: click, or arrow keys. "
-    + "Anywhere: [ and ] previous and next layer, S sorting, C scale, T outlines, 1 to 9 input sequence."));
+  const help = makeHelp("Picture: click or drag for the crosshair, wheel or Page Up and Page Down for the slice, arrow keys (with Shift ten voxels). Channels: click, or arrow keys. "
+    + "Anywhere: [ and ] previous and next layer, S sorting, C scale, T outlines, 1 to 9 input sequence.");
   const root = make("div", { class: `medseg-features panels${panels.length}`, role: "group", "aria-label": `Feature explorer: ${scene.title}` },
-    make("div", { class: "toolbar" }, plane.box, make("label", {}, slice, number), sequence.box, make("label", {}, make("span", {}, "Map opacity"), opacity),
+    make("div", { class: "toolbar" }, plane.box, slice.box, sequence.box, make("label", {}, make("span", {}, "Map opacity"), opacity),
       ...(classes.length ? [make("label", {}, truth, "outlines")] : []), make("span", { class: "together" }, sort.box, byClass.box, byMap.box), scale.box, colours.box, save),
     make("div", { class: "panels" }, ...views.map((view) => view.root)), readout, key, help);
 
   const cycle = (one) => { const options = [...one.select.options].map((o) => o.value); set(one.key, options[(options.indexOf(model.get(one.key)) + 1) % options.length]); };
-  root.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.altKey || event.metaKey) return;
-    event.stopPropagation(); // the notebook has shortcuts of its own for single keys
+  const press = (event) => {
     if (event.target.tagName === "SELECT") return;
     const view = views[+(event.target.closest?.(".panel")?.dataset.panel ?? 0)];
     if (sequences[event.key - 1]) set("sequence", sequences[event.key - 1].name);
@@ -376,16 +348,12 @@ function render({ model, el }) {
       const names = view.panel.layers.map((l) => l.name), next = names[names.indexOf(model.get(view.layerKey)) + (event.key === "]" ? 1 : -1)];
       if (next) set(view.layerKey, next);
     }
-  });
+  };
 
   function showControls() {
-    const { cut } = planeNow();
-    for (const one of choices) one.select.value = model.get(one.key);
+    for (const one of [...choices, slice]) one.show();
     byClass.box.hidden = model.get("sort") !== "selectivity";
     byMap.box.hidden = model.get("sort") !== "correlation";
-    Object.assign(slice, { min: start[cut], max: start[cut] + shape[cut] - 1, disabled: shape[cut] === 1 });
-    slice.value = model.get("position")[cut];
-    number.textContent = `${model.get("position")[cut]} / ${start[cut] + shape[cut] - 1}`;
     opacity.value = model.get("opacity");
     truth.checked = model.get("truth");
   }
@@ -419,29 +387,17 @@ function render({ model, el }) {
     for (const view of views) if (keyOf(view) === about.key) load(view);
   };
   const listeners = {
-    "change:position": onPosition, "change:plane": all(draw), "change:sequence": all(draw), "change:opacity": all(draw), "change:truth": all(draw),
-    "change:channel": () => draw(views[0]), "change:layer": () => load(views[0]),
-    "change:sort": all(onSort), "change:class_name": all(onSort), "change:map_name": all(onSort), "change:scale": all(onColours), "change:colours": all(onColours),
-    "change:_version": onVersion, "msg:custom": onMessage,
+    position: onPosition, plane: all(draw), sequence: all(draw), opacity: all(draw), truth: all(draw), channel: () => draw(views[0]), layer: () => load(views[0]),
+    sort: all(onSort), class_name: all(onSort), map_name: all(onSort), scale: all(onColours), colours: all(onColours), _version: onVersion, "msg:custom": onMessage,
+    ...(views[1] ? { compare_channel: () => draw(views[1]), compare_layer: () => load(views[1]) } : {}),
   };
-  if (views[1]) Object.assign(listeners, { "change:compare_channel": () => draw(views[1]), "change:compare_layer": () => load(views[1]) });
-  for (const [name, listener] of Object.entries(listeners)) model.on(name, listener);
-  el.append(root);
   showControls();
-  let width = 0;
-  const resized = new ResizeObserver(() => { if (root.clientWidth !== width) { width = root.clientWidth; views.forEach(draw); } });
-  resized.observe(root);
+  const leave = mount(model, el, root, listeners, { press, resized: () => views.forEach(draw) });
   Promise.all([...model.get("_volumes").map(unpack), model.get("_label") ? unpack(model.get("_label")) : null]).then(async (unpacked) => {
     label = unpacked.pop();
     volumes.push(...unpacked);
     await Promise.all(views.map(load));
     root.dataset.ready = "true";
   });
-  return () => {
-    resized.disconnect();
-    for (const [name, listener] of Object.entries(listeners)) model.off(name, listener);
-  };
+  return leave;
 }
-
-const widget = { render };
-export default widget;

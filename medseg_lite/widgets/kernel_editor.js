@@ -3,7 +3,7 @@
 const rgb = (colour) => [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16));
 const same = (a, b) => a.length === b.length && a.every((row, i) => row.every((w, j) => w === b[i][j]));
 
-/** Sums of products of the kernel and the pixels under it, row by row: (rows - k + 1) × (columns - k + 1). */
+/** Return the sums of products of the kernel and the pixels under it, row by row: (rows - k + 1) × (columns - k + 1). */
 function correlate({ rows, columns, values }, kernel) {
   const k = kernel.length, high = rows - k + 1, wide = columns - k + 1, out = new Float64Array(high * wide);
   for (let i = 0; i < k; i++)
@@ -22,9 +22,9 @@ function render({ model, el }) {
   let picture = null; // rows, columns, values, window
   let map = null, limit = 1; // the feature map, and where its colours end
 
-  const set = (key, value) => { model.set(key, value); model.save_changes(); };
+  const set = setter(model);
   const presetNow = () => Object.keys(presets).find((name) => same(presets[name][model.get("kernel").length], model.get("kernel")));
-  /** The marked pixel, moved to where the kernel fits. */
+  /** Return the marked pixel, moved to where the kernel fits. */
   const marked = () => {
     const half = model.get("kernel").length >> 1, [row, column] = model.get("position");
     return [clamp(row, half, picture.rows - 1 - half), clamp(column, half, picture.columns - 1 - half)];
@@ -158,9 +158,8 @@ function render({ model, el }) {
   }, name));
   const sizes = [3, 5].map((k) => make("button", { type: "button", "data-size": k, onclick: () => resize(k) }, `${k}×${k}`));
   const total = make("p", { class: "total" });
-  const help = make("details", {}, make("summary", {}, "Keys and mouse"), make("p", {},
-    "Type a number, or press the up and down keys in a field; Tab goes to the next one. Click or drag in a picture, or use the "
-    + "arrow keys there (with Shift: ten pixels), to choose the pixel whose arithmetic is shown."));
+  const help = makeHelp("Type a number, or press the up and down keys in a field; Tab goes to the next one. Click or drag in a picture, or use the "
+    + "arrow keys there (with Shift: ten pixels), to choose the pixel whose arithmetic is shown.");
 
   const root = make("div", { class: "medseg-kernel", role: "group", "aria-label": "Kernel editor" },
     make("div", { class: "toolbar" },
@@ -171,8 +170,6 @@ function render({ model, el }) {
         make("h4", {}, "pixels under the kernel"), under, make("b", { class: "sign", "aria-hidden": "true" }, "×"),
         make("h4", {}, "kernel"), grid, result, complaint, total),
       right.figure), help);
-  // The notebook has shortcuts of its own for single keys.
-  root.addEventListener("keydown", (event) => { if (!(event.ctrlKey || event.altKey || event.metaKey)) event.stopPropagation(); });
 
   // -------------------------------------------------------------------------------------------- from state to view
   function onPosition() {
@@ -203,12 +200,7 @@ function render({ model, el }) {
     onKernel();
   }
 
-  const listeners = { kernel: onKernel, position: onPosition, _picture: onPicture };
-  for (const [key, listener] of Object.entries(listeners)) model.on(`change:${key}`, listener);
-  el.append(root);
+  const leave = mount(model, el, root, { kernel: onKernel, position: onPosition, _picture: onPicture });
   onPicture().then(() => { root.dataset.ready = "true"; });
-  return () => { for (const [key, listener] of Object.entries(listeners)) model.off(`change:${key}`, listener); };
+  return leave;
 }
-
-const widget = { render };
-export default widget;

@@ -1,31 +1,23 @@
-"""A picture, a kernel that can be edited, and the feature map that they make, computed in the browser with every key pressed."""
+"""A picture, a kernel that can be edited, and their feature map, which the browser computes at every key pressed."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
-from pathlib import Path
 
-import anywidget
 import numpy as np
 import traitlets
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from .. import plotting
-from ..paths import atomic_write
-from ._base import pack, page, script
-from .slice_viewer import StateError
+from ..plotting import SIGNED_COLOURS
+from ._base import StateError, Widget, check_known, check_pair, pack, script, signed_colormap, styles
 
-_HERE = Path(__file__).parent
-LARGEST = 1024 * 1024  # pixels: more would no longer follow the keys
+LARGEST = 1024 * 1024  # pixels; the map of a larger picture would not follow the keys
 HEAVIEST = 1e6  # weights beyond this are typing errors
-QUANTILE = 0.97  # of |feature map|: where the colours end, so that the rim of a stripped brain does not pale its inside
-
-# Negative, zero, positive: blue and vermilion of Okabe and Ito's set, which colour-blind readers tell apart.
-SIGNED_COLOURS = ("#0072B2", "#FFFFFF", "#D55E00")
+# The colours end at this quantile of |feature map|, so that the rim of a stripped brain does not pale its inside.
+QUANTILE = 0.97
 OWN = "your own"
 
 
@@ -34,7 +26,7 @@ def _as_tuples(array: np.ndarray) -> tuple[tuple[float, ...], ...]:
 
 
 def _presets(size: int) -> dict[str, np.ndarray]:
-    """Kernels worth knowing, `(size, size)` each."""
+    """Return kernels worth knowing, `(size, size)` each."""
     identity = np.zeros((size, size))
     identity[size // 2, size // 2] = 1
     if size == 3:
@@ -57,43 +49,42 @@ def _presets(size: int) -> dict[str, np.ndarray]:
 PRESETS = {size: {name: _as_tuples(k) for name, k in _presets(size).items()} for size in (3, 5)}
 
 
-class KernelEditor(anywidget.AnyWidget):
+class KernelEditor(Widget):
     """A kernel to edit, beside a picture and its feature map.
 
         editor = KernelEditor(image)            # image: (rows, columns)
         editor.kernel = [[0, 1, 0], [1, -4, 1], [0, 1, 0]]
-        editor.preset = "Sobel x"               # the same, by name
+        editor.preset = "Sobel x"               # a kernel by name
         editor.feature_map                      # (rows - k + 1, columns - k + 1)
 
     Each pixel of the feature map is the sum of products of the kernel and the pixels under it, as `torch.nn.functional.conv2d`
-    computes it, without padding: no value where the kernel would reach over the edge. One pixel is marked, and its
-    arithmetic shown. Colours of the map are symmetric about zero: blue below, white at zero, vermilion above.
+    computes it, without padding: there is no value where the kernel would lie across the edge. One pixel is marked, and its
+    arithmetic is shown. Colours of the map are symmetric about zero: blue below, white at zero, vermilion above.
 
     Args:
         image: one picture `(rows, columns)` of real numbers, an array or a CPU tensor.
-        kernel: 3×3 or 5×5 numbers; the 3×3 identity by default.
-        preset: name of a kernel instead: "identity", "blur", "Sobel x", "Sobel y", "Laplacian", "sharpen".
+        kernel: 3×3 or 5×5 numbers; by default the 3×3 identity.
+        preset: name of a kernel, instead of `kernel`: "identity", "blur", "Sobel x", "Sobel y", "Laplacian", "sharpen".
         size: side of that preset, 3 or 5.
-        position: (row, column) of the marked pixel, counted in the image; its middle by default.
+        position: (row, column) of the marked pixel, counted in the image; by default its middle.
         window: intensities shown as black and white; by default the image's 0.5 and 99.5 percentiles.
 
     Attributes:
-        kernel, position: synchronised with the browser.
-        image: may be replaced by another picture of any size.
+        kernel: k tuples of k numbers, synchronised with the browser.
+        position: (row, column) of the marked pixel, synchronised with the browser.
+        image: picture `(rows, columns)`. Another picture of any size may replace it.
 
     Raises:
         ValueError: for pictures that are not 2-D, too small, too large or not finite, kernels of another size, unknown names.
     """
 
     _esm = script("kernel_editor.js")
-    _css = _HERE / "kernel_editor.css"
-    _ipython_display_ = None  # ipywidgets 7 would display through it, and drop the PNG below
+    _css = styles("kernel_editor.css", "medseg-kernel")
 
     image = traitlets.Any()
     kernel = traitlets.Any().tag(sync=True)  # k tuples of k floats, made from any 3×3 or 5×5 numbers
     position = traitlets.Any().tag(sync=True)  # a tuple of two ints
     _picture = traitlets.Dict().tag(sync=True)
-    _scene = traitlets.Dict().tag(sync=True)
 
     def __init__(
         self,
@@ -110,7 +101,7 @@ class KernelEditor(anywidget.AnyWidget):
         image = _check_image(image)
         kernel = _find_preset(preset or "identity", size) if kernel is None else _check_kernel(kernel)
         position = [n // 2 for n in image.shape] if position is None else position
-        self._window = None if window is None else _check_window(window)
+        self._window = None if window is None else check_pair(window, "window", "black, white")
         super().__init__(
             image=image,
             kernel=kernel,
@@ -132,7 +123,7 @@ class KernelEditor(anywidget.AnyWidget):
 
     @property
     def preset(self) -> str:
-        """Name of the present kernel, "your own" where it is none of the presets; set it to load one in the present size."""
+        """The name of the present kernel, or "your own". Set it to load a preset in the present size."""
         known = PRESETS[len(self.kernel)]
         return next((name for name, kernel in known.items() if kernel == self.kernel), OWN)
 
@@ -142,42 +133,67 @@ class KernelEditor(anywidget.AnyWidget):
 
     @property
     def feature_map(self) -> np.ndarray:
-        """`(rows - k + 1, columns - k + 1)` float64: the map that the browser shows, computed here."""
+        """The map that the browser shows, computed here: `(rows - k + 1, columns - k + 1)` float64."""
         k = len(self.kernel)
         windows = np.lib.stride_tricks.sliding_window_view(self.image.astype(np.float64), (k, k))
         return np.einsum("rcij,ij->rc", windows, np.array(self.kernel))
-
-    # ------------------------------------------------------------------------------------------------ other forms
-
-    def snapshot(self) -> bytes:
-        """The present view as a PNG file: picture, kernel and feature map."""
-        file = io.BytesIO()
-        _draw(self).savefig(file, format="png")
-        return file.getvalue()
-
-    def to_html(self, path: str | Path | None = None, *, title: str = "Kernel editor") -> str:
-        """The editor as one self-contained page that works without a kernel or a network; also written to `path` if given."""
-        state = {key: getattr(self, key) for key in ("kernel", "position", "_picture", "_scene")}
-        text = page(title=title, state=state, script=self._esm, css=_HERE / "kernel_editor.css")
-        if path is not None:
-            with atomic_write(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-        return text
-
-    def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
-        data, metadata = super()._repr_mimebundle_(**kwargs)
-        rows = "; ".join(" ".join(f"{w:.3g}" for w in row) for row in self.kernel)
-        alt = (
-            f"A picture, the kernel {self.preset} ({rows}), and the feature map they make, blue below zero and vermilion above"
-        )
-        picture = base64.b64encode(self.snapshot()).decode()
-        return {**data, "image/png": picture}, {**metadata, "image/png": {"alt": alt}}
 
     def _pack(self, image: np.ndarray) -> dict:
         black, white = self._window or plotting.default_window(image)
         return {"shape": image.shape, "window": (black, white), "data": pack(image.view(np.uint8))}
 
-    # ----------------------------------------------------------------------------------------------------- checks
+    # --------------------------------------------------------------------------------------------------- static forms
+
+    def _title(self) -> str:
+        return "Kernel editor"
+
+    def _alt(self) -> str:
+        rows = "; ".join(" ".join(f"{w:.3g}" for w in row) for row in self.kernel)
+        return (
+            f"A picture, the kernel {self.preset} ({rows}), and the feature map they make, blue below zero and vermilion above"
+        )
+
+    def _draw(self) -> Figure:
+        """Draw picture, kernel and feature map, as the browser shows them."""
+        rows, columns = self.image.shape
+        k, values, (row, column) = len(self.kernel), self.feature_map, self.position
+        limit = _limit(values)
+        black, white = self._picture["window"]
+        with plotting.style():
+            figure = Figure(figsize=(9.4, min(max(3.3 * rows / columns, 2.4), 5) + 0.6), layout="constrained", dpi=100)
+            left, middle, right = figure.subplots(1, 3, width_ratios=(1, 0.7, 1))
+            left.imshow(self.image, cmap="gray", vmin=black, vmax=white)
+            left.set_title("image")
+            self._draw_kernel(middle, values[row - k // 2, column - k // 2])
+            framed = np.full((rows, columns), np.nan)
+            framed[k // 2 : rows - k // 2, k // 2 : columns - k // 2] = values
+            shown = right.imshow(framed, cmap=signed_colormap(), vmin=-limit, vmax=limit)
+            right.set_title("feature map")
+            bar = figure.colorbar(shown, ax=right, location="bottom", ticks=[-limit, 0, limit], pad=0.02, aspect=30)
+            bar.ax.set_xticklabels([_short(-limit), "0", f"+{_short(limit)}"])
+            blank = figure.colorbar(shown, ax=left, location="bottom", ticks=[], pad=0.02, aspect=30)
+            blank.ax.set_visible(False)  # keeps both pictures equally large
+            for axes, side in ((left, k), (right, 1)):
+                corner = (column - side / 2, row - side / 2)
+                axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor="#009E73", linewidth=2))
+            for axes in (left, middle, right):
+                axes.set(xticks=[], yticks=[])
+                axes.grid(False)
+                axes.spines[:].set_visible(axes is not middle)
+        return figure
+
+    def _draw_kernel(self, axes: Axes, feature: float) -> None:
+        """Draw the kernel as numbers on pale colours, and below it the feature at the marked pixel."""
+        kernel, (row, column) = np.array(self.kernel), self.position
+        k, heaviest = len(kernel), np.abs(kernel).max() or 1
+        axes.imshow(kernel, cmap=signed_colormap(), vmin=-2 * heaviest, vmax=2 * heaviest)
+        digits, size = (3, 11) if k == 3 else (2, 8)
+        for (i, j), weight in np.ndenumerate(kernel):
+            axes.text(j, i, _short(weight, digits), ha="center", va="center", fontsize=size)
+        axes.set_title(f"kernel: {self.preset}")
+        axes.set_xlabel(f"row {row}, column {column}:\nfeature {_short(feature)}")
+
+    # --------------------------------------------------------------------------------------------------------- checks
 
     @traitlets.validate("image")
     def _valid_image(self, proposal):
@@ -194,11 +210,11 @@ class KernelEditor(anywidget.AnyWidget):
     @traitlets.observe("image")
     def _image_changed(self, change):
         self._picture = self._pack(self.image)
-        self.position = self.position  # checked again: the picture may be smaller
+        self.position = self.position  # is checked again, because the picture may be smaller
 
     @traitlets.observe("kernel")
     def _kernel_changed(self, change):
-        self.position = self.position  # a larger kernel keeps further from the edge
+        self.position = self.position  # is checked again, because a larger kernel keeps further from the edge
 
 
 def _check_image(image: np.ndarray) -> np.ndarray:
@@ -244,13 +260,11 @@ def _check_kernel(kernel: Sequence[Sequence[float]]) -> tuple[tuple[float, ...],
 def _find_preset(name: str, size: int) -> tuple[tuple[float, ...], ...]:
     if size not in PRESETS:
         raise ValueError(f"size={size!r}; expected 3 or 5")
-    if name not in PRESETS[size]:
-        raise ValueError(f"there is no preset {name!r}; there are {', '.join(map(repr, PRESETS[size]))}")
-    return PRESETS[size][name]
+    return PRESETS[size][check_known(name, PRESETS[size], "there is no preset")]
 
 
 def _check_position(position: Sequence[int], shape: tuple[int, int], k: int) -> tuple[int, int]:
-    """As ints, moved to the nearest pixel at which the kernel fits into the image."""
+    """Return (row, column) as ints, moved to the nearest pixel at which the kernel fits into the image."""
     try:
         numbers = [float(p) for p in position]
         if len(numbers) != 2 or any(n != int(n) for n in numbers):
@@ -260,59 +274,11 @@ def _check_position(position: Sequence[int], shape: tuple[int, int], k: int) -> 
     return tuple(int(min(max(p, k // 2), n - 1 - k // 2)) for p, n in zip(numbers, shape))
 
 
-def _check_window(window: tuple[float, float]) -> tuple[float, float]:
-    try:
-        black, white = (float(v) for v in window)
-    except (TypeError, ValueError):
-        raise ValueError(f"window is {window!r}; expected two numbers (black, white)") from None
-    if not (np.isfinite([black, white]).all() and black < white):
-        raise ValueError(f"window is {black:g} to {white:g}; expected two finite numbers, the lower one first")
-    return black, white
-
-
 def _limit(values: np.ndarray) -> float:
-    """Where the colours of a feature map end, the same on both sides of zero."""
+    """Return the value at which the colours of a feature map end, on both sides of zero."""
     magnitudes = np.sort(np.abs(values), axis=None)
     return float(magnitudes[int(QUANTILE * (magnitudes.size - 1))] or magnitudes[-1] or 1)
 
 
 def _short(number: float, digits: int = 3) -> str:
     return f"{number:.{digits}g}".replace("-", "−")
-
-
-def _draw(editor: KernelEditor) -> Figure:
-    """What the browser shows, as a figure."""
-    rows, columns = editor.image.shape
-    kernel, values = np.array(editor.kernel), editor.feature_map
-    k, limit = len(kernel), _limit(values)
-    half, (row, column) = k // 2, editor.position
-    signed = LinearSegmentedColormap.from_list("signed", SIGNED_COLOURS)
-    black, white = editor._picture["window"]
-    with plotting.style():
-        high = min(max(3.3 * rows / columns, 2.4), 5)
-        figure = Figure(figsize=(9.4, high + 0.6), layout="constrained", dpi=100)
-        left, middle, right = figure.subplots(1, 3, width_ratios=(1, 0.7, 1))
-        left.imshow(editor.image, cmap="gray", vmin=black, vmax=white)
-        left.set_title("image")
-        heaviest = np.abs(kernel).max() or 1
-        middle.imshow(kernel, cmap=signed, vmin=-2 * heaviest, vmax=2 * heaviest)  # pale, under dark numbers
-        for (i, j), weight in np.ndenumerate(kernel):
-            middle.text(j, i, _short(weight, 3 if k == 3 else 2), ha="center", va="center", fontsize=11 if k == 3 else 8)
-        middle.set_title(f"kernel: {editor.preset}")
-        middle.set_xlabel(f"row {row}, column {column}:\nfeature {_short(values[row - half, column - half])}")
-        framed = np.full((rows, columns), np.nan)
-        framed[half : rows - half, half : columns - half] = values
-        shown = right.imshow(framed, cmap=signed, vmin=-limit, vmax=limit)
-        right.set_title("feature map")
-        bar = figure.colorbar(shown, ax=right, location="bottom", ticks=[-limit, 0, limit], pad=0.02, aspect=30)
-        bar.ax.set_xticklabels([_short(-limit), "0", f"+{_short(limit)}"])
-        blank = figure.colorbar(shown, ax=left, location="bottom", ticks=[], pad=0.02, aspect=30)
-        blank.ax.set_visible(False)  # keeps both pictures equally large
-        for axes, side in ((left, k), (right, 1)):
-            corner = (column - side / 2, row - side / 2)
-            axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor="#009E73", linewidth=2))
-        for axes in (left, middle, right):
-            axes.set(xticks=[], yticks=[])
-            axes.grid(False)
-            axes.spines[:].set_visible(axes is not middle)
-    return figure

@@ -1,9 +1,9 @@
-// What the widgets' scripts share; it is put in front of each.
+// Functions for the scripts of all widgets. They stand in front of each script.
 
-/** A binary trait or buffer as bytes: JupyterLab hands over a DataView, Colab an ArrayBuffer or a Uint8Array. */
+/** Return a binary trait or buffer as bytes: JupyterLab hands over a DataView, Colab an ArrayBuffer or a Uint8Array. */
 const bytes = (b) => (b instanceof ArrayBuffer ? new Uint8Array(b) : new Uint8Array(b.buffer, b.byteOffset, b.byteLength));
 
-/** The bytes of a gzip file; other numbers are views of the same buffer. */
+/** Unpack a gzip file into bytes; arrays of other numbers are views of the same buffer. */
 async function unpack(packed) {
   const stream = new Blob([bytes(packed)]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
@@ -23,7 +23,52 @@ function make(tag, attributes = {}, ...children) {
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 const short = (x) => String(Number(x.toPrecision(3))).replace("-", "−");
 
-/** Wheel and keys of a slice picture: `move(axis, voxels)` along the axes of `planeNow()`, in arrays of `shape`. A mouse notch is one
+/** Put a widget into its place and let it follow the model; returns a function that takes it away.
+    `listeners`: what follows a change of each trait; a name with a colon is an event of its own. `press`: what follows a key.
+    `resized`: what follows a change of the widget's width. */
+function mount(model, el, root, listeners, { press = () => {}, resized = () => {} } = {}) {
+  const events = Object.entries(listeners).map(([name, listener]) => [name.includes(":") ? name : `change:${name}`, listener]);
+  root.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.altKey || event.metaKey) return;
+    event.stopPropagation(); // the notebook has shortcuts of its own for single keys
+    press(event);
+  });
+  for (const [event, listener] of events) model.on(event, listener);
+  el.append(root);
+  let width = 0;
+  const observer = new ResizeObserver(() => { if (root.clientWidth !== width) { width = root.clientWidth; resized(); } });
+  observer.observe(root);
+  return () => {
+    observer.disconnect();
+    for (const [event, listener] of events) model.off(event, listener);
+  };
+}
+
+/** Return a function that sets a trait, here and in the kernel. */
+const setter = (model) => (key, value) => { model.set(key, value); model.save_changes(); };
+
+/** Return functions for the position in a volume of `shape` that begins at voxel `start` of the case: `planeNow`, `within` (clamped),
+    `moveTo`, `move(axis, voxels)`, `pointAt(stage, event)` (the position under the pointer), and `at(position)` (its place in the bytes). */
+function navigate(model, { start = [0, 0, 0], shape, planes }) {
+  const set = setter(model), strides = [shape[1] * shape[2], shape[2], 1];
+  const planeNow = () => planes.find((p) => p.name.toLowerCase() === model.get("plane"));
+  const within = (position) => position.map((p, axis) => clamp(p, start[axis], start[axis] + shape[axis] - 1));
+  const moveTo = (position) => {
+    const next = within(position);
+    if (next.some((p, axis) => p !== model.get("position")[axis])) set("position", next);
+  };
+  const move = (axis, by) => moveTo(model.get("position").map((p, a) => (a === axis ? p + by : p)));
+  const pointAt = (stage, event, { x, y } = planeNow()) => {
+    const r = stage.getBoundingClientRect(), next = [...model.get("position")];
+    next[x] = start[x] + shape[x] - 1 - Math.floor(((event.clientX - r.left) / r.width) * shape[x]);
+    next[y] = start[y] + shape[y] - 1 - Math.floor(((event.clientY - r.top) / r.height) * shape[y]);
+    return within(next);
+  };
+  const at = (position) => position.reduce((sum, p, axis) => sum + (p - start[axis]) * strides[axis], 0);
+  return { strides, planeNow, within, moveTo, move, pointAt, at };
+}
+
+/** Let wheel and keys of a slice picture `move(axis, voxels)` along the axes of `planeNow()`, in arrays of `shape`. A mouse notch is one
     slice; a touchpad's small steps add up. */
 function steer(stage, planeNow, shape, move) {
   let turned = 0;
@@ -44,14 +89,14 @@ function steer(stage, planeNow, shape, move) {
   });
 }
 
-/** "#rrggbb" and alpha 0..255 as one pixel, in the byte order that ImageData has on every current machine. */
+/** Return "#rrggbb" and alpha 0..255 as one pixel, in the byte order that ImageData has on every current machine. */
 function pixel(colour, alpha = 255) {
   const rgb = parseInt(colour.slice(1), 16);
   return ((alpha << 24) | ((rgb & 255) << 16) | (rgb & 0xff00) | (rgb >> 16)) >>> 0;
 }
 
-/** Slice of a volume (three axes of `size`, beginning at `from`) as an image turned for display: both axes run against the array's, so
-    pixel (u, v) shows index (nx - 1 - u, ny - 1 - v). `colours` maps bytes to pixels. */
+/** Return a slice of a volume (three axes of `size`, beginning at `from`) as an image turned for display: both axes run against the
+    array's, so pixel (u, v) shows index (nx - 1 - u, ny - 1 - v). `colours` maps bytes to pixels. */
 function sliceImage(data, size, from, plane, index, colours) {
   const step = [size[1] * size[2], size[2], 1], width = size[plane.x], height = size[plane.y];
   const image = new ImageData(width, height), out = new Uint32Array(image.data.buffer), sx = step[plane.x], sy = step[plane.y];
@@ -61,15 +106,17 @@ function sliceImage(data, size, from, plane, index, colours) {
   return image;
 }
 
-/** Pixels of a slice of labels where a class meets another, in its colour. */
-function outlineImage(data, size, plane, index, colours) {
-  const values = new Uint32Array(sliceImage(data, size, 0, plane, index, Uint32Array.from({ length: 256 }, (_, k) => k)).data.buffer);
+/** Return the pixels of a slice of labels where a class meets another, in its colour. Of every `period` of them, `on` are drawn. */
+const NUMBERS = Uint32Array.from({ length: 256 }, (_, k) => k);
+function outlineImage(data, size, plane, index, colours, [period, on] = [1, 1]) {
+  const values = new Uint32Array(sliceImage(data, size, 0, plane, index, NUMBERS).data.buffer);
   const width = size[plane.x], height = size[plane.y], image = new ImageData(width, height), out = new Uint32Array(image.data.buffer);
   for (let v = 0, i = 0; v < height; v++)
     for (let u = 0; u < width; u++, i++) {
       const k = values[i];
+      if (!k || (u + v) % period >= on) continue;
       const edge = u === 0 || u === width - 1 || k !== values[i - 1] || k !== values[i + 1] || k !== values[i - width] || k !== values[i + width];
-      if (k && edge) out[i] = colours[k];
+      if (edge) out[i] = colours[k];
     }
   return image;
 }
@@ -94,10 +141,49 @@ function fit(canvas, width, height) {
   return context;
 }
 
-/** Stored byte -> grey pixel of a volume whose bytes span `low` to `high`, seen through a window. */
+/** Return the grey pixel of each stored byte, of a volume whose bytes span `low` to `high`, seen through a window. */
 function greyTable({ low, high, window: [black, white] }) {
   return Uint32Array.from({ length: 256 }, (_, q) => {
     const g = Math.round(clamp(((low + (q * (high - low)) / 255 - black) * 255) / (white - black), 0, 255));
     return (0xff000000 | (g << 16) | (g << 8) | g) >>> 0;
   });
 }
+
+/** Draw lines through a position on the canvas of a slice, `width` × `height` pixels for the `shape` that begins at `start`. */
+function drawCrosshair(context, { x, y }, position, { start, shape }, width, height, colour) {
+  const middle = (axis) => (shape[axis] - (position[axis] - start[axis]) - 0.5) / shape[axis];
+  context.fillStyle = colour;
+  context.fillRect(0, middle(y) * height - 0.5, width, 1);
+  context.fillRect(middle(x) * width - 0.5, 0, 1, height);
+}
+
+/** Show facts, pairs of a name and a text, in the read-out. */
+const tell = (readout, facts) => readout.replaceChildren(...facts.map(([key, text]) => make("span", {}, make("em", {}, key), text)));
+const makeReadout = (label) => make("output", { class: "readout", "aria-live": "polite", "aria-label": label });
+
+const makeRange = (label, oninput, attributes = {}) => make("input", { type: "range", "aria-label": label, oninput, ...attributes });
+
+const makeOpacity = (model, label) =>
+  makeRange(label, (event) => setter(model)("opacity", +event.target.value), { min: 0, max: 1, step: 0.05 });
+
+/** Return a slider for the slice of the present plane with its number, and `show`, which sets both. */
+function makeSlice(model, { start, shape }, { planeNow, move }) {
+  const now = () => model.get("position")[planeNow().cut], number = make("span", { class: "number" });
+  const slider = makeRange("Slice", () => move(planeNow().cut, +slider.value - now()));
+  const show = () => {
+    const { cut } = planeNow(), last = start[cut] + shape[cut] - 1;
+    Object.assign(slider, { min: start[cut], max: last, disabled: shape[cut] === 1 });
+    slider.value = now();
+    number.textContent = `${now()} / ${last}`;
+  };
+  return { box: make("label", {}, slider, number), show };
+}
+
+/** Return a labelled choice of the trait `key` among `options`, and `show`, which sets it. `name` tells screen readers what it is. */
+function makeChoice(model, title, key, options, name = title) {
+  const select = make("select", { "aria-label": name, onchange: () => setter(model)(key, select.value) }, ...options.map((o) => make("option", { value: o }, o)));
+  const box = make("label", {}, ...(title ? [make("span", {}, title)] : []), select);
+  return { key, select, box, show: () => { select.value = model.get(key); } };
+}
+
+const makeHelp = (text) => make("details", {}, make("summary", {}, "Keys and mouse"), make("p", {}, text));

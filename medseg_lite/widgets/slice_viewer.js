@@ -1,23 +1,18 @@
 // Slice viewer: three planes of one volume with overlays, drawn on canvases. The volume comes once; every step is drawn here,
-// and the kernel only hears about it. Both axes of each picture run against the array's, so pixel u shows index n - 1 - u.
+// and the kernel is only told about it. Both axes of each picture run against the array's, so pixel u shows index n - 1 - u.
 
 function render({ model, el }) {
   const scene = model.get("_scene"); // shape, spacing, planes, channels; never changes
   const { shape, spacing, channels } = scene;
-  const strides = [shape[1] * shape[2], shape[2], 1];
+  const { moveTo, move, pointAt, at } = navigate(model, scene), set = setter(model);
+  const DASHES = { line: [1, 1], dashes: [6, 4], dots: [3, 1] };
   const volumes = []; // unpacked channels, by number
-  const grey = new Uint32Array(256); // stored value -> pixel
+  let grey = null; // stored value -> pixel
   let volume = null;
   let layers = []; // visible or not: {name, style, data, colours: Uint32Array(256), names}
 
   const channelNumber = () => channels.findIndex((c) => c.name === model.get("channel"));
   const windowNow = () => model.get("windows")[model.get("channel")];
-  const set = (key, value) => { model.set(key, value); model.save_changes(); };
-  const moveTo = (position) => {
-    const next = position.map((p, axis) => clamp(p, 0, shape[axis] - 1));
-    if (next.some((p, axis) => p !== model.get("position")[axis])) set("position", next);
-  };
-  const move = (axis, by) => moveTo(model.get("position").map((p, a) => (a === axis ? p + by : p)));
   const setWindow = (low, high) => {
     const { low: least, high: most } = channels[channelNumber()], step = (most - least) / 255;
     low = clamp(low, least, most - step);
@@ -53,21 +48,15 @@ function render({ model, el }) {
     // Few voxels stay visible as squares; many are smoothed, because uneven squares look like structure.
     canvas.classList.toggle("squares", (wide * scale) / width >= 3);
 
-    const pick = (event) => {
-      const r = stage.getBoundingClientRect(), next = [...model.get("position")];
-      next[x] = width - 1 - Math.floor(((event.clientX - r.left) / r.width) * width);
-      next[y] = height - 1 - Math.floor(((event.clientY - r.top) / r.height) * height);
-      moveTo(next);
-    };
     let grip = null; // where a right-button drag began, and the window then
     stage.addEventListener("contextmenu", (event) => event.preventDefault());
     stage.addEventListener("pointerdown", (event) => {
       stage.setPointerCapture(event.pointerId);
-      if (event.button === 0) pick(event);
+      if (event.button === 0) moveTo(pointAt(stage, event, plane));
       if (event.button === 2) grip = [event.clientX, event.clientY, ...windowNow()];
     });
     stage.addEventListener("pointermove", (event) => {
-      if (event.buttons & 1) pick(event);
+      if (event.buttons & 1) moveTo(pointAt(stage, event, plane));
       if (event.buttons & 2 && grip) {
         const [x0, y0, low, high] = grip, perPixel = (channels[channelNumber()].high - channels[channelNumber()].low) / 300;
         const level = (low + high) / 2 + (event.clientY - y0) * perPixel;
@@ -76,50 +65,21 @@ function render({ model, el }) {
       }
     });
     steer(stage, () => plane, shape, move);
-    const context = canvas.getContext("2d");
-    return {
-      ...plane, width, height, box, stage, slider, count, across, down, context, image: new ImageData(width, height), drawn: -1,
-      layer: make("canvas", { width, height }).getContext("2d"), layerImage: new ImageData(width, height),
-      padded: new Uint8Array((width + 2) * (height + 2)), // labels with a frame of background: no bounds to check
-    };
+    return { ...plane, width, height, box, slider, count, across, down, context: canvas.getContext("2d"), drawn: -1 };
   });
 
   // ------------------------------------------------------------------------------------------------------ drawing
-  function paintArea({ cut, x, y, width, height }, image, data, colours, position) {
-    const out = new Uint32Array(image.data.buffer), sx = strides[x], sy = strides[y];
-    let row = position[cut] * strides[cut] + (width - 1) * sx + (height - 1) * sy;
-    for (let v = 0, o = 0; v < height; v++, row -= sy)
-      for (let u = 0, i = row; u < width; u++, i -= sx) out[o++] = colours[data[i]];
-  }
-
-  function paintOutline({ cut, x, y, width, height, padded }, image, { data, colours, style }, position) {
-    const out = new Uint32Array(image.data.buffer), sx = strides[x], sy = strides[y], line = width + 2;
-    const [period, on] = { line: [1, 1], dashes: [6, 4], dots: [3, 1] }[style];
-    let row = position[cut] * strides[cut] + (width - 1) * sx + (height - 1) * sy;
-    for (let v = 0; v < height; v++, row -= sy)
-      for (let u = 0, i = row, k = (v + 1) * line + 1; u < width; u++, i -= sx) padded[k++] = data[i];
-    for (let v = 0, o = 0; v < height; v++)
-      for (let u = 0, k = (v + 1) * line + 1; u < width; u++, k++, o++) {
-        const m = padded[k];
-        const edge = m !== padded[k - 1] || m !== padded[k + 1] || m !== padded[k - line] || m !== padded[k + line];
-        out[o] = edge && (u + v) % period < on ? colours[m] : 0;
-      }
-  }
-
   function draw(view, position) {
-    const { context, layer, cut } = view, opacity = model.get("opacity"), visible = model.get("visible");
-    paintArea(view, view.image, volume, grey, position);
-    context.putImageData(view.image, 0, 0);
-    for (const one of layers) {
-      if (!visible.includes(one.name)) continue;
-      const outlined = !["area", "probability"].includes(one.style);
-      if (outlined) paintOutline(view, view.layerImage, one, position);
-      else paintArea(view, view.layerImage, one.data, one.colours, position);
-      layer.putImageData(view.layerImage, 0, 0);
-      context.globalAlpha = Math.min(1, opacity * (outlined ? 2 : 1)); // thin lines look fainter than areas
-      context.drawImage(layer.canvas, 0, 0);
-      context.globalAlpha = 1;
+    const { context, width, height, cut } = view, opacity = model.get("opacity"), visible = model.get("visible");
+    context.putImageData(sliceImage(volume, shape, 0, view, position[cut], grey), 0, 0);
+    for (const { name, style, data, colours } of layers) {
+      if (!visible.includes(name)) continue;
+      const dash = DASHES[style];
+      context.globalAlpha = Math.min(1, opacity * (dash ? 2 : 1)); // thin lines look fainter than areas
+      const image = dash ? outlineImage(data, shape, view, position[cut], colours, dash) : sliceImage(data, shape, 0, view, position[cut], colours);
+      stamp(context, image, 0, 0, width, height);
     }
+    context.globalAlpha = 1;
     view.drawn = position[cut];
   }
 
@@ -133,13 +93,13 @@ function render({ model, el }) {
       view.slider.value = position[view.cut];
       view.count.textContent = `${position[view.cut]} / ${shape[view.cut] - 1}`;
     }
-    const at = position.reduce((sum, p, axis) => sum + p * strides[axis], 0), { low, high, name } = channels[channelNumber()];
-    const facts = [["voxel", position.join(", ")], [name, short(low + (volume[at] * (high - low)) / 255)]];
+    const { low, high, name } = channels[channelNumber()];
+    const facts = [["voxel", position.join(", ")], [name, short(low + (volume[at(position)] * (high - low)) / 255)]];
     for (const { name, style, data, names } of layers) {
-      const value = data[at];
+      const value = data[at(position)];
       facts.push([name, style === "probability" ? (value / 255).toFixed(2) : `${value} ${names[value] ?? ""}`]);
     }
-    readout.replaceChildren(...facts.map(([key, value]) => make("span", {}, make("em", {}, key), value)));
+    tell(readout, facts);
   }
 
   function redraw() {
@@ -156,31 +116,27 @@ function render({ model, el }) {
   const sequence = make("fieldset", { class: "sequence" }, make("legend", {}, "Sequence"),
     ...channels.map(({ name }, number) => make("label", {}, radios[number], make("span", {}, name))));
 
-  const range = (label, oninput, attributes = {}) => make("input", { type: "range", "aria-label": label, oninput, ...attributes });
-  const low = range("Window: intensity shown as black", () => setWindow(Math.min(+low.value, windowNow()[1]), windowNow()[1]), { step: "any" });
-  const high = range("Window: intensity shown as white", () => setWindow(windowNow()[0], Math.max(+high.value, windowNow()[0])), { step: "any" });
+  const low = makeRange("Window: intensity shown as black", () => setWindow(Math.min(+low.value, windowNow()[1]), windowNow()[1]), { step: "any" });
+  const high = makeRange("Window: intensity shown as white", () => setWindow(windowNow()[0], Math.max(+high.value, windowNow()[0])), { step: "any" });
   const limits = make("span", { class: "number" });
   const reset = make("button", { type: "button", title: "Back to the window it opened with", onclick: () => setWindow(...channels[channelNumber()].window) }, "Reset");
   const windowing = make("fieldset", {}, make("legend", {}, "Window"), low, high, limits, reset);
 
   const boxes = make("span", { class: "boxes" });
-  const opacity = range("Opacity of the overlays", () => set("opacity", +opacity.value), { min: 0, max: 1, step: 0.05 });
+  const opacity = makeOpacity(model, "Opacity of the overlays");
   const overlays = make("fieldset", {}, make("legend", {}, "Overlays"), boxes, make("label", { class: "opacity" }, "Opacity", opacity));
   const legend = make("ul", { class: "key", "aria-label": "Classes" });
-  const readout = make("output", { class: "readout", "aria-live": "polite", "aria-label": "At the crosshair" });
-  const help = make("details", {}, make("summary", {}, "Keys and mouse"), make("p", {},
-    "Click or drag: crosshair. Wheel, Page Up and Page Down: slice. Right-drag: window (across: width, up and down: level). "
-    + "Arrow keys: crosshair, with Shift ten voxels. 1 to 9: sequence. O: overlays on or off."));
+  const readout = makeReadout("At the crosshair");
+  const help = makeHelp("Click or drag: crosshair. Wheel, Page Up and Page Down: slice. Right-drag: window (across: width, up and down: level). "
+    + "Arrow keys: crosshair, with Shift ten voxels. 1 to 9: sequence. O: overlays on or off.");
 
   const root = make("div", { class: "medseg-slices", role: "group", "aria-label": `Slice viewer: ${scene.title}` },
     make("div", { class: "toolbar" }, ...(channels.length > 1 ? [sequence] : []), windowing, overlays),
     make("div", { class: "planes" }, ...views.map((view) => view.box)), readout, legend, help);
-  root.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.altKey || event.metaKey) return;
-    event.stopPropagation(); // the notebook has shortcuts of its own for single keys
-    if (channels[event.key - 1]) set("channel", channels[event.key - 1].name);
-    if (event.key.toLowerCase() === "o") set("visible", model.get("visible").length ? [] : layers.map((l) => l.name));
-  });
+  const press = ({ key }) => {
+    if (channels[key - 1]) set("channel", channels[key - 1].name);
+    if (key.toLowerCase() === "o") set("visible", model.get("visible").length ? [] : layers.map((l) => l.name));
+  };
 
   function showControls() {
     const number = channelNumber(), [black, white] = windowNow(), visible = model.get("visible");
@@ -205,14 +161,6 @@ function render({ model, el }) {
   }
 
   // -------------------------------------------------------------------------------------------- from state to view
-  function setGrey() {
-    const { low, high } = channels[channelNumber()], [black, white] = windowNow();
-    for (let q = 0; q < 256; q++) {
-      const g = Math.round(clamp(((low + (q * (high - low)) / 255 - black) * 255) / (white - black), 0, 255));
-      grey[q] = (0xff000000 | (g << 16) | (g << 8) | g) >>> 0;
-    }
-  }
-
   async function onChannel() {
     const number = channelNumber();
     volumes[number] ??= unpack(model.get("_volumes")[number]);
@@ -223,7 +171,7 @@ function render({ model, el }) {
   }
 
   function onWindow() {
-    setGrey();
+    grey = greyTable({ ...channels[channelNumber()], window: windowNow() });
     showControls();
     redraw();
   }
@@ -248,11 +196,7 @@ function render({ model, el }) {
   }
 
   const listeners = { position: place, channel: onChannel, windows: onWindow, opacity: onView, visible: onView, _layers: onLayers };
-  for (const [key, listener] of Object.entries(listeners)) model.on(`change:${key}`, listener);
-  el.append(root);
+  const leave = mount(model, el, root, listeners, { press });
   Promise.all([onChannel(), onLayers()]).then(() => { root.dataset.ready = "true"; });
-  return () => { for (const [key, listener] of Object.entries(listeners)) model.off(`change:${key}`, listener); };
+  return leave;
 }
-
-const widget = { render };
-export default widget;

@@ -1,40 +1,33 @@
 // Training monitor: curves of the run, and one slice as the network segmented it after so many updates.
 
 function render({ model, el }) {
-  const scene = model.get("_scene"), [rows, columns] = scene.size, plane = { cut: 0, x: 2, y: 1 };
+  const scene = model.get("_scene"), [rows, columns] = scene.size, size = [1, rows, columns], plane = { cut: 0, x: 2, y: 1 };
   const LINES = [["#0072B2", []], ["#D55E00", [7, 4]], ["#009E73", [2, 3]], ["#CC79A7", [9, 3, 2, 3]], ["#E69F00", [4, 2]], ["#56B4E9", [12, 3]]];
   const colours = new Uint32Array(256), unpacked = new Map(); // step -> classes
   for (const [value, , colour] of scene.classes) colours[value] = pixel(colour);
   const truthColours = Uint32Array.from({ length: 256 }, (_, k) => (k ? pixel("#ffffff") : 0));
   let image = null, truth = null;
 
-  const set = (key, value) => { model.set(key, value); model.save_changes(); };
+  const set = setter(model);
   const frames = () => model.get("_frames");
   const shown = () => (model.get("frame") < 0 ? frames().length - 1 : model.get("frame"));
 
-  /** A picture as it lies: rows downwards, columns to the right (sliceImage turns both). */
-  const upright = (data, table) => {
-    const picture = new ImageData(columns, rows), out = new Uint32Array(picture.data.buffer);
-    for (let i = 0; i < out.length; i++) out[i] = table[data[i]];
-    return picture;
-  };
-  const whole = (data) => data.map((k) => (k ? 1 : 0)).reverse(); // outlineImage reads a volume, whose axes run against the picture's
+  // The shared functions draw volumes, whose axes run against the picture's.
+  const turned = async (packed) => (await unpack(packed)).reverse();
 
   const loss = make("canvas"), scores = make("canvas"), picture = make("canvas");
   const lossBox = make("figure", {}, make("figcaption", {}, "loss by update"), make("div", { class: "plot", "data-view": "loss" }, loss));
   const legend = make("ul", { class: "key" });
   const scoresBox = make("figure", {}, make("figcaption", {}, "validation by update"), make("div", { class: "plot", "data-view": "scores" }, scores), legend);
   const stage = make("div", { class: "stage", "data-view": "picture", role: "img", "aria-label": scene.place }, picture);
-  const slider = make("input", { type: "range", min: 0, "aria-label": "Picture", oninput: () => set("frame", +slider.value === frames().length - 1 ? -1 : +slider.value) });
-  const opacity = make("input", { type: "range", min: 0, max: 1, step: 0.05, "aria-label": "Opacity of the colours", oninput: () => set("opacity", +opacity.value) });
+  const slider = makeRange("Picture", () => set("frame", +slider.value === frames().length - 1 ? -1 : +slider.value), { min: 0 });
+  const opacity = makeOpacity(model, "Opacity of the colours");
   const caption = make("output", { class: "caption", "aria-live": "off" });
   const classes = make("ul", { class: "key", "aria-label": "Classes" }, ...scene.classes.map(([, name, colour]) =>
     make("li", {}, make("i", { style: `background: ${colour}` }), name)), ...(scene.truth ? [make("li", {}, make("i", { class: "line" }), "truth")] : []));
   const root = make("div", { class: "medseg-monitor", role: "group", "aria-label": `Training monitor: ${scene.title}` },
     make("div", { class: "row" }, make("div", { class: "plots" }, lossBox, scoresBox),
       make("figure", { class: "view" }, make("figcaption", {}, scene.place), stage, make("div", { class: "controls" }, slider, caption, make("label", {}, "Opacity", opacity)), classes)));
-  // The notebook has shortcuts of its own for single keys.
-  root.addEventListener("keydown", (event) => { if (!(event.ctrlKey || event.altKey || event.metaKey)) event.stopPropagation(); });
 
   function nice(low, high) { // three to six round numbers within a range
     const raw = (high - low) / 4 || 1, power = 10 ** Math.floor(Math.log10(raw)), step = [1, 2, 5, 10].map((f) => f * power).find((s) => s >= raw);
@@ -97,42 +90,31 @@ function render({ model, el }) {
     slider.value = shown();
     slider.disabled = frames().length < 2;
     opacity.value = model.get("opacity");
-    if (frame && !unpacked.has(frame.step)) unpacked.set(frame.step, await unpack(frame.data));
+    if (frame && !unpacked.has(frame.step)) unpacked.set(frame.step, await turned(frame.data));
     if (frame !== frames()[shown()]) return; // a newer one came meanwhile
     const width = stage.clientWidth || 300, height = (width * rows * scene.aspect) / columns;
     stage.style.aspectRatio = `${columns} / ${rows * scene.aspect}`;
     const context = fit(picture, width, height);
-    stamp(context, upright(image, greyTable(scene.grey)), 0, 0, width, height);
+    stamp(context, sliceImage(image, size, 0, plane, 0, greyTable(scene.grey)), 0, 0, width, height);
     if (frame) {
       context.globalAlpha = model.get("opacity");
-      stamp(context, upright(unpacked.get(frame.step), colours), 0, 0, width, height);
+      stamp(context, sliceImage(unpacked.get(frame.step), size, 0, plane, 0, colours), 0, 0, width, height);
       context.globalAlpha = 1;
     }
-    if (truth) stamp(context, outlineImage(whole(truth), [1, rows, columns], plane, 0, truthColours), 0, 0, width, height);
+    if (truth) stamp(context, outlineImage(truth, size, plane, 0, truthColours), 0, 0, width, height);
     caption.textContent = frame ? `after ${frame.step} update${frame.step === 1 ? "" : "s"}`
       + (frame.dice === null ? "" : `: Dice of this slice ${(100 * frame.dice).toFixed(0)} %`) : "no update yet";
     root.dataset.shown = frame ? frame.step : 0;
   }
 
   function draw() { drawCurves(); drawPicture(); }
-  const listeners = { _curves: drawCurves, _frames: draw, frame: draw, opacity: drawPicture };
-  for (const [name, listener] of Object.entries(listeners)) model.on(`change:${name}`, listener);
-  el.append(root);
-  let width = 0;
-  const resized = new ResizeObserver(() => { if (root.clientWidth !== width) { width = root.clientWidth; draw(); } });
-  resized.observe(root);
-  Promise.all([unpack(scene.image), scene.truth ? unpack(scene.truth) : null]).then(async ([grey, label]) => {
+  const leave = mount(model, el, root, { _curves: drawCurves, _frames: draw, frame: draw, opacity: drawPicture }, { resized: draw });
+  Promise.all([turned(scene.image), scene.truth ? turned(scene.truth) : null]).then(async ([grey, label]) => {
     image = grey;
-    truth = label;
+    truth = label?.map((k) => (k ? 1 : 0));
     drawCurves();
     await drawPicture();
     root.dataset.ready = "true";
   });
-  return () => {
-    resized.disconnect();
-    for (const [name, listener] of Object.entries(listeners)) model.off(`change:${name}`, listener);
-  };
+  return leave;
 }
-
-const widget = { render };
-export default widget;

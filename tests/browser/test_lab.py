@@ -90,19 +90,6 @@ def test_canvas_viewer(open_notebook):
     assert page.locator(".jp-Notebook .jp-CodeCell").count() == 2
 
 
-def test_png_viewer(open_notebook):
-    page = open_notebook(
-        SETUP + "viewer = SliceViewer(case, viewer='png', position=(12, 20, 14))\nviewer", "print(viewer.position)"
-    )
-    image = page.locator(".jp-OutputArea img.widget-image").first
-    image.wait_for()
-    before = image.get_attribute("src")
-    page.locator(".widget-slider .noUi-handle").first.focus()
-    page.keyboard.press("ArrowRight")
-    page.wait_for_function("before => document.querySelector('img.widget-image').src !== before", arg=before)
-    assert run_last_cell(page) == "(12, 20, 15)"
-
-
 FEATURES = """
 import torch
 from medseg_lite import models
