@@ -1,4 +1,4 @@
-"""What every notebook's first cell calls: which machine this is, and how large a run it can afford."""
+"""Functions for the first cell of every notebook: they find out what machine this is, and how large a run it can afford."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Machine:
     """The machine a notebook runs on.
 
     Attributes:
-        device: "cuda" or "cpu", to be handed to `model.to(...)`.
+        device: "cuda" or "cpu", for `model.to(...)`.
         scale: "cpu" (narrow networks, few cases, minutes) or "gpu" (the paper's sizes).
     """
 
@@ -27,15 +27,17 @@ class Machine:
     scale: str
 
     def pick(self, *, cpu, gpu):
-        """The value for this machine's scale: `width = machine.pick(cpu=0.3, gpu=1.0)`."""
+        """Return the value for this machine's scale: `width = machine.pick(cpu=0.3, gpu=1.0)`."""
         return gpu if self.scale == "gpu" else cpu
 
 
 def start() -> Machine:
     """Print one line about this machine and return its settings.
 
-    The scale is "gpu" where PyTorch sees a CUDA device and "cpu" elsewhere; the environment variable MEDSEG_SCALE
-    overrides it.
+    The scale is "gpu" if PyTorch sees a CUDA device, else "cpu". The environment variable MEDSEG_SCALE overrides it.
+
+    Raises:
+        ValueError: for another value of MEDSEG_SCALE.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scale = os.environ.get("MEDSEG_SCALE") or ("gpu" if device == "cuda" else "cpu")
@@ -51,6 +53,6 @@ def start() -> Machine:
 
 
 def real_cases_available(dataset: str = "brats2013_deepmedic") -> Path | None:
-    """The folder of a real data set when it is on this machine, else None (the notebooks then show phantoms only)."""
+    """Return the folder of a real data set if it is on this machine, else None. The notebooks then show phantoms only."""
     folder = paths.real_data(dataset)
     return folder if folder.is_dir() else None

@@ -23,7 +23,7 @@ from .. import plotting
 from ..paths import atomic_write
 from ..volume import Case
 
-HERE = Path(__file__).parent
+_HERE = Path(__file__).parent
 _EXPORT = "export default { render };"
 LARGEST_IMAGE = 400_000_000  # bytes that a browser tab holds and receives without trouble
 
@@ -272,7 +272,7 @@ def script(name: str) -> str:
 
     The script defines `render({model, el})`. The functions of shared.js stand in front of it.
     """
-    shared, own = ((HERE / file).read_text(encoding="utf-8") for file in ("shared.js", name))
+    shared, own = ((_HERE / file).read_text(encoding="utf-8") for file in ("shared.js", name))
     return f"{shared}\n{own}\n{_EXPORT}\n"
 
 
@@ -282,7 +282,7 @@ def styles(name: str, scope: str) -> str:
     The shared rules hold for the class `.medseg`. Here they get the widget's own class `scope`: a notebook with several kinds
     of widgets has the shared rules several times, and those of one widget must not override another widget's own rules.
     """
-    shared, own = ((HERE / file).read_text(encoding="utf-8") for file in ("shared.css", name))
+    shared, own = ((_HERE / file).read_text(encoding="utf-8") for file in ("shared.css", name))
     return f"{shared.replace('.medseg', f'.{scope}')}\n{own}"
 
 

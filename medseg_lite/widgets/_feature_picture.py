@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import matplotlib
 import matplotlib.patheffects
@@ -17,11 +16,8 @@ from matplotlib.patches import Rectangle
 
 from .. import plotting
 from ..features import FeatureMaps
-from ._base import signed_colormap
+from ._base import CaseWidget, signed_colormap
 from ._feature_numbers import is_signed, offsets
-
-if TYPE_CHECKING:
-    from .feature_explorer import FeatureExplorer
 
 PALETTES = ("sequential", "signed")
 CHANNELS = 32  # that the picture shows at most
@@ -34,16 +30,17 @@ def colormap(palette: str) -> Colormap:
 
 @dataclass
 class Panel:
-    """One layer of the explorer, as it is drawn.
+    """One layer of a feature explorer, as it is drawn.
 
     Attributes:
-        layer, channel: what is shown.
-        maps: the layer's feature maps.
-        numbers: numbers of its channels.
-        order: its channels, as sorted.
+        explorer: the `FeatureExplorer`, whose state says how to draw.
+        layer, channel: layer and channel shown.
+        maps: feature maps of the layer.
+        numbers: numbers of the layer's channels.
+        order: the layer's channels, as sorted.
     """
 
-    explorer: FeatureExplorer
+    explorer: CaseWidget
     layer: str
     channel: int
     maps: FeatureMaps
@@ -88,8 +85,8 @@ class Panel:
         return edges[0], edges[1], edges[3], edges[2]
 
 
-def draw(explorer: FeatureExplorer, panels: Sequence[Panel]) -> Figure:
-    """Draw the panels below each other: the picture on the left, the channels on the right."""
+def draw(explorer: CaseWidget, panels: Sequence[Panel]) -> Figure:
+    """Draw the panels of a feature explorer below each other: the picture on the left, the channels on the right."""
     shape, spacing, plane = explorer._shape, explorer._case.spacing, plotting.find_plane(explorer.plane)
     tall = shape[plane.y] * spacing[plane.y] > 1.4 * shape[plane.x] * spacing[plane.x]
     with plotting.style():

@@ -1,4 +1,4 @@
-"""Several segmentations of one case against the truth: voxels found, missed and made up, slice by slice."""
+"""Predictions of one case against the truth: voxels found, missed and made up, slice by slice."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ async function unpack(packed) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-/** Build an element. Text is only ever set as text, so names cannot become markup. */
+/** Build an element. Text is always set as text, so names cannot become markup. */
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [key, value] of Object.entries(attributes)) {
@@ -106,8 +106,9 @@ function sliceImage(data, size, from, plane, index, colours) {
   return image;
 }
 
-/** Return the pixels of a slice of labels where a class meets another, in its colour. Of every `period` of them, `on` are drawn. */
 const NUMBERS = Uint32Array.from({ length: 256 }, (_, k) => k);
+
+/** Return the pixels of a slice of labels where a class meets another, in its colour. Of every `period` of them, `on` are drawn. */
 function outlineImage(data, size, plane, index, colours, [period, on] = [1, 1]) {
   const values = new Uint32Array(sliceImage(data, size, 0, plane, index, NUMBERS).data.buffer);
   const width = size[plane.x], height = size[plane.y], image = new ImageData(width, height), out = new Uint32Array(image.data.buffer);
@@ -121,8 +122,9 @@ function outlineImage(data, size, plane, index, colours, [period, on] = [1, 1]) 
   return image;
 }
 
-/** Draw an image stretched into a rectangle of a canvas. */
 const scratch = make("canvas"), scratchContext = scratch.getContext("2d");
+
+/** Draw an image stretched into a rectangle of a canvas. */
 function stamp(context, image, x, y, width, height) {
   Object.assign(scratch, { width: image.width, height: image.height });
   scratchContext.putImageData(image, 0, 0);

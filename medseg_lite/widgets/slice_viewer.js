@@ -36,10 +36,8 @@ function render({ model, el }) {
       class: "stage", tabindex: 0, role: "application", "aria-roledescription": "slice picture", "data-plane": name.toLowerCase(),
       "aria-label": `${name} slice. Arrow keys move the crosshair, Page Up and Page Down change the slice.`,
     }, canvas, across, down, ...letters);
-    const slider = make("input", {
-      type: "range", min: 0, max: shape[cut] - 1, "aria-label": `${name} slice`, disabled: shape[cut] === 1,
-      oninput: () => move(cut, +slider.value - model.get("position")[cut]),
-    });
+    const slide = () => move(cut, +slider.value - model.get("position")[cut]);
+    const slider = makeRange(`${name} slice`, slide, { min: 0, max: shape[cut] - 1, disabled: shape[cut] === 1 });
     const count = make("span", { class: "number" });
     const [wide, high] = millimetres[number];
     const box = make("figure", { style: `flex: ${wide} 1 ${0.68 * wide * scale}px; max-width: ${wide * scale}px` },
