@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 from torch import nn
 
 from .. import features, plotting
+from ..engine.tiles import check_fits, find_region
 from ..features import FeatureMaps
 from ..paths import atomic_write
 from ..volume import Case, bounding_box
@@ -121,7 +122,7 @@ class FeatureExplorer(anywidget.AnyWidget):
             _check_image(image, f"{case.name}, {name}")
         if region is None and case.mask is not None:
             region = bounding_box(case.mask, border=2)
-        start, stop = features._find_region(region, case)
+        start, stop = find_region(region, case)
         self._case, self._box = case, tuple(slice(a, b) for a, b in zip(start, stop))
         self._shape = tuple(b - a for a, b in zip(start, stop))
         if len(case.channels) * int(np.prod(self._shape)) > LARGEST_IMAGE:
@@ -138,7 +139,7 @@ class FeatureExplorer(anywidget.AnyWidget):
         if isinstance(compare, str) and compare not in self._infos[0]:
             self._infos[1] = features.list_layers(model, [*self._infos[0], compare])
         for m in self._models:
-            features._check_fits(m, case)
+            check_fits(m, case)
         self._memory, self._kept, self._prints = memory, OrderedDict(), [_fingerprint(m) for m in self._models]
         self.bytes_sent = 0  # of feature maps, compressed
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from .. import features, plotting
+from ..engine.tiles import check_fits
 from ..metrics import dice
 from ..paths import atomic_write
 from ..volume import Case
@@ -79,7 +80,7 @@ class TrainingMonitor(anywidget.AnyWidget):
     ):
         if every < 1:
             raise ValueError(f"every={every}; expected 1 or more updates")
-        features._check_fits(model, case)
+        check_fits(model, case)
         channel = case.channels[0] if channel is None else channel
         if channel not in case.channels:
             raise ValueError(f"{case.name} has no channel {channel!r}; its channels are {', '.join(case.channels)}")
