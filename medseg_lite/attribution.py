@@ -1,11 +1,11 @@
 """The purpose of feature maps: take them away, find what excites them most, and see which places speak for a class.
 
-    with ablate(model, "normal.7", 12):
-        ablated = inference.predict(model, case)
-    ablation_table(model, case, "low.7")                     # Dice of every region without each channel
-    strongest_patches(model, cases, "normal.7", 12)          # the patches of a cohort that excite the channel most
-    grad_cam(model, case, "low.7", target=4)                 # the places where the layer speaks for class 4
-    position_explained(maps, case.mask)                      # the share of each map that is mere position
+with ablate(model, "normal.7", 12):
+    ablated = inference.predict(model, case)
+ablation_table(model, case, "low.7")                     # Dice of every region without each channel
+strongest_patches(model, cases, "normal.7", 12)          # the patches of a cohort that excite the channel most
+grad_cam(model, case, "low.7", target=4)                 # the places where the layer speaks for class 4
+position_explained(maps, case.mask)                      # the share of each map that is mere position
 """
 
 from __future__ import annotations
@@ -333,9 +333,7 @@ def _sum_gradients(model: nn.Module, case: Case, layer: str, target: int, where:
     return total
 
 
-def _gradient(
-    model: nn.Module, network: Network, case: Case, layer: str, target: int, tile: Tile, counted: Tensor
-) -> Tensor:
+def _gradient(model: nn.Module, network: Network, case: Case, layer: str, target: int, tile: Tile, counted: Tensor) -> Tensor:
     """The gradient of the sum of a class's logits over some voxels of a tile, with respect to the maps of a layer."""
     x = load_patch(case.image, tile, network, next(model.parameters()).device).requires_grad_()
     caught: list[Tensor] = []

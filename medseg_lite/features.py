@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .engine.tiles import Tile, Tiling, check_fits, find_region, load_patch, plan
-from .engine.tracing import Axis, Layer, contract, evaluating, trace, watched
+from .engine.geometry import Axis
+from .engine.tiles import Tile, check_fits, find_region, load_patch, plan
+from .engine.tracing import Layer, contract, evaluating, trace, watched
 from .models.layers import convolutions
 from .models.network import Network
 from .receptive_field import (
@@ -78,9 +79,7 @@ def list_layers(model: nn.Module, patterns: str | Sequence[str] | None = None) -
     return {name: _describe(layer) for name, layer in layers.items()}
 
 
-def find_context(
-    network: Network, layers: Iterable[LayerInfo], shape: Sequence[int]
-) -> list[tuple[int, int]] | None:
+def find_context(network: Network, layers: Iterable[LayerInfo], shape: Sequence[int]) -> list[tuple[int, int]] | None:
     """Find the voxels before and behind a tile that layers of a network that pads see, along each axis that the network sees.
 
     Args:

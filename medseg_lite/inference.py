@@ -125,7 +125,13 @@ def _rearranged(model: Network, device: torch.device, compiled: bool) -> nn.Modu
 
 
 def _predict_tiles(
-    network: nn.Module, model: Network, image: np.ndarray, mask: np.ndarray, tiling: Tiling, dtype: torch.dtype, name: str | None
+    network: nn.Module,
+    model: Network,
+    image: np.ndarray,
+    mask: np.ndarray,
+    tiling: Tiling,
+    dtype: torch.dtype,
+    name: str | None,
 ) -> Iterator[tuple[tuple[slice, ...], np.ndarray, Tensor]]:
     """The place of each tile that the mask reaches, the mask there, and its logits `(K, *n)` with K at least 2."""
     tiles, device = tiling.tiles(), next(model.parameters()).device

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .engine.tracing import Axis, Layer, contract, trace
+from .engine.geometry import Axis
+from .engine.tracing import Layer, contract, trace
 from .models.network import Network
 
 LARGEST_FIELD = 2048  # voxels; a layer that sees more counts as seeing everything

@@ -129,7 +129,6 @@ def test_equals_monais_sliding_window(network, noise_case, name, core, overlap):
     interval = int(roi * (1 - overlap))
     assert 0 < interval <= core and interval % model.multiple == 0  # windows meet, and lie on the network's grid
 
-
     def same_size(x):  # MONAI expects as many voxels out as in; the rim counts for nothing
         return torch.nn.functional.pad(model(x), (m,) * (2 * dims))
 
