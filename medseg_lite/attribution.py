@@ -108,6 +108,7 @@ def without(model: nn.Module, names: str | Sequence[str]) -> Iterator[nn.Module]
 
     Source: Drozdzal et al. 2018, section 1; Veit, Wilber and Belongie 2016, "Residual networks behave like ensembles of relatively shallow
     networks", section 4.1.
+    Taught in notebook 08.
     """
     names = [names] if isinstance(names, str) else list(names)
     there = removable(model)
@@ -319,7 +320,7 @@ def grad_cam(
 
 
 def _sum_gradients(model: nn.Module, case: Case, layer: str, target: int, where: np.ndarray) -> np.ndarray:
-    """The gradient of a class's logits over `where`, added up over the voxels of each map of a layer."""
+    """Return the gradient of a class's logits over `where`, added up over the voxels of each map of a layer."""
     network, device, box = contract(model), next(model.parameters()).device, bounding_box(where)
     context = find_context(network, list_layers(model, "").values(), case.shape)
     ends = [b.start for b in box], [b.stop for b in box]
@@ -334,7 +335,7 @@ def _sum_gradients(model: nn.Module, case: Case, layer: str, target: int, where:
 
 
 def _gradient(model: nn.Module, network: Network, case: Case, layer: str, target: int, tile: Tile, counted: Tensor) -> Tensor:
-    """The gradient of the sum of a class's logits over some voxels of a tile, with respect to the maps of a layer."""
+    """Differentiate the sum of a class's logits over some voxels of a tile with respect to the maps of a layer."""
     x = load_patch(case.image, tile, network, next(model.parameters()).device).requires_grad_()
     caught: list[Tensor] = []
 

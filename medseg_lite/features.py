@@ -1,9 +1,9 @@
-"""The feature maps of a network's layers. The functions for receptive fields are in `receptive_field` and can be called from here too."""
+"""The feature maps of a network's layers. The functions of `receptive_field` can be called from here too."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .engine.geometry import Axis
+from .engine.lattice import Place, find_places, lay, thin_out
 from .engine.tiles import Tile, check_fits, find_region, load_patch, plan
 from .engine.tracing import Layer, contract, evaluating, trace, watched
 from .models.layers import convolutions
@@ -79,12 +80,12 @@ def list_layers(model: nn.Module, patterns: str | Sequence[str] | None = None) -
     return {name: _describe(layer) for name, layer in layers.items()}
 
 
-def find_context(network: Network, layers: Iterable[LayerInfo], shape: Sequence[int]) -> list[tuple[int, int]] | None:
-    """Find the voxels before and behind a tile that layers of a network that pads see, along each axis that the network sees.
+def find_context(network: Network, layers: Collection[LayerInfo], shape: Sequence[int]) -> list[tuple[int, int]] | None:
+    """Find the number of voxels before and behind a tile that some layers of a network that pads see, along each of its axes.
 
     Args:
         network: network of the layers.
-        layers: layers that are to be computed without a trace of the tile's border.
+        layers: layers that are to be computed as if there were no tiles.
         shape: size of the volume. It counts where the receptive field of a layer is not known.
 
     Returns:
@@ -105,10 +106,10 @@ def find_context(network: Network, layers: Iterable[LayerInfo], shape: Sequence[
 def _find_layers(
     model: nn.Module, network: Network, patterns: str | Sequence[str] | None
 ) -> tuple[dict[str, Layer], list[int]]:
-    """The layers that are asked for, in the order of computation, and the patch that they were traced in."""
+    """Trace the layers that are asked for. Return them in the order of computation, and the sides of the patch."""
     patterns = [patterns] if isinstance(patterns, str) else patterns
     modules = dict(model.named_modules())
-    # Of layers that are called by their names the trace needs no others.
+    # Layers that are called by their names can be traced without the others.
     exact = patterns if patterns and all(p.split("#")[0] in modules for p in patterns) else None
 
     def choose(traced: dict[str, Layer]) -> list[str]:
@@ -123,7 +124,7 @@ def _find_layers(
 
 
 def _default_layers(modules: dict[str, nn.Module], traced: dict[str, Layer]) -> list[str]:
-    """One layer for each convolution: the block around it, or itself."""
+    """Choose one layer for each convolution: the block around it, or itself."""
     blocks = {name for name, module in modules.items() if _is_block(module)}
     chosen = []
     for name in traced:
@@ -146,7 +147,7 @@ def _matching_layers(patterns: Sequence[str], model: nn.Module, traced: dict[str
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether a module holds one convolution and, besides it, only what belongs to it: normalisation, activation, pooling."""
+    """Return whether a module holds one convolution and only what belongs to it: normalisation, activation, pooling."""
     return not isinstance(module, nn.modules.conv._ConvNd) and len(convolutions(module)) == 1
 
 
@@ -160,8 +161,10 @@ def _describe(layer: Layer) -> LayerInfo:
 
 
 def _reach(axis: Axis) -> tuple[int, int]:
-    """Offsets of the first and last input voxel from a voxel's centre: the union over the middle third of the layer, whose
-    voxels may see differently."""
+    """Return the offsets of the first and last input voxel from a voxel's centre.
+
+    Voxels may see differently, so this is the union over the middle third of the layer.
+    """
     n = len(axis.first)
     middle = slice(n // 3, max(n - n // 3, n // 3 + 1))
     centre = axis.offset + axis.stride * np.arange(n)[middle]
@@ -170,16 +173,16 @@ def _reach(axis: Axis) -> tuple[int, int]:
 
 @dataclass(eq=False)
 class FeatureMaps:
-    """The feature maps of one layer over (a region of) one case, and where they lie on it.
+    """The feature maps of one layer over (a region of) one case, and their place on it.
 
     Voxel (i, j, k) of the maps is centred on voxel `offset + stride * (i, j, k)` of the case.
 
     Attributes:
-        name: of the layer.
+        name: name of the layer.
         data: `(C, D', H', W')` float16. Numbers beyond ±65504 are cut off there.
         offset: input coordinates (d, h, w) of the middle of the first voxel, fractions included.
         stride: input voxels from one voxel to the next, along (D, H, W).
-        every: of the layer's voxels, every how many-th was kept along each axis (already part of `stride`).
+        every: step along (D, H, W) at which voxels of the layer were kept; 1 for all. It is part of `stride` already.
         field: receptive field in input voxels, its offsets counted from a voxel's centre; None where it is not known.
     """
 
@@ -195,7 +198,7 @@ class FeatureMaps:
         return f"FeatureMaps({self.name!r}, {len(self.data)} maps of {size} voxels, offset {self.offset}, stride {self.stride})"
 
     def index(self, position: Sequence[float]) -> tuple[int, int, int]:
-        """The voxel of the maps that lies nearest to voxel `position` (d, h, w) of the case."""
+        """Return the voxel of the maps that lies nearest to voxel `position` (d, h, w) of the case."""
         return tuple(int(self._along(axis, position[axis])) for axis in range(3))
 
     def _along(self, axis: int, places: float | np.ndarray) -> np.ndarray:
@@ -203,16 +206,16 @@ class FeatureMaps:
         return nearest.clip(0, self.data.shape[axis + 1] - 1)
 
     def position(self, index: Sequence[int]) -> tuple[float, float, float]:
-        """Input coordinates (d, h, w) of the middle of a voxel of the maps."""
+        """Return the input coordinates (d, h, w) of the middle of a voxel of the maps."""
         return tuple(o + s * i for o, s, i in zip(self.offset, self.stride, index))
 
     def laid_over(self, shape: Sequence[int], channel: int | None = None) -> np.ndarray:
-        """One map `(D, H, W)`, or all `(C, D, H, W)`, on the grid of the case; voxels outside the region repeat its border."""
+        """Return one map `(D, H, W)`, or all `(C, D, H, W)`, on the grid of the case. Voxels outside the region repeat its border."""
         grid = np.ix_(*(self._along(axis, np.arange(n)) for axis, n in enumerate(shape)))
         return self.data[channel][grid] if channel is not None else self.data[(slice(None), *grid)]
 
     def sampled(self, volume: np.ndarray) -> np.ndarray:
-        """A volume `(D, H, W)` of the case (label, mask, tissue) at the maps' voxels, `(D', H', W')`."""
+        """Return a volume `(D, H, W)` of the case (label, mask, tissue) at the maps' voxels, `(D', H', W')`."""
         places = (
             np.floor(o + s * np.arange(n) + 0.5).astype(int).clip(0, size - 1)
             for o, s, n, size in zip(self.offset, self.stride, self.data.shape[1:], volume.shape)
@@ -265,7 +268,7 @@ def capture(
     infos = {name: _describe(layer) for name, layer in found.items()}
     context = find_context(network, infos.values(), case.shape)
     tiles = plan(network, start, stop, case.shape, device, context=context).tiles()
-    places = _place(model, network, found, traced, tiles[0])
+    places = find_places(model, network, found, traced, tiles[0])
     stores = {name: _Store(infos[name].channels, place, tiles, start, stop, largest) for name, place in places.items()}
     _check_memory(stores, memory, case)
 
@@ -280,136 +283,22 @@ def capture(
     return {name: store.maps(infos[name]) for name, store in stores.items()}
 
 
-class _Place(NamedTuple):
-    """The voxels of a layer along one axis of a patch: `count` of them, voxel i centred on the patch's voxel `offset + stride * i`."""
-
-    offset: float
-    stride: float
-    count: int
-
-
-def _place(
-    model: nn.Module, network: Network, layers: dict[str, Layer], traced: Sequence[int], tile: Tile
-) -> dict[str, list[_Place]]:
-    """The places of every layer's voxels on the patch of a tile, along three axes.
-
-    The layers are known from a patch of `traced` voxels. A patch that is larger by the network's `multiple` has as many voxels more
-    in each layer as that is strides, at the same offset and stride. Only layers without such strides (that pool over the whole
-    patch, or enlarge to a given size) are traced again.
-    """
-    patch = [b - a for a, b in zip(tile.first, tile.last)]
-    dims = network.spatial_dims
-    other = [name for name, layer in layers.items() if not _is_regular(layer, network.multiple)]
-    again = trace(model, patch[:dims], other) if other else {}
-    places = {}
-    for name, layer in layers.items():
-        if name not in again:
-            counts = [len(a.first) + round((n - t) / a.stride) for a, n, t in zip(layer.axes, patch, traced)]
-            place = [_Place(a.offset, a.stride, count) for a, count in zip(layer.axes, counts)]
-        elif again[name].axes is not None:
-            place = [_Place(a.offset, a.stride, len(a.first)) for a in again[name].axes]
-        else:  # not followed: the layer is taken to cover the patch evenly
-            place = [_Place((n / m - 1) / 2, n / m, m) for n, m in zip(patch, again[name].shape[1:])]
-        places[name] = [*place, *(_Place(0.0, 1.0, n) for n in patch[dims:])]
-    return places
-
-
-def _is_regular(layer: Layer, multiple: int) -> bool:
-    return layer.axes is not None and all(abs(multiple / a.stride - round(multiple / a.stride)) < 1e-6 for a in layer.axes)
-
-
-@dataclass
-class _Lattice:
-    """The voxels of a layer that reach into the region, along one axis. Voxel i is centred on input coordinate `zero + stride * i`.
-
-    Attributes:
-        zero: input coordinate of the first of these voxels.
-        stride: input voxels from one voxel to the next.
-        shift: input voxels from the first voxel of a patch to the centre of the layer's first voxel in it.
-        size: number of voxels that reach into the region.
-        every: only every `every`-th voxel is kept.
-    """
-
-    zero: float
-    stride: float
-    shift: float
-    size: int
-    every: int = 1
-
-    @property
-    def phase(self) -> int:
-        """The first voxel that is kept."""
-        return (min(self.every, self.size) - 1) // 2
-
-    @property
-    def kept(self) -> int:
-        """The number of voxels that are kept."""
-        return -(-(self.size - self.phase) // self.every)
-
-    def match(self, first: int, start: int, stop: int, count: int) -> tuple[slice, slice] | None:
-        """Find the voxels of a patch that are kept, and their places among those kept; None where there are none.
-
-        Args:
-            first: first voxel of the patch.
-            start, stop: first voxel of its tile, and one more than the last. Voxels around the tile may have seen the patch's border.
-            count: number of the layer's voxels in the patch.
-        """
-        centre = first + self.shift  # of the patch's voxel 0
-        place = round((centre - self.zero) / self.stride)  # of the same voxel, counted from `zero`
-        least = min(max(self.phase - place, _first_reaching(start, centre, self.stride), 0), count - 1)
-        most = max(least + 1, min(count, math.ceil((stop - 0.5 - centre) / self.stride + 0.5)))
-        least += (self.phase - place - least) % self.every
-        index = (place + least - self.phase) // self.every
-        length = min(-(-(most - least) // self.every), self.kept - index)
-        if length <= 0:
-            return None
-        return slice(least, least + (length - 1) * self.every + 1, self.every), slice(index, index + length)
-
-
-def _first_reaching(start: float, centre: float, stride: float) -> int:
-    """The first voxel whose extent reaches beyond the beginning of voxel `start`, where voxel 0 is centred on `centre`."""
-    return math.floor((start - 0.5 - centre) / stride - 0.5) + 1
-
-
-def _lattice(place: _Place, first: int, last: int, end: int, start: int, stop: int) -> _Lattice:
-    """The lattice of a layer along one axis of a region from `start` to `stop`.
-
-    Its first patch reaches from `first` to `last`, and its last one to `end`.
-    """
-    offset, stride, count = place
-    low = _first_reaching(start, first + offset, stride)
-    # Behind the last voxel of a coarse layer nothing follows: it stands for what is left of the volume.
-    low = min(low, math.floor((end - last) / stride + count - 1 + 1e-6))
-    zero = first + offset + stride * low
-    size = max(1, math.ceil((stop - 0.5 - zero) / stride + 0.5))
-    return _Lattice(float(zero), float(stride), float(offset), size)
-
-
-def _thin_out(lattices: Sequence[_Lattice], most: float) -> None:
-    """Keep fewer voxels along the longest axis, again and again, until at most so many are left."""
-    kept = [a.size for a in lattices]
-    while math.prod(kept) > most and max(kept) > 1:
-        axis = kept.index(max(kept))
-        lattices[axis].every += 1
-        kept[axis] = -(-lattices[axis].size // lattices[axis].every)
-
-
 class _Store:
-    """Puts the maps of one layer together, tile by tile."""
+    """The maps of one layer, put together tile by tile."""
 
     def __init__(
         self,
         channels: int,
-        places: Sequence[_Place],
+        places: Sequence[Place],
         tiles: Sequence[Tile],
         start: Sequence[int],
         stop: Sequence[int],
         largest: int | None,
     ):
         end = [max(ends) for ends in zip(*(tile.last for tile in tiles))]
-        self.lattices = [_lattice(*along) for along in zip(places, tiles[0].first, tiles[0].last, end, start, stop)]
+        self.lattices = [lay(*along) for along in zip(places, tiles[0].first, tiles[0].last, end, start, stop)]
         if largest is not None:
-            _thin_out(self.lattices, largest / channels)
+            thin_out(self.lattices, largest / channels)
         self.shape = (channels, *(a.kept for a in self.lattices))
         self.data: np.ndarray | None = None
         self.seen = [np.zeros(n, bool) for n in self.shape[1:]]

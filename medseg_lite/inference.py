@@ -104,7 +104,7 @@ def _find_number_type(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _background(output: str, classes: int, shape: tuple[int, ...]) -> np.ndarray:
-    """An answer that says background everywhere."""
+    """Return an answer that says background everywhere."""
     if output == "labels":
         return np.zeros(shape, np.uint8)
     result = np.zeros((max(classes, 2), *shape), np.float32)
@@ -114,7 +114,7 @@ def _background(output: str, classes: int, shape: tuple[int, ...]) -> np.ndarray
 
 
 def _rearranged(model: Network, device: torch.device, compiled: bool) -> nn.Module:
-    """The network in its fastest form, of the same results."""
+    """Return the network in its fastest form, with the same results."""
     if not compiled:
         return model.for_inference() if device.type == "cpu" else model
     # The compiled form is kept with the network from case to case, but not as a part of it with parameters.
@@ -133,7 +133,7 @@ def _predict_tiles(
     dtype: torch.dtype,
     name: str | None,
 ) -> Iterator[tuple[tuple[slice, ...], np.ndarray, Tensor]]:
-    """The place of each tile that the mask reaches, the mask there, and its logits `(K, *n)` with K at least 2."""
+    """Yield the place of each tile that the mask reaches, the mask there, and its logits `(K, *n)` with K at least 2."""
     tiles, device = tiling.tiles(), next(model.parameters()).device
     quiet = name is None or len(tiles) == 1
     for tile in tqdm(tiles, desc=f"segmenting {name}", disable=quiet, dynamic_ncols=True):
@@ -149,14 +149,14 @@ def _predict_tiles(
 
 
 def _finished(logits: Tensor, output: str) -> np.ndarray:
-    """The answer of the kind that was asked for."""
+    """Return the answer of the kind that was asked for."""
     if output == "labels":
         return logits.argmax(0).to(torch.uint8).cpu().numpy()
     return (logits.softmax(0) if output == "probabilities" else logits).cpu().numpy()
 
 
 def _smaller(tiling: Tiling, name: str, found: str) -> Tiling:
-    """Half the longest side of a tile."""
+    """Return the tiling with half the longest side of a tile, and say so."""
     smaller = tiling.smaller()
     if smaller is None:
         raise MemoryError(

@@ -39,6 +39,7 @@ def receptive_field_recursion(
         φ_1 … φ_L. The last one is the receptive field of the network.
 
     Source: Kamnitsas et al. 2017, eq. 1; Kayalibay et al. 2017, eq. 7.
+    Taught in notebooks 01, 03, 06, 09 and 11.
     """
     return [field for field, _ in _layers(kernels, strides, upsampling)]
 
@@ -53,6 +54,7 @@ def output_size(n_in: int, kernels: Sequence[int], strides: Sequence[int] | None
         ValueError: when the input is smaller than the receptive field.
 
     Source: Kamnitsas et al. 2017, eq. 2.
+    Taught in notebooks 01 and 03.
     """
     field, step = [(1, 1), *_layers(kernels, strides)][-1]
     if n_in < field:
@@ -63,7 +65,7 @@ def output_size(n_in: int, kernels: Sequence[int], strides: Sequence[int] | None
 def _layers(
     kernels: Sequence[int], strides: Sequence[int] | None, upsampling: Sequence[int] | None = None
 ) -> list[tuple[int, int]]:
-    """The receptive field of each layer, and the distance of two of its neighbouring outputs in input voxels."""
+    """Return the receptive field of each layer, and the distance of two of its neighbouring outputs in input voxels."""
     strides = [1] * len(kernels) if strides is None else strides
     upsampling = [1] * len(kernels) if upsampling is None else upsampling
     for name, numbers in (("strides", strides), ("upsampling factors", upsampling)):
@@ -203,12 +205,12 @@ def measured_receptive_field(
 
 
 def _smallest_patch(network: Network) -> int:
-    """Side of the patch that a network of valid convolutions makes `multiple` predictions of."""
+    """Return the side of the patch of which a network of valid convolutions makes `multiple` predictions along each axis."""
     return 2 * network.margin + network.multiple
 
 
 def _voxels(voxel: int | Sequence[int] | None, out: Sequence[int], count: int) -> Iterator[list[int]]:
-    """The voxel that is asked for, or else `count` neighbours in the middle of an output of `out` voxels."""
+    """Yield the voxel that is asked for, or else `count` neighbours in the middle of an output of `out` voxels."""
     if voxel is None:
         # Axes do not interact: the diagonal of the cube of neighbours has every phase of every axis.
         voxels = [[n // 2 - count // 2 + k for n in out] for k in range(count)]
@@ -221,12 +223,12 @@ def _voxels(voxel: int | Sequence[int] | None, out: Sequence[int], count: int) -
 
 
 def _origin(index: Sequence[int], shape: Sequence[int], out: Sequence[int]) -> list[int]:
-    """The input voxel in the place of an output voxel: both lie equally far from the middle."""
+    """Return the input voxel in the place of an output voxel: both lie equally far from the middle."""
     return [(n - m) // 2 + i for n, m, i in zip(shape, out, index)]
 
 
 def _union(first: Sequence[Sequence[int]], last: Sequence[Sequence[int]]) -> ReceptiveField:
-    """The box around several boxes."""
+    """Return the box around several boxes."""
     low, high = tuple(map(min, zip(*first))), tuple(map(max, zip(*last)))
     return ReceptiveField(tuple(b - a + 1 for a, b in zip(low, high)), low, high)
 
@@ -314,6 +316,6 @@ def trace_unclipped(
 
 
 def _touches_border(layer: Layer, side: int) -> bool:
-    """Whether the middle voxel of a layer sees the border of a patch."""
+    """Return whether the middle voxel of a layer sees the border of a patch."""
     middles = [(axis.first[len(axis.first) // 2], axis.last[len(axis.first) // 2]) for axis in layer.axes or ()]
     return any(first <= 0 or last >= side - 1 for first, last in middles)

@@ -79,7 +79,7 @@ class Follow(TorchDispatchMode):
 
 
 def _without_content(value):
-    """The arguments of an operation with every tensor on the "meta" device: the network's weights are elsewhere."""
+    """Return the arguments of an operation with every tensor on the "meta" device. The network's weights are elsewhere."""
     if isinstance(value, Tensor) and not value.is_meta:
         return torch.empty_like(value, device="meta")
     if isinstance(value, (list, tuple)):
@@ -90,10 +90,10 @@ def _without_content(value):
 
 
 def _shape_of_result(name: str, args: tuple) -> Tensor | tuple[Tensor, ...] | None:
-    """The result of an operation whose shape is plain, or None. PyTorch itself takes up to milliseconds to find it."""
+    """Return the result of an operation whose shape is plain, else None. PyTorch itself takes up to milliseconds to find it."""
     x = args[0]
     if name in _SAME_SHAPE or (name in _SAME_SHAPES and isinstance(args[1], Tensor) and args[1].shape == x.shape):
-        return x if name.endswith("_") else torch.empty_like(x)
+        return x if name.endswith("_") else torch.empty_like(x, device="meta")
     if name.endswith("batch_norm"):
         return tuple(x.new_empty(shape) for shape in (x.shape, 0, 0))
     if name.startswith("upsample") and args[1] is not None:
@@ -114,8 +114,10 @@ def _along(rule: Callable, *arguments: Sequence) -> tuple:
 
 
 def _aligned(axis: Axis, n: int) -> Axis:
-    """Enlarged maps that cover the patch evenly lie evenly on it, for that is how a network that pads is trained: its output
-    voxel i stands for input voxel i, even where strided convolutions, centred on every other voxel, have moved what it sees."""
+    """Lay enlarged maps that cover the patch evenly on it, for that is how a network that pads is trained.
+
+    Its output voxel i stands for input voxel i, even where strided convolutions, centred on every other voxel, have moved what it sees.
+    """
     covers = abs(axis.stride * len(axis.first) - n) < 1e-6
     return axis._replace(offset=(axis.stride - 1) / 2) if covers else axis
 
@@ -124,7 +126,7 @@ def _aligned(axis: Axis, n: int) -> Axis:
 
 
 def _union(index: np.ndarray, valid: np.ndarray, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
-    """First and last of all taps: `index` and `valid` are (taps, voxels), indices into the axis before."""
+    """Return the first and last input voxel over all taps. `index` and `valid` are (taps, voxels), indices into the axis before."""
     index = np.where(valid, index, 0)
     first = np.where(valid, axis.first[index], EMPTY).min(0)
     last = np.where(valid, axis.last[index], -EMPTY).max(0)
@@ -222,7 +224,7 @@ def _padding(mode: str | None) -> Callable:
 
 
 def _reduced(inputs, output, args, dims):
-    """A mean, sum or maximum over whole axes that keeps them, one voxel long."""
+    """Follow a mean, sum or maximum over whole axes that keeps them, one voxel long."""
     x = inputs[0]
     if output.ndim != x.ndim:
         return None
@@ -236,7 +238,7 @@ def _reduced(inputs, output, args, dims):
 
 
 def _voxelwise(inputs, output, args, dims):
-    """Sums, activations, normalisation, concatenation of channels: all inputs share one grid, or have one voxel for all."""
+    """Follow sums, activations, normalisation, concatenation of channels: all inputs share one grid, or have one voxel for all."""
     axes = _along(_merged, output.shape[-dims:], *(getattr(x, _KEY) for x in inputs))
     return None if None in axes else axes
 
@@ -253,7 +255,7 @@ def _merged(n: int, *given: Axis) -> Axis | None:
 
 
 def _moved(inputs, output, args, dims):
-    """Permuted axes: followed only where the spatial ones stay the last."""
+    """Follow permuted axes, only where the spatial ones stay the last."""
     x = inputs[0]
     if isinstance(args[1], int):
         moved = {args[1] % x.ndim, args[2] % x.ndim}

@@ -93,14 +93,14 @@ class Tiling(NamedTuple):
         return self._replace(size=tuple(sizes[i] for sizes, i in zip(options, index)))
 
     def _sizes(self, axis: int) -> list[int]:
-        """Sides that cut the region into equal parts, the largest first."""
+        """Return the sides that cut the region into equal parts, the largest first."""
         length, grid = self.stop[axis] - self.start[axis], self.grid[axis]
         least = grid * (4 if any(self.context[axis]) else 1)
         parts = range(1, math.ceil(length / least) + 1)
         return list(dict.fromkeys(math.ceil(math.ceil(length / n) / grid) * grid for n in parts))
 
     def _cut(self, axis: int, size: int) -> list[tuple[int, int, int, int]]:
-        """Start, stop, first and last of every tile along one axis."""
+        """Return start, stop, first and last of every tile along one axis."""
         stop, (before, behind) = self.stop[axis], self.context[axis]
         cuts = [(a, min(a + size, stop)) for a in range(self.start[axis], stop, size)]
         if self.border is None:

@@ -114,7 +114,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _Enough(Exception):
-    """Every layer that is wanted has been computed: the rest of the network is not needed."""
+    """The signal that every layer that is wanted has been computed, so that the rest of the network is not needed."""
 
 
 @contextmanager
@@ -159,7 +159,7 @@ def watched(
 
 
 def _tensors(output) -> list[Tensor]:
-    """The tensors that a module puts out, whether it gives one, several or a dict of them."""
+    """Return the tensors that a module puts out, whether it gives one, several or a dict of them."""
     if isinstance(output, dict):
         output = list(output.values())
     if not isinstance(output, (tuple, list)):
