@@ -81,7 +81,7 @@ class Follow(TorchDispatchMode):
 def _without_content(value):
     """Return the arguments of an operation with every tensor on the "meta" device. The network's weights are elsewhere."""
     if isinstance(value, Tensor) and not value.is_meta:
-        return torch.empty_like(value, device="meta")
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
     if isinstance(value, (list, tuple)):
         return type(value)(_without_content(v) for v in value)
     if isinstance(value, dict):
@@ -93,7 +93,7 @@ def _shape_of_result(name: str, args: tuple) -> Tensor | tuple[Tensor, ...] | No
     """Return the result of an operation whose shape is plain, else None. PyTorch itself takes up to milliseconds to find it."""
     x = args[0]
     if name in _SAME_SHAPE or (name in _SAME_SHAPES and isinstance(args[1], Tensor) and args[1].shape == x.shape):
-        return x if name.endswith("_") else torch.empty_like(x, device="meta")
+        return x if name.endswith("_") else torch.empty(x.shape, dtype=x.dtype, device="meta")
     if name.endswith("batch_norm"):
         return tuple(x.new_empty(shape) for shape in (x.shape, 0, 0))
     if name.startswith("upsample") and args[1] is not None:
