@@ -54,10 +54,15 @@ def monai(model, case, overlap: float) -> np.ndarray:
     padded = np.pad(case.image, ((0, 0), *((m, m + g) for g in grid)), mode="reflect")
     weight = torch.zeros(roi, roi, roi)
     weight[m:-m, m:-m, m:-m] = 1
+
+    def same_size(x):
+        """MONAI expects as many voxels out as in. The weights leave the rim out, and windows start on the network's grid."""
+        return torch.nn.functional.pad(model(x), (m,) * 6)
+
     x = torch.from_numpy(padded)[None].contiguous(memory_format=torch.channels_last_3d)
     overlap = 1 - (step + 0.5) / roi  # MONAI rounds the step down
     with torch.no_grad():
-        y = sliding_window_inference(x, roi, 1, inference.SameSize(model), overlap=overlap, roi_weight_map=weight)
+        y = sliding_window_inference(x, roi, 1, same_size, overlap=overlap, roi_weight_map=weight)
     return y[(0, slice(None), *(slice(m, m + n) for n in case.shape))].numpy()
 
 

@@ -1,11 +1,11 @@
-"""What a feature map is for: take it away, find what excites it most, and see which places speak for a class.
+"""The purpose of feature maps: take them away, find what excites them most, and see which places speak for a class.
 
 with ablate(model, "normal.7", 12):
-    without = inference.predict(model, case)
+    ablated = inference.predict(model, case)
 ablation_table(model, case, "low.7")                     # Dice of every region without each channel
-strongest_patches(model, cases, "normal.7", 12)          # what the channel answers to most, over a cohort
-grad_cam(model, case, "low.7", target=4)                 # where the layer speaks for class 4
-position_explained(maps, case.mask)                      # how much of each map is mere position
+strongest_patches(model, cases, "normal.7", 12)          # the patches of a cohort that excite the channel most
+grad_cam(model, case, "low.7", target=4)                 # the places where the layer speaks for class 4
+position_explained(maps, case.mask)                      # the share of each map that is mere position
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import inference, metrics
-from .engine.tracing import spatial_dims
-from .features import FeatureMaps, _evaluating, _find_region, _input, _plan, capture, list_layers
+from .engine.tiles import Tile, cut_output, find_region, load_patch, plan
+from .engine.tracing import contract, evaluating
+from .features import FeatureMaps, capture, find_context, list_layers
 from .models.drozdzal import Bottleneck, SimpleBlock
+from .models.network import Network
 from .volume import Case, bounding_box, padded_region
 
 RESIDUAL_BLOCKS = (Bottleneck, SimpleBlock)
@@ -34,15 +36,15 @@ GRAD_TILE = 24  # voxels along each axis that are differentiated at a time: ever
 
 @contextmanager
 def ablate(model: nn.Module, layer: str, channels: int | Sequence[int], *, value: float = 0.0) -> Iterator[nn.Module]:
-    """Within the block, some of a layer's channels have one value everywhere; afterwards the network is what it was.
+    """Set some of a layer's channels to one value everywhere, within the block; afterwards the network is what it was.
 
-    Blocks may be nested, also for one layer. Works with `inference.predict` and with training.
+    Blocks may be nested, also for one layer. They work with `inference.predict` and with training.
 
     Args:
         model: any network; the same object is handed to the block.
         layer: name as in `model.named_modules()`.
         channels: one channel, or several.
-        value: what they are set to, 0 by default.
+        value: value that they are set to, 0 by default.
 
     Raises:
         ValueError: when there is no such layer or channel, or the layer does not put out one tensor.
@@ -77,9 +79,9 @@ def ablate(model: nn.Module, layer: str, channels: int | Sequence[int], *, value
 
 
 def removable(model: nn.Module) -> list[str]:
-    """Layers that `without` can take out of a network, in the order in which they were built.
+    """List the layers that `without` can take out of a network, in the order in which they were built.
 
-    These are residual blocks, and elsewhere convolutions that give as many maps, of the same size, as they take.
+    They are residual blocks, and elsewhere convolutions that give as many maps, of the same size, as they take.
     """
     blocks = [name for name, module in model.named_modules() if isinstance(module, RESIDUAL_BLOCKS)]
     inside = tuple(f"{name}." for name in blocks)
@@ -92,13 +94,13 @@ def removable(model: nn.Module) -> list[str]:
 
 @contextmanager
 def without(model: nn.Module, names: str | Sequence[str]) -> Iterator[nn.Module]:
-    """Within the block, some layers of a trained network are left out; afterwards it is what it was.
+    """Leave some layers of a trained network out, within the block; afterwards it is what it was.
 
         with attribution.without(model, "across.1"):
             worse = inference.predict(model, case)
 
-    Of a residual block its shortcut stays: the input itself, where need be sub-sampled, repeated or projected to the new number of
-    maps. A plain convolution hands on its input.
+    The shortcut of a residual block stays: it is the input itself, sub-sampled, repeated or projected to the new number of maps
+    where necessary. A plain convolution hands on its input.
 
     Args:
         model: any network with such layers; the same object is handed to the block.
@@ -106,6 +108,7 @@ def without(model: nn.Module, names: str | Sequence[str]) -> Iterator[nn.Module]
 
     Source: Drozdzal et al. 2018, section 1; Veit, Wilber and Belongie 2016, "Residual networks behave like ensembles of relatively shallow
     networks", section 4.1.
+    Taught in notebook 08.
     """
     names = [names] if isinstance(names, str) else list(names)
     there = removable(model)
@@ -145,20 +148,23 @@ def ablation_table(
     progress: bool = True,
     **options,
 ) -> pd.DataFrame:
-    """Dice of each region with each channel of a layer taken away, one channel at a time.
+    """Measure the Dice of each region with each channel of a layer taken away, one channel at a time.
 
     Every row is a segmentation of the whole case; `case.crop(...)` around the lesion saves time.
 
     Args:
-        case: labelled.
+        model: network to be examined.
+        case: labelled case, normalised as for `inference.predict`.
         layer: name of the layer.
-        channels: which ones; all by default.
-        regions: as in `metrics.evaluate`.
-        value: what a channel is set to.
-        options: passed on to `inference.predict`.
+        channels: channels to take away; all by default.
+        regions: regions to score, as in `metrics.evaluate`.
+        value: value that a channel is set to.
+        progress: whether to show a bar.
+        options: further options of `inference.predict`.
 
     Returns:
-        Indexed by channel: `dice_<region>`, and `change_<region>` against the whole network. In `attrs["dice"]` the latter's Dice.
+        A table indexed by channel: `dice_<region>`, and `change_<region>` against the whole network. The Dice of the whole network is in
+        `attrs["dice"]`.
     """
     if case.label is None:
         raise ValueError(f"{case.name} has no label to compare with")
@@ -184,13 +190,13 @@ def ablation_table(
 
 
 class Patch(NamedTuple):
-    """A piece of a case that excites a channel.
+    """A part of a case that excites a channel.
 
     Attributes:
         case: name of the case.
-        value: of the channel there.
+        value: value of the channel there.
         position: input voxel (d, h, w) that the layer's voxel is centred on, rounded.
-        start: first voxel of the patch, outside the case where the patch is mirrored.
+        start: first voxel of the patch. It is outside the case where the patch is mirrored.
         image: `(C, D, H, W)`, as large as the layer's receptive field.
         label: `(D, H, W)`, or None.
     """
@@ -215,17 +221,20 @@ def strongest_patches(
     inside_mask: bool = True,
     progress: bool = True,
 ) -> list[Patch]:
-    """The pieces of a cohort that excite one channel most, the strongest first.
+    """Find the patches of a cohort that excite one channel most, the strongest first.
 
     Within a case, patches whose centres are less than half a patch apart along every axis count as one.
 
     Args:
-        cases: normalised as for `inference.predict`; read one after the other.
-        layer, channel: which map.
-        count: patches in all.
-        per_case: patches from one case at most.
+        model: network to be examined.
+        cases: cases that are normalised as for `inference.predict`. They are read one after the other.
+        layer: name of the layer.
+        channel: number of the channel in the layer.
+        count: number of patches in all.
+        per_case: largest number of patches from one case.
         size: side of the patches, or one for each axis; by default the layer's receptive field.
         inside_mask: whether centres must lie inside the cases' masks.
+        progress: whether to show a bar.
     """
     found: list[Patch] = []
     for case in tqdm(cases, desc=f"{layer}, channel {channel}", disable=not progress, dynamic_ncols=True):
@@ -235,7 +244,7 @@ def strongest_patches(
         if size is not None:
             side = [size] * 3 if isinstance(size, int) else list(size)
         else:
-            field = maps.field.side if maps.field else (33,) * spatial_dims(model)
+            field = maps.field.side if maps.field else (33,) * contract(model).spatial_dims
             side = [*field, *[1] * (3 - len(field))]
         values = maps.data[channel].astype(np.float32)
         if inside_mask and case.mask is not None:
@@ -266,20 +275,22 @@ def grad_cam(
     where: np.ndarray | None = None,
     region: Sequence[slice | int] | None = None,
 ) -> FeatureMaps:
-    """Seg-Grad-CAM: where a layer speaks for a class.
+    """Find the places where a layer speaks for a class, by Seg-Grad-CAM.
 
     The sum of the class's logits over `where` is differentiated with respect to the layer's maps A_k. The mean of the gradient
     over the layer's voxels, α_k, is the weight of map k, and the answer is max(0, Σ_k α_k A_k).
 
     Args:
+        model: network to be examined.
+        case: case that is normalised as for `inference.predict`.
         layer: name of a layer before the output.
-        target: the class.
-        where: `(D, H, W)` bool, whose logits count; by default the voxels that are predicted as `target`. One voxel makes
+        target: number of the class.
+        where: `(D, H, W)` bool, the voxels whose logits count; by default those that are predicted as `target`. One voxel makes
             the map of a single decision.
-        region: part of the case that is looked at, as in `capture`; by default the box of `where` with 8 voxels around it.
+        region: part of the case to look at, as in `capture`; by default the box of `where` with 8 voxels around it.
 
     Returns:
-        One map, laid over the case like those of `capture`; `laid_over(case.shape, 0)` brings it to the case's grid.
+        One map, laid over the case like those of `capture`. `laid_over(case.shape, 0)` brings it to the case's grid.
 
     Raises:
         ValueError: when there is no such class or layer, or `where` is empty.
@@ -294,44 +305,13 @@ def grad_cam(
         raise ValueError(f"where has shape {where.shape}; expected {case.shape}, that of {case.name}")
     if not where.any():
         raise ValueError(f"no voxel of {case.name} is predicted as class {target}; say with where= which voxels count")
-    start, stop = _find_region(bounding_box(where, border=8) if region is None else region, case)
+    start, stop = find_region(bounding_box(where, border=8) if region is None else region, case)
     outside = where.copy()
     outside[tuple(slice(a, b) for a, b in zip(start, stop))] = False
     if outside.any():
         raise ValueError(f"{int(outside.sum())} voxels of where lie outside the region; enlarge the region")
     (name,) = list_layers(model, layer)
-    dims, box = spatial_dims(model), bounding_box(where)
-    device = next(model.parameters()).device
-    module, total = dict(model.named_modules())[name.split("#")[0]], 0.0
-    with _evaluating(model), torch.enable_grad():
-        for tile in _plan(model, "", [b.start for b in box], [b.stop for b in box], case.shape, device, GRAD_TILE):
-            counted = tuple(slice(a, min(b, n)) for a, b, n in zip(tile.start, tile.stop, case.shape))
-            if not where[counted].any():
-                continue
-            x = _input(case, tile, dims, device).requires_grad_()
-            caught: list[Tensor] = []
-
-            def keep(module, inputs, output, caught=caught):
-                caught.append(output)
-                return output.clone()  # what follows may work in place
-
-            handle = module.register_forward_hook(keep)
-            try:
-                logits = model(x).permute(1, 2, 3, 0) if dims == 2 else model(x)[0]
-            finally:
-                handle.remove()
-            if not 0 <= target < len(logits):
-                raise ValueError(f"target={target}; the network has classes 0 to {len(logits) - 1}")
-            chosen = torch.from_numpy(where[counted]).to(device)
-            # The output of a network that pads covers the tile's context too.
-            skip = [0] * 3 if getattr(model, "margin", 0) else [a - b for a, b in zip(tile.start, tile.first)]
-            score = logits[(target, *(slice(a, a + n) for a, n in zip(skip, chosen.shape)))][chosen].sum()
-            call = int(name.split("#")[1]) - 1 if "#" in name else 0
-            (gradient,) = torch.autograd.grad(score, caught[call], allow_unused=True)
-            if gradient is None:
-                raise ValueError(f"the output does not depend on layer {layer!r}; choose a layer before it")
-            axes = [0, *range(2, gradient.ndim)]
-            total = total + gradient.sum(dim=axes).double().cpu().numpy()
+    total = _sum_gradients(model, case, name, target, where)
     (maps,) = capture(model, case, layer, region=tuple(slice(a, b) for a, b in zip(start, stop)), progress=False).values()
     weights = total / maps.data[0].size
     cam = np.maximum(np.tensordot(weights, maps.data.astype(np.float32), axes=1), 0)[None]
@@ -339,19 +319,58 @@ def grad_cam(
     return FeatureMaps(f"{name} for class {target}", cam.astype(np.float32), maps.offset, maps.stride, maps.every, maps.field)
 
 
-def position_explained(maps: FeatureMaps, mask: np.ndarray | None = None, *, degree: int = 2) -> np.ndarray:
-    """How much of each map is a matter of place: the share of its variance (R²) that a polynomial of the position explains.
+def _sum_gradients(model: nn.Module, case: Case, layer: str, target: int, where: np.ndarray) -> np.ndarray:
+    """Return the gradient of a class's logits over `where`, added up over the voxels of each map of a layer."""
+    network, device, box = contract(model), next(model.parameters()).device, bounding_box(where)
+    context = find_context(network, list_layers(model, "").values(), case.shape)
+    ends = [b.start for b in box], [b.stop for b in box]
+    total = 0.0
+    with evaluating(model), torch.enable_grad():
+        for tile in plan(network, *ends, case.shape, device, tile=GRAD_TILE, context=context).tiles():
+            counted = where[tile.inside(case.shape)]
+            if counted.any():
+                gradient = _gradient(model, network, case, layer, target, tile, torch.from_numpy(counted).to(device))
+                total = total + gradient.sum(dim=[0, *range(2, gradient.ndim)]).double().cpu().numpy()
+    return total
 
-    A channel near 0 tells what is there, one near 1 where in the head (or the image) it is. Coarse pathways, which see far, can
-    know much about place (Kamnitsas et al. 2017, section 2.4 and Figure 14, on the low-resolution pathway).
+
+def _gradient(model: nn.Module, network: Network, case: Case, layer: str, target: int, tile: Tile, counted: Tensor) -> Tensor:
+    """Differentiate the sum of a class's logits over some voxels of a tile with respect to the maps of a layer."""
+    x = load_patch(case.image, tile, network, next(model.parameters()).device).requires_grad_()
+    caught: list[Tensor] = []
+
+    def keep(module, inputs, output):
+        caught.append(output)
+        return output.clone()  # what follows may work in place
+
+    name, _, call = layer.partition("#")
+    handle = model.get_submodule(name).register_forward_hook(keep)
+    try:
+        logits = cut_output(model(x), tile, network, case.shape)
+    finally:
+        handle.remove()
+    if not 0 <= target < len(logits):
+        raise ValueError(f"target={target}; the network has classes 0 to {len(logits) - 1}")
+    maps = caught[int(call or 1) - 1]
+    (gradient,) = torch.autograd.grad(logits[target][counted].sum(), maps, allow_unused=True)
+    if gradient is None:
+        raise ValueError(f"the output does not depend on layer {layer!r}; choose a layer before it")
+    return gradient
+
+
+def position_explained(maps: FeatureMaps, mask: np.ndarray | None = None, *, degree: int = 2) -> np.ndarray:
+    """Return the share of each map's variance (R²) that a polynomial of the position explains.
+
+    A channel near 0 tells what is there, and one near 1 where in the head (or the image) it is. Coarse pathways, which see far, can
+    know much about the place (Kamnitsas et al. 2017, section 2.4 and Figure 14, on the low-resolution pathway).
 
     Args:
-        maps: from `features.capture`.
+        maps: maps from `features.capture`.
         mask: `(D, H, W)`, the voxels of the case that count; all by default.
-        degree: of the polynomial in (d, h, w).
+        degree: degree of the polynomial in (d, h, w).
 
     Returns:
-        `(C,)`, 0 to 1; 0 for a channel that is constant.
+        `(C,)`, 0 to 1. A constant channel gets 0.
     """
     size = maps.data.shape[1:]
     inside = np.ones(size, bool) if mask is None else maps.sampled(mask)

@@ -1,9 +1,10 @@
-"""2D networks as the eyes of a 3D network: their class scores in three planes, kept on disk and joined to the image.
+"""The class scores of 2D networks in three planes, kept on disk and joined to the image of a 3D network.
 
-A 2D network sees a whole slice, a 3D network a small cube. Slices are cut along each of three axes, a 2D network is trained for
-each, and the scores of all three become further channels of the image that the 3D network is trained on.
+A 2D network sees a whole slice, and a 3D network a small cube. Slices are cut along each of three axes, and a 2D network is trained
+for each axis. The scores of all three become further channels of the image that the 3D network is trained on.
 
 Source: Mlynarski et al. 2019, section 2.3.
+Taught in notebook 09.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import nn
 from tqdm import tqdm
 
 from . import inference
+from .models.network import Network
 from .paths import atomic_write
 from .volume import Case, mirrored
 
@@ -29,7 +30,12 @@ PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # the axis across the slices
 
 
 def facing(case: Case, plane: str) -> Case:
-    """The same case with the axis across the plane's slices last, where 2D samplers and `inference.predict` take slices from."""
+    """Return the same case with the axis across the plane's slices last, where 2D samplers and `inference.predict` take slices.
+
+    Args:
+        case: case in RAS+ order.
+        plane: "axial", "coronal" or "sagittal".
+    """
     order = [*_others(plane), _axis(plane)]
 
     def turned(array: np.ndarray | None) -> np.ndarray | None:
@@ -45,22 +51,23 @@ def facing(case: Case, plane: str) -> Case:
 
 
 def facing_back(array: np.ndarray, plane: str) -> np.ndarray:
-    """An array `(..., *turned)` that was made for `facing(case, plane)`, on the case's own axes `(..., D, H, W)`."""
+    """Return an array that was made for `facing(case, plane)` on the case's own axes `(..., D, H, W)`."""
     return np.moveaxis(array, -1, array.ndim - 3 + _axis(plane))
 
 
 def extract_scores(
-    networks: Mapping[str, nn.Module], cases: Iterable[Case], folder: str | Path, *, progress: bool = True
+    networks: Mapping[str, Network], cases: Iterable[Case], folder: str | Path, *, progress: bool = True
 ) -> None:
     """Write every 2D network's class scores (logits) of every case to disk, one file for each case and plane.
 
-    One case is in memory at a time, so `cases` may be a lazy sequence of any length. Files that exist already, made by the same
-    weights from the same image, are left as they are: an extraction that was interrupted goes on where it stopped.
+    One case is in memory at a time, so `cases` may be a lazy sequence of any length. A file that exists already is left as it is if
+    the same weights made it from the same image. So an extraction that was interrupted goes on where it stopped.
 
     Args:
         networks: a trained 2D network for each plane, `{"axial": …, "coronal": …, "sagittal": …}`.
-        cases: normalised as the networks were trained. Their names must differ, for they name the files.
-        folder: where the files `<case>_<plane>.safetensors` go.
+        cases: cases that are normalised as in the networks' training. Their names must differ, for they name the files.
+        folder: folder of the files `<case>_<plane>.safetensors`.
+        progress: whether to show a bar.
     """
     folder, seen = Path(folder), set()
     made_by = {plane: _fingerprint(network) for plane, network in networks.items()}
@@ -83,11 +90,16 @@ def extract_scores(
 
 
 def with_scores(case: Case, folder: str | Path, *, planes: Sequence[str] = tuple(PLANES)) -> Case:
-    """The case with the scores of `extract_scores` as further channels, "axial 0", "axial 1", … after those of the image.
+    """Return the case with the scores of `extract_scores` as further channels, "axial 0", "axial 1", … after those of the image.
+
+    Args:
+        case: case whose scores were extracted.
+        folder: folder of the scores.
+        planes: planes whose scores are joined, in the order of the new channels.
 
     Raises:
-        FileNotFoundError: where a case's scores are not there yet.
-        ValueError: where they are of another image of that name.
+        FileNotFoundError: when the case's scores are not there yet.
+        ValueError: when they were made from another image of that name.
     """
     parts, names = [case.image], list(case.channels)
     for plane in planes:
@@ -105,25 +117,26 @@ def with_scores(case: Case, folder: str | Path, *, planes: Sequence[str] = tuple
 
 
 def influence(
-    networks: Mapping[str, nn.Module], model: nn.Module, case: Case, voxel: Sequence[int], *, class_number: int
+    networks: Mapping[str, Network], model: Network, case: Case, voxel: Sequence[int], *, class_number: int
 ) -> np.ndarray:
-    """How strongly every voxel of the image acts on one prediction of a 3D network, directly and through the 2D networks.
+    """Measure the influence of every voxel of the image on one prediction of a 3D network, directly and through the 2D networks.
 
-    That is the gradient of one class score with respect to the image, in absolute value and added up over channels. Without
-    features it fills the 3D network's cube; with them also the slices, in all three planes, that pass through the cube.
+    The influence is the gradient of one class score with respect to the image, in absolute value and added up over channels. Without
+    2D networks it fills the 3D network's cube. With them it also fills the slices, in all three planes, that pass through the cube.
 
     Args:
-        networks: those that made the features, in the order of the features' channels; `{}` for a 3D network without. In
-            evaluation mode, as `model`.
+        networks: 2D networks that made the scores, in the order of their channels; `{}` for a 3D network without scores. They are in
+            evaluation mode, and so is `model`.
         model: the 3D network.
-        case: the image alone, without scores, normalised.
+        case: normalised case, of the image alone, without scores.
         voxel: (d, h, w), far enough from the border for the 3D network's patch to lie inside the volume.
-        class_number: whose score.
+        class_number: number of the class whose score counts.
 
     Returns:
         `(D, H, W)` float32.
 
     Source: Mlynarski et al. 2019, figure 5, measured.
+    Taught in notebook 09.
     """
     if any(network.training for network in (model, *networks.values())):
         raise ValueError("a network is in training mode, where slices act on each other; call its eval() first")
@@ -156,9 +169,9 @@ def influence(
 
 
 def _slice_scores(
-    network: nn.Module, plane: str, image: torch.Tensor, patch: tuple[slice, ...]
+    network: Network, plane: str, image: torch.Tensor, patch: tuple[slice, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scores `(K, *patch)` of the whole slices that cross a patch, as `inference.predict` has them, and those slices."""
+    """Return the scores `(K, *patch)` of the whole slices that cross a patch, as `inference.predict` has them, and those slices."""
     axis = _axis(plane)
     leaf = image.narrow(axis + 1, patch[axis].start, patch[axis].stop - patch[axis].start).detach().requires_grad_()
     slices = leaf.movedim(axis + 1, 0)
@@ -186,7 +199,7 @@ def _path(folder: Path, case: Case, plane: str) -> Path:
 
 
 def _origin(path: Path) -> dict[str, str] | None:
-    """What a file was made from, or None where there is no whole file."""
+    """Return the network and the case that a file was made from, or None where there is no whole file."""
     try:
         with safe_open(path, framework="np") as file:
             return json.loads((file.metadata() or {}).get("origin", "null"))
@@ -194,7 +207,7 @@ def _origin(path: Path) -> dict[str, str] | None:
         return None
 
 
-def _fingerprint(network: nn.Module) -> str:
+def _fingerprint(network: Network) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())

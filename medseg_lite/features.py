@@ -1,11 +1,9 @@
-"""The feature maps of a network's layers. Their receptive fields are in `receptive_field`, whose names stand here too."""
+"""The feature maps of a network's layers. The functions of `receptive_field` can be called from here too."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -15,19 +13,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .engine.tracing import Axis, Layer, spatial_dims, trace, watched
-from .inference import PADDED_WORKSPACE, _check_fits, _tile_size, _workspace
+from .engine.geometry import Axis
+from .engine.lattice import Place, find_places, lay, thin_out
+from .engine.tiles import Tile, check_fits, find_region, load_patch, plan
+from .engine.tracing import Layer, contract, evaluating, trace, watched
 from .models.layers import convolutions
+from .models.network import Network
 from .receptive_field import (
-    LARGEST_FIELD,
     ReceptiveField,
     check_names,
     measured_receptive_field,
     output_size,
     receptive_field,
     receptive_field_recursion,
+    trace_unclipped,
 )
-from .volume import Case, padded_region
+from .volume import Case
 
 __all__ = [
     "FeatureMaps",
@@ -45,12 +46,12 @@ HALF_MAX = 65504.0  # the largest number of half precision
 
 
 class LayerInfo(NamedTuple):
-    """What is known about a layer before any image has gone through it.
+    """The facts about a layer that are known before any image has gone through it.
 
     Attributes:
         name: as in `model.named_modules()`; a module that is called again has "#2" behind its name for the second call.
         kind: class of the module.
-        channels: feature maps.
+        channels: number of feature maps.
         parameters: number of parameters.
         stride: input voxels from one voxel of the layer to the next, along each spatial axis; None where this is not known.
         field: receptive field, with offsets counted from the middle of a voxel (rounded outwards); None where not known.
@@ -65,96 +66,123 @@ class LayerInfo(NamedTuple):
 
 
 def list_layers(model: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, LayerInfo]:
-    """The layers of a network, by name, in the order in which they are computed.
+    """List the layers of a network, by name, in the order in which they are computed.
 
     Args:
         model: any convolutional network.
-        patterns: names, or patterns such as "normal.*"; by default one layer for each convolution: the block around it (with
-            its normalisation and activation) where there is one, else the convolution itself. "*" is every module.
+        patterns: names, or patterns such as "normal.*". "*" is every module. By default one layer for each convolution: the block
+            around it (with its normalisation and activation) where there is one, else the convolution itself.
 
     Raises:
-        ValueError: for a pattern that fits no layer.
+        ValueError: when a pattern fits no layer.
     """
-    margin, dims = getattr(model, "margin", 0), spatial_dims(model)
-    if margin:
+    layers, _ = _find_layers(model, contract(model), patterns)
+    return {name: _describe(layer) for name, layer in layers.items()}
+
+
+def find_context(network: Network, layers: Collection[LayerInfo], shape: Sequence[int]) -> list[tuple[int, int]] | None:
+    """Find the number of voxels before and behind a tile that some layers of a network that pads see, along each of its axes.
+
+    Args:
+        network: network of the layers.
+        layers: layers that are to be computed as if there were no tiles.
+        shape: size of the volume. It counts where the receptive field of a layer is not known.
+
+    Returns:
+        Multiples of `network.multiple`; None for a network of valid convolutions, which sees its margin.
+    """
+    if network.margin:
+        return None
+    context = []
+    for axis, n in zip(range(network.spatial_dims), shape):
+        # One voxel of the layer more, for those that only reach into the tile.
+        seen = [
+            (i.stride[axis] - i.field.first[axis], i.stride[axis] + i.field.last[axis]) if i.field else (n, n) for i in layers
+        ]
+        context.append(tuple(math.ceil(max(side) / network.multiple) * network.multiple for side in zip(*seen)))
+    return context
+
+
+def _find_layers(
+    model: nn.Module, network: Network, patterns: str | Sequence[str] | None
+) -> tuple[dict[str, Layer], list[int]]:
+    """Trace the layers that are asked for. Return them in the order of computation, and the sides of the patch."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    modules = dict(model.named_modules())
+    # Layers that are called by their names can be traced without the others.
+    exact = patterns if patterns and all(p.split("#")[0] in modules for p in patterns) else None
+
+    def choose(traced: dict[str, Layer]) -> list[str]:
+        return _default_layers(modules, traced) if patterns is None else _matching_layers(patterns, model, traced)
+
+    if network.margin:
         # Twice the margin and some more: the middle voxels of every layer see no border.
-        traced = trace(model, [2 * margin + 4 * model.multiple] * dims)
-    else:
-        side = 64
-        while True:
-            traced = trace(model, [side] * dims)
-            names = _choose(model, traced, patterns)
-            if side >= LARGEST_FIELD or not any(_touches(traced[name], side) for name in names):
-                break
-            side *= 2
-    return {name: _info(traced[name]) for name in _choose(model, traced, patterns)}
+        shape = [2 * network.margin + 4 * network.multiple] * network.spatial_dims
+        traced = trace(model, shape, exact)
+        return {name: traced[name] for name in choose(traced)}, shape
+    return trace_unclipped(model, network, choose, exact)
 
 
-def _touches(layer: Layer, side: int) -> bool:
-    return layer.axes is not None and any(
-        a.first[len(a.first) // 2] <= 0 or a.last[len(a.last) // 2] >= side - 1 for a in layer.axes
-    )
+def _default_layers(modules: dict[str, nn.Module], traced: dict[str, Layer]) -> list[str]:
+    """Choose one layer for each convolution: the block around it, or itself."""
+    blocks = {name for name, module in modules.items() if _is_block(module)}
+    chosen = []
+    for name in traced:
+        own = name.split("#")[0]
+        parts = own.split(".")
+        inside = any(".".join(parts[:n]) in blocks for n in range(1, len(parts)))
+        if name and not inside and (own in blocks or isinstance(modules[own], nn.modules.conv._ConvNd)):
+            chosen.append(name)
+    return chosen
 
 
-def _info(layer: Layer) -> LayerInfo:
+def _matching_layers(patterns: Sequence[str], model: nn.Module, traced: dict[str, Layer]) -> list[str]:
+    chosen = set()
+    for pattern in patterns:
+        found = [name for name in traced if name == pattern] or [n for n in traced if n and fnmatchcase(n, pattern)]
+        if not found:
+            check_names([pattern], model, traced)
+        chosen.update(found)
+    return [name for name in traced if name in chosen]
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Return whether a module holds one convolution and only what belongs to it: normalisation, activation, pooling."""
+    return not isinstance(module, nn.modules.conv._ConvNd) and len(convolutions(module)) == 1
+
+
+def _describe(layer: Layer) -> LayerInfo:
     stride = field = None
     if layer.axes is not None:
         stride = tuple(float(a.stride) for a in layer.axes)
         first, last = zip(*(_reach(a) for a in layer.axes))
         field = ReceptiveField(tuple(b - a + 1 for a, b in zip(first, last)), first, last)
-    return LayerInfo(layer.name, layer.kind, layer.shape[0], layer.parameters, stride, field)
+    return LayerInfo(layer.name, type(layer.module).__name__, layer.shape[0], layer.parameters, stride, field)
 
 
 def _reach(axis: Axis) -> tuple[int, int]:
-    """Offsets of the first and last input voxel from a voxel's centre: the union over the middle third of the layer, whose
-    voxels may see differently."""
+    """Return the offsets of the first and last input voxel from a voxel's centre.
+
+    Voxels may see differently, so this is the union over the middle third of the layer.
+    """
     n = len(axis.first)
     middle = slice(n // 3, max(n - n // 3, n // 3 + 1))
     centre = axis.offset + axis.stride * np.arange(n)[middle]
     return math.floor((axis.first[middle] - centre).min() + 1e-6), math.ceil((axis.last[middle] - centre).max() - 1e-6)
 
 
-def _choose(model: nn.Module, traced: dict[str, Layer], patterns: str | Sequence[str] | None) -> list[str]:
-    if patterns is None:
-        modules, chosen = dict(model.named_modules()), []
-        for name in traced:
-            module = modules[name.split("#")[0]]
-            inside = any(_is_block(modules[parent]) for parent in _parents(name) if parent)
-            if not inside and name and (_is_block(module) or isinstance(module, nn.modules.conv._ConvNd)):
-                chosen.append(name)
-        return chosen
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    chosen = []
-    for pattern in patterns:
-        found = [name for name in traced if name == pattern] or [n for n in traced if n and fnmatchcase(n, pattern)]
-        if not found:
-            check_names([pattern], model, traced)
-        chosen += [name for name in found if name not in chosen]
-    return sorted(chosen, key=list(traced).index)
-
-
-def _is_block(module: nn.Module) -> bool:
-    """Whether a module holds one convolution and, besides it, only what belongs to it: normalisation, activation, pooling."""
-    return not isinstance(module, nn.modules.conv._ConvNd) and len(convolutions(module)) == 1
-
-
-def _parents(name: str) -> list[str]:
-    parts = name.split("#")[0].split(".")
-    return [".".join(parts[:n]) for n in range(len(parts))]
-
-
 @dataclass(eq=False)
 class FeatureMaps:
-    """The feature maps of one layer over (a region of) one case, and where they lie on it.
+    """The feature maps of one layer over (a region of) one case, and their place on it.
 
     Voxel (i, j, k) of the maps is centred on voxel `offset + stride * (i, j, k)` of the case.
 
     Attributes:
-        name: of the layer.
+        name: name of the layer.
         data: `(C, D', H', W')` float16. Numbers beyond ±65504 are cut off there.
         offset: input coordinates (d, h, w) of the middle of the first voxel, fractions included.
         stride: input voxels from one voxel to the next, along (D, H, W).
-        every: of the layer's voxels, every how many-th was kept along each axis (already part of `stride`).
+        every: step along (D, H, W) at which voxels of the layer were kept; 1 for all. It is part of `stride` already.
         field: receptive field in input voxels, its offsets counted from a voxel's centre; None where it is not known.
     """
 
@@ -170,7 +198,7 @@ class FeatureMaps:
         return f"FeatureMaps({self.name!r}, {len(self.data)} maps of {size} voxels, offset {self.offset}, stride {self.stride})"
 
     def index(self, position: Sequence[float]) -> tuple[int, int, int]:
-        """The voxel of the maps that lies nearest to voxel `position` (d, h, w) of the case."""
+        """Return the voxel of the maps that lies nearest to voxel `position` (d, h, w) of the case."""
         return tuple(int(self._along(axis, position[axis])) for axis in range(3))
 
     def _along(self, axis: int, places: float | np.ndarray) -> np.ndarray:
@@ -178,16 +206,16 @@ class FeatureMaps:
         return nearest.clip(0, self.data.shape[axis + 1] - 1)
 
     def position(self, index: Sequence[int]) -> tuple[float, float, float]:
-        """Input coordinates (d, h, w) of the middle of a voxel of the maps."""
+        """Return the input coordinates (d, h, w) of the middle of a voxel of the maps."""
         return tuple(o + s * i for o, s, i in zip(self.offset, self.stride, index))
 
     def laid_over(self, shape: Sequence[int], channel: int | None = None) -> np.ndarray:
-        """One map `(D, H, W)`, or all `(C, D, H, W)`, on the grid of the case; voxels outside the region repeat its border."""
+        """Return one map `(D, H, W)`, or all `(C, D, H, W)`, on the grid of the case. Voxels outside the region repeat its border."""
         grid = np.ix_(*(self._along(axis, np.arange(n)) for axis, n in enumerate(shape)))
         return self.data[channel][grid] if channel is not None else self.data[(slice(None), *grid)]
 
     def sampled(self, volume: np.ndarray) -> np.ndarray:
-        """A volume `(D, H, W)` of the case (label, mask, tissue) at the maps' voxels, `(D', H', W')`."""
+        """Return a volume `(D, H, W)` of the case (label, mask, tissue) at the maps' voxels, `(D', H', W')`."""
         places = (
             np.floor(o + s * np.arange(n) + 0.5).astype(int).clip(0, size - 1)
             for o, s, n, size in zip(self.offset, self.stride, self.data.shape[1:], volume.shape)
@@ -206,235 +234,99 @@ def capture(
     memory: float = 1e9,
     progress: bool = True,
 ) -> dict[str, FeatureMaps]:
-    """The feature maps of a network's layers over a case, in half precision.
+    """Compute the feature maps of a network's layers over a case, in half precision.
 
         maps = capture(model, case, ["normal.0", "low.7"], region=np.s_[:, :, 30:33])
         maps["low.7"].data, maps["low.7"].offset, maps["low.7"].stride
 
     Large regions are computed in tiles, as `inference.predict` does, each with the context that the network sees; the volume is
-    mirrored beyond its border. A network that pads its convolutions (`margin` 0) gets each tile with what the layers see around
-    it, up to the border. Computation ends with the last layer asked for. The network is used in evaluation mode and left as
+    mirrored beyond its border. A network that pads its convolutions (`margin` 0) gets each tile with the voxels that the layers see
+    around it, up to the border. Computation ends with the last layer asked for. The network is used in evaluation mode and left as
     it was; no hook stays behind.
 
     Args:
         model: any convolutional network, 2-D (slice by slice) or 3-D, on any device.
-        case: normalised as for `predict`.
+        case: case that is normalised as for `predict`.
         layers: names or patterns as in `list_layers`; by default one layer for each convolution.
         region: slices or whole numbers along (D, H, W), `np.s_[:, :, 32]` for one axial slice; the whole case by default.
             Voxels of a coarse layer that reach into the region belong to it.
-        largest: values to keep of each layer; one with more keeps every second, third, … voxel along its longest axes. None
-            keeps all.
-        memory: bytes that the maps may take in all.
+        largest: number of values to keep of each layer. One with more keeps every second, third, … voxel along its longest axes.
+            None keeps all.
+        memory: bytes that all maps together may take.
         progress: whether to show a bar.
 
     Returns:
         `{name: FeatureMaps}` in the order of computation.
 
     Raises:
-        ValueError: for unknown layers, an empty region, a case that does not fit, or maps that need more than `memory`.
+        ValueError: when a layer is unknown, the region is empty, the case does not fit, or the maps need more than `memory`.
     """
-    _check_fits(model, case)
-    dims, device = spatial_dims(model), next(model.parameters()).device
-    start, stop = _find_region(region, case)
-    tiles = _plan(model, layers, start, stop, case.shape, device)
-    origin, end = tiles[0].first, tiles[0].last
-    traced = trace(model, [b - a for a, b in zip(origin, end)][:dims])
-    names = _choose(model, traced, layers)
-    fields = {name: info.field for name, info in list_layers(model, names).items()} if names else {}
-    patch = [b - a for a, b in zip(origin, end)]
-    reach = [max(ends) for ends in zip(*(tile.last for tile in tiles))]
-    stores = {name: _Store(traced[name], patch, origin, reach, start, stop, largest, dims) for name in names}
+    network, device = contract(model), next(model.parameters()).device
+    check_fits(network, case)
+    start, stop = find_region(region, case)
+    found, traced = _find_layers(model, network, layers)
+    infos = {name: _describe(layer) for name, layer in found.items()}
+    context = find_context(network, infos.values(), case.shape)
+    tiles = plan(network, start, stop, case.shape, device, context=context).tiles()
+    places = find_places(model, network, found, traced, tiles[0])
+    stores = {name: _Store(infos[name].channels, place, tiles, start, stop, largest) for name, place in places.items()}
     _check_memory(stores, memory, case)
 
-    with _evaluating(model):
+    with evaluating(model):
         for tile in tqdm(tiles, desc=f"features of {case.name}", disable=not progress or len(tiles) == 1, dynamic_ncols=True):
-            x = _input(case, tile, dims, device)
-            missing = set(names)
 
-            def note(name, module, output, tile=tile, missing=missing):
-                if name in missing:
-                    maps = output.permute(1, 2, 3, 0) if dims == 2 else output[0]
-                    stores[name].take(maps, tile)
-                    missing.remove(name)
-                    if not missing:
-                        raise _Enough
+            def keep(name: str, module: nn.Module, output: Tensor, tile: Tile = tile) -> None:
+                stores[name].take(output.permute(1, 2, 3, 0) if network.spatial_dims == 2 else output[0], tile)
 
-            try:
-                with watched(model, dims, note):
-                    model(x)
-            except _Enough:
-                pass
-    return {name: store.maps(name, fields[name]) for name, store in stores.items()}
-
-
-class _Enough(Exception):
-    """Every layer asked for has been computed: the rest of the network is not needed."""
+            with watched(model, network.spatial_dims, keep, stores):
+                model(load_patch(case.image, tile, network, device))
+    return {name: store.maps(infos[name]) for name, store in stores.items()}
 
 
 class _Store:
-    """Puts one layer's maps together, tile by tile."""
+    """The maps of one layer, put together tile by tile."""
 
-    def __init__(self, layer: Layer, patch, origin, reach, start, stop, largest, dims):
-        axes = layer.axes
-        if axes is None:  # not followed: the layer is taken to cover the patch evenly
-            steps = [n / m for n, m in zip(patch, layer.shape[1:])]
-            axes = [Axis((s - 1) / 2, s, np.empty(m), np.empty(m)) for s, m in zip(steps, layer.shape[1:])]
-        axes = [*axes, *(Axis(0.0, 1.0, np.empty(n), np.empty(n)) for n in patch[dims:])]
-        self.stride = [a.stride for a in axes]
-        self.shift = [a.offset for a in axes]  # of the first voxel's centre from a patch's first voxel
-        # Voxels are counted on one lattice, from the first one whose extent reaches into the region.
-        low = [math.floor((a - 0.5 - o - s) / d - 0.5) + 1 for a, o, s, d in zip(start, origin, self.shift, self.stride)]
-        # Behind the last voxel of a coarse layer nothing follows: it stands for what is left of the volume.
-        final = [
-            math.floor((e - n - o) / d + m - 1 + 1e-6)
-            for e, n, o, d, m in zip(reach, patch, origin, self.stride, [len(a.first) for a in axes])
-        ]
-        low = [min(a, b) for a, b in zip(low, final)]
-        self.zero = [o + s + d * i for o, s, d, i in zip(origin, self.shift, self.stride, low)]
-        size = [max(1, math.ceil((b - 0.5 - z) / d + 0.5)) for b, z, d in zip(stop, self.zero, self.stride)]
-        self.every = [1, 1, 1]
-        kept = list(size)
-        while largest is not None and layer.shape[0] * math.prod(kept) > largest and max(kept) > 1:
-            axis = kept.index(max(kept))
-            self.every[axis] += 1
-            kept[axis] = -(-size[axis] // self.every[axis])
-        self.phase = [(min(e, n) - 1) // 2 for e, n in zip(self.every, size)]
-        self.shape = (layer.shape[0], *(-(-(n - p) // e) for n, p, e in zip(size, self.phase, self.every)))
-        self.data = None
+    def __init__(
+        self,
+        channels: int,
+        places: Sequence[Place],
+        tiles: Sequence[Tile],
+        start: Sequence[int],
+        stop: Sequence[int],
+        largest: int | None,
+    ):
+        end = [max(ends) for ends in zip(*(tile.last for tile in tiles))]
+        self.lattices = [lay(*along) for along in zip(places, tiles[0].first, tiles[0].last, end, start, stop)]
+        if largest is not None:
+            thin_out(self.lattices, largest / channels)
+        self.shape = (channels, *(a.kept for a in self.lattices))
+        self.data: np.ndarray | None = None
         self.seen = [np.zeros(n, bool) for n in self.shape[1:]]
 
     @property
     def bytes(self) -> int:
         return 2 * math.prod(self.shape)
 
-    def take(self, maps: Tensor, tile: _Tile) -> None:
-        """Keep what one patch's maps `(C, *n)` say about its tile."""
+    def take(self, maps: Tensor, tile: Tile) -> None:
+        """Keep the part of one patch's maps `(C, *n)` that belongs to its tile."""
         if self.data is None:
             self.data = np.zeros(self.shape, np.float16)
-        source, target = [], []
-        for axis, n in enumerate(maps.shape[1:]):
-            stride, every = self.stride[axis], self.every[axis]
-            centre = tile.first[axis] + self.shift[axis]  # of the patch's voxel 0
-            first = round((centre - self.zero[axis]) / stride)  # its place on the lattice
-            # Voxels that reach into the tile; what lies around it may have seen the patch's own border.
-            least = max(self.phase[axis] - first, math.floor((tile.start[axis] - 0.5 - centre) / stride - 0.5) + 1, 0)
-            least = min(least, n - 1)
-            most = max(least + 1, min(n, math.ceil((tile.stop[axis] - 0.5 - centre) / stride + 0.5)))
-            skip = least + (self.phase[axis] - first - least) % every
-            index = (first + skip - self.phase[axis]) // every
-            count = min(-(-(most - skip) // every), len(self.seen[axis]) - index)
-            if count <= 0:
-                return
-            source.append(slice(skip, skip + (count - 1) * every + 1, every))
-            target.append(slice(index, index + count))
+        along = zip(self.lattices, tile.first, tile.start, tile.stop, maps.shape[1:])
+        pairs = [lattice.match(*where) for lattice, *where in along]
+        if None in pairs:
+            return
+        source, target = zip(*pairs)
         for seen, part in zip(self.seen, target):
             seen[part] = True
         part = maps[(slice(None), *source)].float().clamp(-HALF_MAX, HALF_MAX)
         self.data[(slice(None), *target)] = part.half().cpu().numpy()
 
-    def maps(self, name: str, field: ReceptiveField | None) -> FeatureMaps:
-        box = [slice(np.flatnonzero(s)[0], np.flatnonzero(s)[-1] + 1) for s in self.seen]
-        step = tuple(s * e for s, e in zip(self.stride, self.every))
-        offset = tuple(z + d * p + s * b.start for z, d, p, s, b in zip(self.zero, self.stride, self.phase, step, box))
-        return FeatureMaps(name, self.data[(slice(None), *box)], offset, step, tuple(self.every), field)
-
-
-def _find_region(region: Sequence[slice | int] | None, case: Case) -> tuple[list[int], list[int]]:
-    parts = (slice(None),) * 3 if region is None else tuple(region) if isinstance(region, Sequence) else (region,)
-    if len(parts) != 3:
-        raise ValueError(f"region={region!r}; expected three slices or numbers along (D, H, W), as in np.s_[:, :, 32]")
-    start, stop = [], []
-    for part, n in zip(parts, case.shape):
-        if not isinstance(part, slice):
-            if not -n <= part < n:
-                raise ValueError(f"region={region!r} is outside {case.name} of {case.shape} voxels")
-            part = slice(part % n, part % n + 1)
-        a, b, step = part.indices(n)
-        if step != 1 or b <= a:
-            raise ValueError(f"region={region!r} holds no voxels of {case.name} of {case.shape} voxels, or leaves some out")
-        start.append(a)
-        stop.append(b)
-    return start, stop
-
-
-class _Tile(NamedTuple):
-    """A part of the region from `start` to `stop`, and the patch of the volume from `first` to `last` that is computed for it."""
-
-    start: list[int]
-    stop: list[int]
-    first: list[int]
-    last: list[int]
-
-
-def _plan(model, layers, start, stop, shape, device, side: int | None = None) -> list[_Tile]:
-    """Tiles that cover a region, each with the context it needs, `side` voxels wide or as large as the memory at hand allows.
-
-    A network of valid convolutions gets its margin. One that pads gets what its layers see around the tile, but no more than the
-    volume, so that it pads where `inference.predict` has it pad.
-    """
-    dims, margin, multiple = spatial_dims(model), getattr(model, "margin", 0), _multiple(model)
-    grid = [multiple] * dims + [1] * (3 - dims)
-    begin = [a // g * g for a, g in zip(start, grid)]
-    end = [a + math.ceil((b - a) / g) * g for a, b, g in zip(begin, stop, grid)]
-    halo = [(margin, margin)] * dims + [(0, 0)] * (3 - dims)
-    if not margin:
-        infos = list_layers(model, layers).values()
-        for axis in range(dims):
-            # One voxel of the layer more, for those that only reach into the tile.
-            reach = [
-                (i.stride[axis] - i.field.first[axis], i.stride[axis] + i.field.last[axis]) if i.field else (n, n)
-                for i in infos
-                for n in shape[axis : axis + 1]
-            ]
-            halo[axis] = tuple(math.ceil(max(r) / multiple) * multiple for r in zip(*reach))
-    around = [max(h) for h in halo]
-    if side is not None:
-        tile = [max(side // g, 1) * g for g in grid]
-    elif margin:
-        tile = _tile_size(model, begin, end, None, device)
-    else:
-        tile = [b - a for a, b in zip(begin, end)]
-        widest = max(c.in_channels + c.out_channels for c in convolutions(model))
-        voxels = _workspace(device, PADDED_WORKSPACE) / (6 * widest)
-        order = [2, 0, 1] if dims == 2 else [0, 1, 2]
-        while math.prod(min(t + 2 * h, b - a) for t, h, a, b in zip(tile, around, begin, end)) > voxels:
-            axis = order[0] if dims == 2 and tile[2] > 1 else max(order, key=lambda i: tile[i] / grid[i])
-            if tile[axis] <= 4 * grid[axis] and not (dims == 2 and axis == 2):
-                break  # the halo is all that is left
-            tile[axis] = -(-tile[axis] // (2 * grid[axis])) * grid[axis]
-    tiles = []
-    for corner in itertools.product(*(range(a, b, t) for a, b, t in zip(begin, end, tile))):
-        last = [min(c + t, b) for c, t, b in zip(corner, tile, end)]
-        first_seen = [c - h[0] for c, h in zip(corner, halo)]
-        last_seen = [b + h[1] for b, h in zip(last, halo)]
-        if not margin:
-            whole = [math.ceil(n / g) * g for n, g in zip(shape, grid)]
-            first_seen = [max(c, 0) for c in first_seen]
-            last_seen = [min(b, n) for b, n in zip(last_seen, whole)]
-        tiles.append(_Tile(list(corner), last, first_seen, last_seen))
-    return tiles
-
-
-def _input(case: Case, tile: _Tile, dims: int, device: torch.device) -> Tensor:
-    """The patch of a tile as a batch; axial slices are the batch of a 2-D network."""
-    patch = padded_region(case.image, tile.first, tile.last)
-    x = torch.from_numpy(np.ascontiguousarray(patch, np.float32)).to(device)
-    return x.permute(3, 0, 1, 2) if dims == 2 else x[None]
-
-
-def _multiple(model: nn.Module) -> int:
-    """Sizes that the network accepts are multiples of this, and patches that begin at multiples of it share one lattice."""
-    if hasattr(model, "multiple"):
-        return model.multiple
-    for multiple in (1, 2, 4, 8, 16, 32, 64):
-        try:
-            traced = trace(model, [multiple * (64 // multiple + 1)] * spatial_dims(model))
-        except ValueError:
-            continue
-        return math.lcm(multiple, *(max(1, round(a.stride)) for layer in traced.values() for a in layer.axes or ()))
-    raise ValueError(
-        f"{type(model).__name__} takes none of the patches that were tried; set model.multiple to a number whose multiples it takes"
-    )
+    def maps(self, info: LayerInfo) -> FeatureMaps:
+        box = [slice(int(np.flatnonzero(s)[0]), int(np.flatnonzero(s)[-1]) + 1) for s in self.seen]
+        every = tuple(a.every for a in self.lattices)
+        stride = tuple(a.stride * a.every for a in self.lattices)
+        offset = tuple(a.zero + a.stride * a.phase + s * b.start for a, s, b in zip(self.lattices, stride, box))
+        return FeatureMaps(info.name, self.data[(slice(None), *box)], offset, stride, every, info.field)
 
 
 def _check_memory(stores: dict[str, _Store], memory: float, case: Case) -> None:
@@ -444,15 +336,3 @@ def _check_memory(stores: dict[str, _Store], memory: float, case: Case) -> None:
             f"the maps of {len(stores)} layers over {case.name} take {needed / 1e6:.0f} MB, more than memory={memory / 1e6:.0f} MB: "
             "name fewer layers, choose a region, keep fewer values (largest=...), or allow more memory"
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

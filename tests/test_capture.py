@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from medseg_lite import features, inference, models
+from medseg_lite.engine import tiles
+from medseg_lite.engine.tracing import contract
 from medseg_lite.features import capture, list_layers, measured_receptive_field, receptive_field
 from medseg_lite.volume import padded_region
 
@@ -30,8 +32,6 @@ class Padded(nn.Module):
 
 
 class Padded3d(Padded):
-    multiple = 4
-
     def __init__(self):
         super().__init__(nn.Conv3d, nn.MaxPool3d)
 
@@ -108,11 +108,12 @@ def test_the_last_layer_of_every_network_is_what_it_predicts(name, noise_case):
 def test_tiles_change_nothing(build, noise_case, stir, monkeypatch):
     torch.manual_seed(0)
     model = stir(build())
-    case = noise_case((13, 15, 10) if getattr(model, "margin", 0) else (38, 18, 10))
+    network = contract(model)
+    case = noise_case((13, 15, 10) if network.margin else (60, 18, 10))
     whole = capture(model, case, progress=False)
-    for module in (inference, features):
-        monkeypatch.setattr(module, "_workspace", lambda *_: 1e4)
-    assert len(features._plan(model, None, [0] * 3, case.shape, case.shape, torch.device("cpu"))) > 3
+    monkeypatch.setattr(tiles, "workspace", lambda *_: 1e3)
+    context = features.find_context(network, list_layers(model).values(), case.shape)
+    assert len(tiles.plan(network, [0] * 3, case.shape, case.shape, torch.device("cpu"), context=context).tiles()) > 3
     tiled = capture(model, case, progress=False)
     assert list(whole) == list(tiled)
     for name, one in whole.items():

@@ -6,7 +6,8 @@ import torch
 from monai.inferers import sliding_window_inference
 
 from medseg_lite import inference, models
-from medseg_lite.inference import SameSize, predict
+from medseg_lite.engine import tiles
+from medseg_lite.inference import predict
 from medseg_lite.volume import Case
 
 SHAPES = [(12, 15, 9), (13, 11, 7), (5, 4, 3), (19, 2, 1)]  # multiples of 3, odd, smaller than the context, nearly flat
@@ -87,13 +88,8 @@ def test_large_tiles_are_worked_through_in_pieces(network, noise_case, name, sha
 def test_little_memory_means_small_tiles_and_the_same_result(network, noise_case, monkeypatch, name):
     model, case = network(name), noise_case((20, 22, 19))
     whole = logits_of(model, case)
-    monkeypatch.setattr(inference, "_workspace", lambda device: 1e5)
-    tiles = list(
-        inference._tiles(
-            [0] * 3, [21, 24, 19], inference._tile_size(model, [0] * 3, [21, 24, 19], None, torch.device("cpu")), case.shape
-        )
-    )
-    assert len(tiles) > 4
+    monkeypatch.setattr(tiles, "workspace", lambda device, most: 1e5)
+    assert len(tiles.plan(model, [0] * 3, case.shape, case.shape, torch.device("cpu")).tiles()) > 4
     close(logits_of(model, case), whole)
 
 
@@ -132,25 +128,19 @@ def test_equals_monais_sliding_window(network, noise_case, name, core, overlap):
     roi = core + 2 * m
     interval = int(roi * (1 - overlap))
     assert 0 < interval <= core and interval % model.multiple == 0  # windows meet, and lie on the network's grid
+
+    def same_size(x):  # MONAI expects as many voxels out as in; the rim counts for nothing
+        return torch.nn.functional.pad(model(x), (m,) * (2 * dims))
+
     weight = torch.zeros(1, 1, *(roi,) * dims)
     weight[(..., *(slice(m, -m),) * dims)] = 1
     image = case.image if dims == 3 else case.image[..., 5]
     padded = torch.from_numpy(np.pad(image, [(0, 0), *((m, m),) * dims], mode="reflect"))[None]
     with torch.no_grad():
-        theirs = sliding_window_inference(padded, roi, 4, SameSize(model), overlap=overlap, roi_weight_map=weight)
+        theirs = sliding_window_inference(padded, roi, 4, same_size, overlap=overlap, roi_weight_map=weight)
     theirs = theirs[(0, slice(None), *(slice(m, -m),) * dims)].numpy()
     ours = logits_of(model, case)
     close(theirs, ours if dims == 3 else ours[..., 5])
-
-
-def test_same_size_has_a_rim_of_zeros(network):
-    model = network("deep_plus")
-    x = torch.randn(1, 2, 20, 19, 21)
-    y = SameSize(model)(x)
-    assert y.shape == (1, 3, 20, 19, 21)
-    assert torch.equal(y[..., 8:-8, 8:-8, 8:-8], model(x))
-    y[..., 8:-8, 8:-8, 8:-8] = 0
-    assert not y.any()
 
 
 def test_two_dimensional_networks_see_one_slice_at_a_time(network, noise_case):
@@ -214,10 +204,10 @@ def test_images_of_any_type_and_layout(network, noise_case):
 
 
 def test_networks_without_a_rearranged_form(noise_case):
-    """All that `predict` asks of a network is `margin`, `multiple` and `spatial_dims` (and `classes`)."""
+    """All that `predict` asks of a network are the attributes of `Network`, which an `Adapter` gives to any module."""
 
-    class Smooth(torch.nn.Module):
-        margin, multiple, spatial_dims, classes = 1, 1, 3, 2
+    class Smooth(models.Network):
+        in_channels, margin, classes = 2, 1, 2
 
         def __init__(self):
             super().__init__()
@@ -228,6 +218,10 @@ def test_networks_without_a_rearranged_form(noise_case):
 
     model, case = Smooth(), noise_case((6, 5, 4))
     close(logits_of(model, case, tile=2), reference(model, case))
+    adapted = models.Adapter(model.conv, in_channels=2, classes=2, margin=1)
+    close(logits_of(adapted, case, tile=2), reference(model, case))
+    with pytest.raises(TypeError, match=r"Conv3d is no Network, .*models\.Adapter"):
+        predict(model.conv, case)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -247,7 +241,7 @@ def test_training_mode_returns_after_an_error(network, noise_case, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(inference, "_run", broken)
+    monkeypatch.setattr(inference, "_predict_tiles", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         predict(model, case, progress=False)
     assert model.training
@@ -336,9 +330,8 @@ def test_tiles_of_a_padded_network_have_a_halo(network, noise_case, monkeypatch,
 
 def test_a_padded_network_in_little_memory(network, noise_case, monkeypatch):
     model, case = network("kayalibay_unet3d", init="xavier", blocks=1, maps=1), noise_case((60, 18, 12))
-    monkeypatch.setattr(inference, "_workspace", lambda device, most=0: 1e5)
-    sides = inference._tile_size(model, [0] * 3, [60, 18, 12], None, torch.device("cpu"))
-    assert sides[0] < 30
+    monkeypatch.setattr(tiles, "workspace", lambda device, most: 1e5)
+    assert tiles.plan(model, [0] * 3, case.shape, case.shape, torch.device("cpu")).size[0] < 30
     close(logits_of(model, case), padded_reference(model, case))
 
 
@@ -361,7 +354,7 @@ def test_a_network_with_one_output_is_one_of_two_classes(noise_case, stir):
 # -------------------------------------------------------------------------------------------------------- at scale
 
 
-class Full(torch.nn.Module):
+class Full(models.Network):
     """A network on a device that has no memory for patches of more than `voxels`."""
 
     def __init__(self, model, voxels: int, error: Exception):

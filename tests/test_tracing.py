@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from medseg_lite import models
-from medseg_lite.engine.tracing import EMPTY, trace, watched
+from medseg_lite.engine.geometry import EMPTY
+from medseg_lite.engine.tracing import trace, watched
 
 
 class Joined(nn.Module):

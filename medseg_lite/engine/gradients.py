@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import losses
 from . import distributed
+from .precision import autocast, number_type
 from .random_state import random_state, set_random_state
 
 
@@ -274,17 +275,10 @@ def compiled(network: nn.Module) -> nn.Module:
 
 
 def _precision(precision: str, device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if precision == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = "bfloat16" if fast else "float32"
-    if precision not in types:
-        raise ValueError(f"precision={precision!r}; expected auto, {', '.join(types)}")
-    dtype = types[precision]
+    dtype = number_type(precision, device, auto=torch.bfloat16)
     if device.type == "cpu" and dtype == torch.float16:
         raise ValueError("float16 training needs a CUDA device; use precision='float32' on the CPU")
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return autocast(dtype, device), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 def _each(value, function: Callable[[Tensor], Tensor]):

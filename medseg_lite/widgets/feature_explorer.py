@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from .. import features, plotting
+from ..engine.tiles import check_fits, find_region
 from ..features import FeatureMaps
 from ..volume import Case, bounding_box
 from . import _feature_picture
@@ -112,7 +113,7 @@ class FeatureExplorer(CaseWidget):
         check_images(case)
         if region is None and case.mask is not None:
             region = bounding_box(case.mask, border=2)
-        start, stop = features._find_region(region, case)
+        start, stop = find_region(region, case)
         self._case, self._box = case, tuple(slice(a, b) for a, b in zip(start, stop))
         if len(case.channels) * int(np.prod(self._shape)) > LARGEST_IMAGE:
             raise ValueError(f"{case.name} is too large to be sent to a browser; choose a region")
@@ -150,7 +151,7 @@ class FeatureExplorer(CaseWidget):
         if isinstance(compare, str) and compare not in self._infos[0]:
             self._infos[1] = features.list_layers(model, [*self._infos[0], compare])
         for m in self._models:
-            features._check_fits(m, self._case)
+            check_fits(m, self._case)
 
     def _take_classes_and_maps(self, classes, maps: Mapping[str, np.ndarray] | None) -> None:
         """Set what the channels are compared with: the classes inside the region, and the tissue maps."""

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .. import features, plotting
+from ..engine.tiles import check_fits
 from ..metrics import dice
 from ..models.network import Network
 from ..volume import Case
@@ -72,7 +73,7 @@ class TrainingMonitor(Widget):
     ):
         if every < 1:
             raise ValueError(f"every={every}; expected 1 or more updates")
-        features._check_fits(model, case)
+        check_fits(model, case)
         channel = case.channels[0] if channel is None else channel
         check_known(channel, case.channels, f"{case.name} has no channel")
         view = plotting.find_plane(plane)
