@@ -86,11 +86,9 @@ def fit(
         ConnectionError: another process of the run has ended.
     """
     engine = Engine(**(engine or {}))
-    if patience is not None and (validate is None or patience < 1):
-        raise ValueError(f"patience={patience} needs validations and must be at least 1; give validate=…")
-    counts = {"steps": steps, "validate_every": validate_every, "accumulate": accumulate, "workers": engine.workers}
-    if min(counts.values()) < 1:
-        raise ValueError(", ".join(f"{name}={count}" for name, count in counts.items()) + "; all must be at least 1")
+    _check_settings(
+        patience, validate, steps=steps, validate_every=validate_every, accumulate=accumulate, workers=engine.workers
+    )
     schedule = schedule or Schedule(optimizer)
     gradients = Gradients(model, loss, forward=forward, accumulate=accumulate, l1=l1, l2=l2, seed=seed, engine=engine)
     identity = {"sampler": describe_sampler(sampler), "loss": loss, "forward": forward, "accumulate": accumulate}
@@ -106,8 +104,7 @@ def fit(
             for step in range(done + 1, steps + 1):
                 if run.patience_lost(patience, step - 1):
                     break
-                number = gradients(batches, step)  # forward and backward
-                row = run.note(step, number, gradients.norm())
+                row = run.note(step, gradients(batches, step), gradients.norm())  # forward and backward
                 gradients.update(optimizer)
                 due = step % validate_every == 0 or step == steps
                 if due and validate is not None:
@@ -124,6 +121,13 @@ def fit(
     model.eval()
     distributed.barrier()  # for what the first process has written
     return pd.DataFrame(run.history)
+
+
+def _check_settings(patience: int | None, validate: Callable | None, **counts: int) -> None:
+    if patience is not None and (validate is None or patience < 1):
+        raise ValueError(f"patience={patience} needs validations and must be at least 1; give validate=…")
+    if min(counts.values()) < 1:
+        raise ValueError(", ".join(f"{name}={count}" for name, count in counts.items()) + "; all must be at least 1")
 
 
 def validate_on(cases: Sequence[Case], *, regions: str = "brats2015", **options) -> Callable[[nn.Module], dict[str, float]]:

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from medseg_lite import context, inference, models, recipes
+from medseg_lite.recipes import recipe
 from medseg_lite.sampling import SegmentSampler
 from medseg_lite.volume import Case
 
@@ -92,7 +93,7 @@ def test_phases_draw_differently(cases, monkeypatch):
             made.append(options)
             super().__init__(*arguments, **options)
 
-    monkeypatch.setitem(recipes.havaei.__globals__, "SegmentSampler", Recorded)
+    monkeypatch.setattr(recipe, "SegmentSampler", Recorded)
     recipes.havaei(cases, **SHORT)
     assert [m["scheme"] for m in made] == ["equal", "uniform"] and made[0]["seed"] != made[1]["seed"]
     assert all(m["spatial_dims"] == 2 and m["margin"] == 16 and m["output"] == 3 for m in made)
@@ -268,10 +269,8 @@ def test_pretraining_changes_one_subnetwork_and_sees_the_cases_that_have_its_seq
     model = models.mlynarski_2d(in_channels=3, classes=2, width=0.1)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     seen = []
-    sampler = recipes.mlynarski.__globals__["SegmentSampler"]
-    monkeypatch.setitem(
-        recipes.mlynarski.__globals__, "SegmentSampler", lambda cases, **o: seen.extend(cases) or sampler(cases, **o)
-    )
+    sampler = recipe.SegmentSampler
+    monkeypatch.setattr(recipe, "SegmentSampler", lambda cases, **o: seen.extend(cases) or sampler(cases, **o))
     history = recipes.pretrain_subnetwork(
         model, "t1", gappy, channels=("flair", "t1", "t1c"), steps=3, scheme="foreground", **QUICK
     )

@@ -1,4 +1,4 @@
-"""Several processes that train one network, on as many GPUs or machines: same batches, same result as one process.
+"""Train one network in several processes, on as many GPUs or machines, with the same result as one process.
 
     torchrun --nproc-per-node 8 -m medseg_lite train deepmedic --data … --out runs/eight
 
@@ -7,9 +7,9 @@ or, in a script that `torchrun` starts:
     with distributed.joined() as device:
         recipes.deepmedic(cases, folder="runs/eight", device=device)
 
-`torchrun` starts the processes and tells each its number; PyTorch's DistributedDataParallel averages their gradients. What is
-here sees to it that the average is the gradient of the whole batch: batch normalisation measures the whole batch, and a loss
-that is no mean over its samples, such as Dice, is given all of them.
+`torchrun` starts the processes and tells each its number. PyTorch's DistributedDataParallel averages their gradients. This module
+makes the average equal to the gradient of the whole batch: batch normalisation measures the whole batch, and a loss that is no mean
+over its samples, such as Dice, is given all of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What identifies a run: plain descriptions of all that makes it, so that a folder is never continued by another run."""
+"""Plain descriptions of all that makes a run, so that its folder is never continued by another run."""
 
 from __future__ import annotations
 

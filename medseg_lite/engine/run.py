@@ -1,4 +1,4 @@
-"""What surrounds the updates of a training: the state that outlives an interruption, batches made ahead, logs, Ctrl-C."""
+"""The surroundings of a training: the state that outlives an interruption, batches made ahead, logs, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -218,8 +218,8 @@ class Run:
 
 
 class Interruptible:
-    """Within the block, the first Ctrl-C (or the notebook's stop button) is noted instead of raised, so that the update under way
-    is finished and saved. A second one stops at once.
+    """A guard that notes the first Ctrl-C (or the notebook's stop button) within its block instead of raising it, so that the update
+    under way is finished and saved. A second one stops at once.
 
     A process under `torchrun` hears of one Ctrl-C twice, from the terminal and from `torchrun`. There a second one counts only after
     some seconds.

@@ -19,13 +19,13 @@ import torch
 from .. import losses, models, optimizers
 from ..engine.identity import weights_code
 from ..models import Network
-from ..sampling import SegmentSampler
 from ..volume import Case
 from .recipe import (
     OptimizerMaker,
     Recipe,
     ScheduleMaker,
     load_start,
+    make_segments,
     network_name,
     prepare_network,
     prepare_optimizer,
@@ -106,37 +106,22 @@ def deepmedic(
     if start is not None:
         load_start(start, model, ignore=["dropout", "conv_dropout"])
     name, flat = network_name(model), model.spatial_dims == 2
-    sampler = SegmentSampler(
-        cases,
-        output=output or OUTPUT.get(name, 9),
-        margin=model.margin,
-        cut=model.cut,
-        batch_size=batch_size or BATCH_SIZE.get(name, 10),
-        scheme=scheme,
-        shift=shift,
-        spatial_dims=model.spatial_dims,
-        augment=augment,
-        seed=seed,
-    )
+    sizes = {"output": output or OUTPUT.get(name, 9), "batch_size": batch_size or BATCH_SIZE.get(name, 10)}
+    sampler = make_segments(cases, model, scheme=scheme, shift=shift, augment=augment, seed=seed, **sizes)
     rmsprop = partial(optimizers.RMSpropNesterov, momentum=MOMENTUM.get(name, 0.6))
     optimizer = prepare_optimizer(model, optimizer, learning_rate, rmsprop, LEARNING_RATE.get(name, 1e-3))
+    run = {"steps": steps, "validation": validation, "validate_every": validate_every, "patience": patience, "folder": folder}
+    run |= {"seed": seed, "progress": progress, "engine": engine}
     return train(
         model,
         sampler,
         cases,
-        steps=steps,
         optimizer=optimizer,
         loss=loss,
         l1=1e-8 if flat else 1e-6,
         l2=1e-6 if flat else 1e-4,
         schedule=prepare_schedule(optimizer, schedule, halvings, steps),
-        validation=validation,
-        validate_every=validate_every,
-        patience=patience,
-        folder=folder,
-        seed=seed,
-        progress=progress,
-        engine=engine,
+        **run,
         facts={"started_from": Path(start).name} if start else None,
         made_from={"start": weights_code(model)} if start else None,
     )

@@ -19,9 +19,17 @@ import torch
 
 from .. import losses, models, optimizers, transforms
 from ..models import Network
-from ..sampling import SegmentSampler
 from ..volume import Case
-from .recipe import OptimizerMaker, Recipe, ScheduleMaker, prepare_network, prepare_optimizer, prepare_schedule, train
+from .recipe import (
+    OptimizerMaker,
+    Recipe,
+    ScheduleMaker,
+    make_segments,
+    prepare_network,
+    prepare_optimizer,
+    prepare_schedule,
+    train,
+)
 
 # Our choice: the paper trains until the validation score has not risen for 50 epochs.
 DROZDZAL_STEPS = 20_000
@@ -93,34 +101,22 @@ def drozdzal(
     if crop % model.multiple:
         raise ValueError(f"crop={crop}; {network} needs a multiple of {model.multiple}")
     distort = partial(transforms.distort, shear=shear, angle=angle, warp=warp)
-    sampler = SegmentSampler(
-        cases,
-        output=crop,
-        batch_size=batch_size,
-        scheme=scheme,
-        flip=False,
-        spatial_dims=2,
-        augment=augment if callable(augment) else distort if augment else None,
-        seed=seed,
-    )
+    augment = augment if callable(augment) else distort if augment else None
+    segments = {"output": crop, "batch_size": batch_size, "scheme": scheme, "flip": False, "augment": augment, "seed": seed}
+    sampler = make_segments(cases, model, **segments)
     rmsprop = partial(torch.optim.RMSprop, alpha=0.9, eps=1e-8)
     optimizer = prepare_optimizer(model, optimizer, learning_rate, rmsprop, 1e-3)
+    run = {"steps": steps, "validation": validation, "validate_every": validate_every, "patience": patience, "folder": folder}
+    run |= {"seed": seed, "progress": progress, "engine": engine}
     return train(
         model,
         sampler,
         cases,
-        steps=steps,
         optimizer=optimizer,
         loss=loss,
         l2=weight_decay,
         schedule=prepare_schedule(optimizer, schedule, halvings, steps, paper=optimizers.InverseTimeDecay),
-        validation=validation,
-        validate_every=validate_every,
-        patience=patience,
-        folder=folder,
-        seed=seed,
-        progress=progress,
-        engine=engine,
+        **run,
     )
 
 

@@ -21,9 +21,17 @@ from torch import nn
 
 from .. import losses, models, optimizers
 from ..models import Network
-from ..sampling import SegmentSampler
 from ..volume import Case
-from .recipe import OptimizerMaker, Recipe, ScheduleMaker, prepare_network, prepare_optimizer, prepare_schedule, train
+from .recipe import (
+    OptimizerMaker,
+    Recipe,
+    ScheduleMaker,
+    make_segments,
+    prepare_network,
+    prepare_optimizer,
+    prepare_schedule,
+    train,
+)
 
 # Our choice: the papers give no number of updates.
 HAVAEI_STEPS, HAVAEI_PHASE2_STEPS = 30_000, 10_000
@@ -100,37 +108,16 @@ def havaei(
     model = prepare_network(network, cases, models.HAVAEI, classes=classes, width=width, seed=seed, device=device, **options)
     rate = 0.005 if init == "uniform" else 1e-4 / width
 
+    run = {"validation": validation, "validate_every": validate_every, "seed": seed, "progress": progress, "engine": engine}
+
     def phase(number: int, steps: int, scheme: str) -> pd.DataFrame:
-        sampler = SegmentSampler(
-            cases,
-            output=output,
-            margin=model.margin,
-            cut=model.cut,
-            batch_size=batch_size,
-            scheme=scheme,
-            spatial_dims=2,
-            augment=augment,
-            seed=2 * seed + number - 1,
-        )
+        segments = {"output": output, "batch_size": batch_size, "augment": augment, "seed": 2 * seed + number - 1}
+        sampler = make_segments(cases, model, scheme=scheme, **segments)
         sgd = prepare_optimizer(model, optimizer, learning_rate, partial(optimizers.MaxNormSGD, max_norm=max_norm), rate)
         paper = partial(optimizers.MomentumSchedule, steps=steps, epochs=epochs)
-        train(
-            model,
-            sampler,
-            cases,
-            steps=steps,
-            optimizer=sgd,
-            loss=loss,
-            l1=1e-6,
-            l2=1e-4,
-            schedule=prepare_schedule(sgd, schedule, halvings, steps, paper=paper),
-            validation=validation,
-            validate_every=validate_every,
-            folder=Path(folder) / f"phase{number}" if folder else None,
-            seed=seed,
-            progress=progress,
-            engine=engine,
-        )
+        how = {"schedule": prepare_schedule(sgd, schedule, halvings, steps, paper=paper), "loss": loss, "l1": 1e-6, "l2": 1e-4}
+        place = Path(folder) / f"phase{number}" if folder else None
+        train(model, sampler, cases, steps=steps, optimizer=sgd, folder=place, **how, **run)
         return model.history.assign(phase=number)
 
     history = phase(1, steps, "equal")

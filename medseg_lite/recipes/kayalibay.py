@@ -87,21 +87,16 @@ def kayalibay(
         seed=seed,
     )
     optimizer = prepare_optimizer(model, optimizer, learning_rate, torch.optim.Adam, 5e-5)
+    run = {"steps": steps, "validation": validation, "validate_every": validate_every, "patience": patience, "folder": folder}
+    run |= {"seed": seed, "progress": progress, "engine": engine}
     return train(
         model,
         sampler,
         cases,
-        steps=steps,
         optimizer=optimizer,
         loss=loss if callable(loss) else LOSSES[loss],
         schedule=prepare_schedule(optimizer, schedule, halvings, steps),
-        validation=validation,
-        validate_every=validate_every,
-        patience=patience,
-        folder=folder,
-        seed=seed,
-        progress=progress,
-        engine=engine,
+        **run,
         facts={"loss": loss if isinstance(loss, str) else "given"},
     )
 

@@ -21,9 +21,17 @@ import torch
 from .. import context, losses, models, optimizers, training, transforms
 from ..models import Network
 from ..models.mlynarski import Mlynarski2d
-from ..sampling import SegmentSampler
 from ..volume import Case
-from .recipe import OptimizerMaker, Recipe, ScheduleMaker, prepare_network, prepare_optimizer, prepare_schedule, train
+from .recipe import (
+    OptimizerMaker,
+    Recipe,
+    ScheduleMaker,
+    make_segments,
+    prepare_network,
+    prepare_optimizer,
+    prepare_schedule,
+    train,
+)
 
 # Our choice: the paper names no number of updates.
 MLYNARSKI_STEPS = 10_000
@@ -103,55 +111,32 @@ def mlynarski(
     Taught in notebooks 09 and 10.
     """
     model = _prepare(network, cases, classes=classes, width=width, seed=seed, device=device, options=options)
-    flat = isinstance(model, Mlynarski2d)
-    _check_2d_only(flat, incomplete=incomplete, pretrain_steps=pretrain_steps, drop=drop)
+    _check_2d_only(flat := isinstance(model, Mlynarski2d), incomplete=incomplete, pretrain_steps=pretrain_steps, drop=drop)
     given = {"output": output, "batch_size": batch_size, "accumulate": accumulate, "scheme": scheme}
     samples = (SAMPLES_2D if model.spatial_dims == 2 else SAMPLES_3D) | {k: v for k, v in given.items() if v is not None}
     target_weights = target_weights or class_weights(model.classes, 0.7 if model.spatial_dims == 2 else 0.4)
     if pretrain_steps:
-        how = {
-            "target_weights": target_weights,
-            "learning_rate": 0.25 if learning_rate is None else learning_rate,
-            "window": window,
-        }
-        how |= {"flip": flip, "seed": seed, "progress": progress, **samples}
-        channels = cases[0].channels
-        for channel in channels:
-            place = Path(folder) / f"subnetwork_{channel}" if folder else None
-            everybody = [*cases, *incomplete]
-            pretrain_subnetwork(model, channel, everybody, channels=channels, steps=pretrain_steps, folder=place, **how)
+        how = {"target_weights": target_weights, "window": window, "flip": flip, "seed": seed, "progress": progress, **samples}
+        how |= {"steps": pretrain_steps, "learning_rate": 0.25 if learning_rate is None else learning_rate}
+        _pretrain_subnetworks(model, [*cases, *incomplete], channels=cases[0].channels, folder=folder, **how)
     accumulate = samples.pop("accumulate")
-    sampler = SegmentSampler(
-        cases,
-        margin=model.margin,
-        cut=model.cut if model.margin else None,
-        flip=flip,
-        spatial_dims=model.spatial_dims,
-        augment=partial(transforms.drop_channels, probability=drop) if drop else augment,
-        seed=seed,
-        **samples,
-    )
+    augment = partial(transforms.drop_channels, probability=drop) if drop else augment
+    sampler = make_segments(cases, model, flip=flip, augment=augment, seed=seed, **samples)
     loss = loss or partial(losses.balanced_cross_entropy, target_weights=target_weights)
     optimizer = prepare_optimizer(model, optimizer, learning_rate, optimizers.NormalizedSGD, 0.25)
+    slow = partial(optimizers.HalveOnSlowLoss, window=window)
+    run = {"steps": steps, "validation": validation, "validate_every": validate_every, "patience": patience, "folder": folder}
+    run |= {"seed": seed, "progress": progress, "engine": engine}
     return train(
         model,
         sampler,
         cases,
-        steps=steps,
         optimizer=optimizer,
         loss=partial(losses.deep_supervision, loss=loss) if flat else loss,
         forward=model.with_auxiliary if flat else None,
         accumulate=accumulate,
-        schedule=prepare_schedule(
-            optimizer, schedule, halvings, steps, paper=partial(optimizers.HalveOnSlowLoss, window=window)
-        ),
-        validation=validation,
-        validate_every=validate_every,
-        patience=patience,
-        folder=folder,
-        seed=seed,
-        progress=progress,
-        engine=engine,
+        schedule=prepare_schedule(optimizer, schedule, halvings, steps, paper=slow),
+        **run,
         facts={"pretrained_on": [c.name for c in incomplete], "pretrain_steps": pretrain_steps} if pretrain_steps else None,
     )
 
@@ -176,6 +161,12 @@ def _check_2d_only(flat: bool, *, incomplete: Sequence[Case], pretrain_steps: in
         raise ValueError("incomplete, pretrain_steps and drop are for mlynarski_2d: only it has a subnetwork for each sequence")
     if incomplete and not pretrain_steps:
         raise ValueError("incomplete cases serve to pre-train subnetworks only; give pretrain_steps=, or leave them out")
+
+
+def _pretrain_subnetworks(model: Mlynarski2d, cases: Sequence[Case], *, channels: Sequence[str], folder, **how) -> None:
+    for channel in channels:
+        place = Path(folder) / f"subnetwork_{channel}" if folder else None
+        pretrain_subnetwork(model, channel, cases, channels=channels, folder=place, **how)
 
 
 def pretrain_subnetwork(
@@ -234,7 +225,7 @@ def pretrain_subnetwork(
         raise ValueError(f"none of the {len(cases)} cases has {channel}, so its subnetwork has nothing to learn from")
     subnetwork = model.subnetwork(channels.index(channel))
     weights = target_weights or class_weights(model.classes, 0.7)
-    sampler = SegmentSampler(having, output=output, batch_size=batch_size, scheme=scheme, flip=flip, spatial_dims=2, seed=seed)
+    sampler = make_segments(having, subnetwork, output=output, batch_size=batch_size, scheme=scheme, flip=flip, seed=seed)
     optimizer = optimizers.NormalizedSGD(subnetwork.parameters(), lr=learning_rate)
     return training.fit(
         subnetwork,

@@ -13,6 +13,7 @@ from torch import nn
 from .. import models, optimizers, training
 from ..datasets import case_names
 from ..models import Network
+from ..sampling import SegmentSampler
 from ..volume import Case
 
 OptimizerMaker = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -122,6 +123,17 @@ def prepare_network(
 def network_name(model: Network) -> str:
     """Return the name of the builder of a network, or the name of its class where it has no builder."""
     return model.config["builder"] if model.config else type(model).__name__
+
+
+def make_segments(cases: Sequence[Case], model: Network, **how) -> SegmentSampler:
+    """Return a sampler of segments that fit a network.
+
+    Args:
+        cases: labelled cases.
+        model: network, which decides the margin, the inputs that are cut out of a patch, and the dimensions.
+        how: other options of `SegmentSampler`.
+    """
+    return SegmentSampler(cases, margin=model.margin, cut=model.cut, spatial_dims=model.spatial_dims, **how)
 
 
 def prepare_optimizer(
