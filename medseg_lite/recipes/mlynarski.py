@@ -111,14 +111,14 @@ def mlynarski(
     Taught in notebooks 09 and 10.
     """
     model = _prepare(network, cases, classes=classes, width=width, seed=seed, device=device, options=options)
-    _check_2d_only(flat := isinstance(model, Mlynarski2d), incomplete=incomplete, pretrain_steps=pretrain_steps, drop=drop)
-    given = {"output": output, "batch_size": batch_size, "accumulate": accumulate, "scheme": scheme}
-    samples = (SAMPLES_2D if model.spatial_dims == 2 else SAMPLES_3D) | {k: v for k, v in given.items() if v is not None}
+    flat = isinstance(model, Mlynarski2d)
+    _check_2d_only(flat, incomplete=incomplete, pretrain_steps=pretrain_steps, drop=drop)
+    samples = _choose_samples(model, output=output, batch_size=batch_size, accumulate=accumulate, scheme=scheme)
     target_weights = target_weights or class_weights(model.classes, 0.7 if model.spatial_dims == 2 else 0.4)
     if pretrain_steps:
         how = {"target_weights": target_weights, "window": window, "flip": flip, "seed": seed, "progress": progress, **samples}
-        how |= {"steps": pretrain_steps, "learning_rate": 0.25 if learning_rate is None else learning_rate}
-        _pretrain_subnetworks(model, [*cases, *incomplete], channels=cases[0].channels, folder=folder, **how)
+        how |= {"steps": pretrain_steps, "learning_rate": learning_rate, "channels": cases[0].channels}
+        _pretrain_subnetworks(model, [*cases, *incomplete], folder, **how)
     accumulate = samples.pop("accumulate")
     augment = partial(transforms.drop_channels, probability=drop) if drop else augment
     sampler = make_segments(cases, model, flip=flip, augment=augment, seed=seed, **samples)
@@ -163,10 +163,16 @@ def _check_2d_only(flat: bool, *, incomplete: Sequence[Case], pretrain_steps: in
         raise ValueError("incomplete cases serve to pre-train subnetworks only; give pretrain_steps=, or leave them out")
 
 
-def _pretrain_subnetworks(model: Mlynarski2d, cases: Sequence[Case], *, channels: Sequence[str], folder, **how) -> None:
-    for channel in channels:
+def _choose_samples(model: Network, **given) -> dict:
+    """Return size and number of the samples, those of the dimension where they are not given."""
+    return (SAMPLES_2D if model.spatial_dims == 2 else SAMPLES_3D) | {k: v for k, v in given.items() if v is not None}
+
+
+def _pretrain_subnetworks(model: Mlynarski2d, cases: Sequence[Case], folder: str | Path | None, **how) -> None:
+    how = {name: value for name, value in how.items() if value is not None}
+    for channel in how["channels"]:
         place = Path(folder) / f"subnetwork_{channel}" if folder else None
-        pretrain_subnetwork(model, channel, cases, channels=channels, folder=place, **how)
+        pretrain_subnetwork(model, channel, cases, folder=place, **how)
 
 
 def pretrain_subnetwork(
