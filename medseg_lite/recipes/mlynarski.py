@@ -113,13 +113,18 @@ def mlynarski(
     model = _prepare(network, cases, classes=classes, width=width, seed=seed, device=device, options=options)
     flat = isinstance(model, Mlynarski2d)
     _check_2d_only(flat, incomplete=incomplete, pretrain_steps=pretrain_steps, drop=drop)
-    samples = _choose_samples(model, output=output, batch_size=batch_size, accumulate=accumulate, scheme=scheme)
+    samples, accumulate = _choose_samples(model, accumulate, output=output, batch_size=batch_size, scheme=scheme)
     target_weights = target_weights or class_weights(model.classes, 0.7 if model.spatial_dims == 2 else 0.4)
     if pretrain_steps:
-        how = {"target_weights": target_weights, "window": window, "flip": flip, "seed": seed, "progress": progress, **samples}
-        how |= {"steps": pretrain_steps, "learning_rate": learning_rate, "channels": cases[0].channels}
-        _pretrain_subnetworks(model, [*cases, *incomplete], folder, **how)
-    accumulate = samples.pop("accumulate")
+        how = {
+            "target_weights": target_weights,
+            "window": window,
+            "accumulate": accumulate,
+            "flip": flip,
+            "seed": seed,
+            **samples,
+        }
+        _pretrain_subnetworks(model, cases, incomplete, pretrain_steps, learning_rate, folder, progress=progress, **how)
     augment = partial(transforms.drop_channels, probability=drop) if drop else augment
     sampler = make_segments(cases, model, flip=flip, augment=augment, seed=seed, **samples)
     loss = loss or partial(losses.balanced_cross_entropy, target_weights=target_weights)
@@ -163,16 +168,18 @@ def _check_2d_only(flat: bool, *, incomplete: Sequence[Case], pretrain_steps: in
         raise ValueError("incomplete cases serve to pre-train subnetworks only; give pretrain_steps=, or leave them out")
 
 
-def _choose_samples(model: Network, **given) -> dict:
-    """Return size and number of the samples, those of the dimension where they are not given."""
-    return (SAMPLES_2D if model.spatial_dims == 2 else SAMPLES_3D) | {k: v for k, v in given.items() if v is not None}
+def _choose_samples(model: Network, accumulate: int | None, **given) -> tuple[dict, int]:
+    """Return options of the samples, and the batches for an update; those of the network's dimension where they are not given."""
+    samples = dict(SAMPLES_2D if model.spatial_dims == 2 else SAMPLES_3D)
+    usual = samples.pop("accumulate")
+    return {name: value if given.get(name) is None else given[name] for name, value in samples.items()}, accumulate or usual
 
 
-def _pretrain_subnetworks(model: Mlynarski2d, cases: Sequence[Case], folder: str | Path | None, **how) -> None:
-    how = {name: value for name, value in how.items() if value is not None}
-    for channel in how["channels"]:
+def _pretrain_subnetworks(model: Mlynarski2d, complete, incomplete, steps, learning_rate, folder, **how) -> None:
+    how |= {"steps": steps, "channels": complete[0].channels, "learning_rate": learning_rate or 0.25}
+    for channel in complete[0].channels:
         place = Path(folder) / f"subnetwork_{channel}" if folder else None
-        pretrain_subnetwork(model, channel, cases, folder=place, **how)
+        pretrain_subnetwork(model, channel, [*complete, *incomplete], folder=place, **how)
 
 
 def pretrain_subnetwork(
