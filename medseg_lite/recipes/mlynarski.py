@@ -114,19 +114,13 @@ def mlynarski(
     flat = isinstance(model, Mlynarski2d)
     _check_2d_only(flat, incomplete=incomplete, pretrain_steps=pretrain_steps, drop=drop)
     samples, accumulate = _choose_samples(model, accumulate, output=output, batch_size=batch_size, scheme=scheme)
-    target_weights = target_weights or class_weights(model.classes, 0.7 if model.spatial_dims == 2 else 0.4)
+    weights = target_weights or class_weights(model.classes, 0.7 if model.spatial_dims == 2 else 0.4)
     if pretrain_steps:
-        how = samples | {
-            "target_weights": target_weights,
-            "window": window,
-            "accumulate": accumulate,
-            "flip": flip,
-            "seed": seed,
-        }
+        how = samples | {"target_weights": weights, "window": window, "accumulate": accumulate, "flip": flip, "seed": seed}
         _pretrain_subnetworks(model, cases, incomplete, pretrain_steps, learning_rate, folder, progress=progress, **how)
     augment = partial(transforms.drop_channels, probability=drop) if drop else augment
     sampler = make_segments(cases, model, flip=flip, augment=augment, seed=seed, **samples)
-    loss = loss or partial(losses.balanced_cross_entropy, target_weights=target_weights)
+    loss = loss or partial(losses.balanced_cross_entropy, target_weights=weights)
     optimizer = prepare_optimizer(model, optimizer, learning_rate, optimizers.NormalizedSGD, 0.25)
     slow = partial(optimizers.HalveOnSlowLoss, window=window)
     run = {"steps": steps, "validation": validation, "validate_every": validate_every, "patience": patience, "folder": folder}
