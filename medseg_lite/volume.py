@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import nibabel
 import numpy as np
 
+from .moved import forward
+
 BRATS_CLASSES = ("background", "necrosis", "oedema", "non-enhancing tumour", "enhancing tumour")  # BRATS 2012 to 2015
 
 
@@ -303,3 +305,7 @@ def array_code(*arrays: np.ndarray, text: str = "") -> str:
         code = zlib.crc32(str((array.shape, array.dtype.kind)).encode(), code)
         code = zlib.crc32(np.ascontiguousarray(array.reshape(-1)[::61]), code)
     return f"{code:08x}"
+
+
+_FILES = ("Scan", "read_case", "read_image", "read_label", "read_metaimage", "read_nifti", "write_case", "write_nifti")
+__getattr__ = forward(__name__, {name: f"medseg_lite.files.{name}" for name in _FILES})

@@ -1,5 +1,6 @@
 """The papers' networks, with one builder for each. They have the papers' sizes unless `width` says otherwise."""
 
+from ..moved import forward
 from .checkpoint import load, save
 from .deepmedic import (
     big_deep_plus,
@@ -69,3 +70,5 @@ def _names(module: str) -> tuple[str, ...]:
 NETWORKS = tuple(sorted(BUILDERS))
 DEEPMEDIC, HAVAEI, KAYALIBAY = _names("deepmedic"), _names("havaei"), _names("kayalibay")
 DROZDZAL, MLYNARSKI = _names("drozdzal"), _names("mlynarski")
+
+__getattr__ = forward(__name__, {name: f"medseg_lite.attribution.{name}" for name in ("removable", "without")})

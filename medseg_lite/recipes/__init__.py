@@ -25,6 +25,7 @@ All recipes share these arguments:
 
 from __future__ import annotations
 
+from ..moved import forward
 from .crossvalidation import cross_validate, split_folds
 from .deepmedic import deepmedic
 from .drozdzal import drozdzal
@@ -34,6 +35,10 @@ from .mlynarski import mlynarski, pretrain_subnetwork
 from .named import RECIPES, find_recipe, load_cases
 from .papers import find_settings, recipe_for
 from .recipe import Recipe, regions_for
+
+__getattr__ = forward(
+    __name__, {"of_network": "medseg_lite.recipes.recipe_for", "regions_of": "medseg_lite.recipes.regions_for"}
+)
 
 __all__ = [
     "RECIPES",

@@ -31,7 +31,7 @@ RUN = "run.json"
 
 
 def cross_validate(
-    recipe: str | Recipe,
+    recipe: str | Recipe | Mapping[str, object],
     cases: Sequence[Case],
     out: str | Path,
     *,
@@ -53,7 +53,7 @@ def cross_validate(
     `out`. In several processes (`engine.distributed`) the cases to segment are dealt out to them.
 
     Args:
-        recipe: name of one of `RECIPES`, or a `Recipe` of your own.
+        recipe: name of one of `RECIPES`, a `Recipe` of your own, or a dictionary of its attributes.
         cases: the data set, as read, with labels. The cases are stored once as the network sees them, so that a cohort may be larger
             than memory.
         out: folder that gets `run.json` (recipe, folds, settings, command), for each fold `fold0/model.safetensors`,
@@ -79,7 +79,7 @@ def cross_validate(
     Raises:
         ValueError: the folder holds another run, or folds and cases do not fit each other.
     """
-    recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    recipe = find_recipe(recipe) if isinstance(recipe, str) else Recipe(**recipe) if isinstance(recipe, Mapping) else recipe
     if recipe.needs == "scores" and scores is None:
         raise ValueError(f"{recipe.name} is told what 2D networks see: give it the folder of their scores")
     if recipe.needs == "first" and "first" not in settings:

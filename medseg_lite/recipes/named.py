@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import datasets
+from ..moved import forward
 from ..volume import Case
 from .deepmedic import RECIPES as DEEPMEDIC
 from .drozdzal import RECIPES as DROZDZAL
@@ -62,3 +63,13 @@ def load_cases(name: str, folder: str | Path, *, cases: Sequence[str] | None = N
     if unknown:
         raise ValueError(f"{', '.join(sorted(unknown))}: no such slice; there are {', '.join(named)}")
     return [named[name] for name in cases or named]
+
+
+_MOVED = {
+    "recipe_of": "medseg_lite.recipes.named.find_recipe",
+    "cases_of": "medseg_lite.recipes.named.load_cases",
+    "folds_of": "medseg_lite.recipes.crossvalidation.split_folds",
+    "prepared": "medseg_lite.recipes.crossvalidation.prepare_case",
+    "normalised": "medseg_lite.transforms.normalise",
+}
+__getattr__ = forward(__name__, _MOVED)

@@ -67,6 +67,10 @@ class Recipe:
     departs: str = ""
     needs: str | None = None
 
+    def __getitem__(self, name: str) -> object:
+        """Return an attribute by its name, as when a recipe was a dictionary."""
+        return vars(self)[name]
+
 
 def prepare_network(
     network: str | Network,
