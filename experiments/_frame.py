@@ -141,6 +141,12 @@ def markdown(table: pd.DataFrame, digits: int = 3) -> str:
     return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in rows)
 
 
+def machine() -> str:
+    """Return the date, the CPU threads in use, the machine and PyTorch's version, for a page."""
+    threads = torch.get_num_threads()
+    return f"{date.today()}, {threads} CPU thread{'s' * (threads > 1)}, {platform.machine()}, torch {torch.__version__}"
+
+
 def scan(seed: int, **options) -> Case:
     """Return the brain phantom of a seed, scanned at site A, B or C in turn; options as for `phantoms.brain`."""
     return phantoms.brain(seed, site="ABC"[seed % 3], **options)
@@ -187,8 +193,7 @@ def main(script: str, plan: Callable, report: Callable, settings: dict, argument
         facts = {"date": date.today(), "machine": platform.machine(), "torch": torch.__version__, "medseg_lite": __version__}
         key = {"experiment": store.name, "row": row.names[0]}
         store.put("runs", [{"cpu_seconds": round(cpu), "seconds": round(clock)} | facts], key)
-        made = f"{date.today()}, {options.threads} CPU thread(s), {platform.machine()}, torch {torch.__version__}"
-        store.fill(report(store) | {"made": made})
+        store.fill(report(store) | {"made": machine()})
         print(f"{row.names[0]}: {cpu:.0f} s of CPU, {clock:.0f} s", flush=True)
     store.fill(report(store))
 
