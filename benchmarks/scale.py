@@ -47,7 +47,7 @@ def measure(network: str, way: str, steps: int) -> None:
         gpu = device != "cpu"
         case = transforms.standardise(phantoms.brain(0, spacing=1 if gpu else 2))
         engine = {"precision": "float32"} | WAYS[way]
-        model = recipes.of_network(network)(
+        model = recipes.recipe_for(network)(
             [case],
             network=network,
             steps=steps,
@@ -66,7 +66,7 @@ def measure(network: str, way: str, steps: int) -> None:
 def measure_case(network: str) -> None:
     """Run a whole volume through the network and, for DeepMedic, the CRF after it, on a GPU; print a line of JSON."""
     case = transforms.standardise(phantoms.brain(0, spacing=1))
-    model = recipes.of_network(network)([case], network=network, steps=1, device="cuda", progress=False, **NETWORKS[network][1])
+    model = recipes.recipe_for(network)([case], network=network, steps=1, device="cuda", progress=False, **NETWORKS[network][1])
 
     def predict(turn: int) -> None:
         inference.predict(model, case, output="probabilities", progress=False)

@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 
 from medseg_lite import __version__, models, phantoms
-from medseg_lite.models.network import Network
+from medseg_lite.models import Network
 from medseg_lite.paths import atomic_write
 from medseg_lite.volume import Case
 

@@ -15,7 +15,7 @@ from _frame import Row, Store, main, markdown
 from scipy import ndimage
 
 from medseg_lite import inference, metrics, models, phantoms, recipes, transforms
-from medseg_lite.models.network import Network
+from medseg_lite.models import Network
 from medseg_lite.volume import Case
 
 SETTINGS = {"steps": 120, "phase2_steps": 60, "batch_size": 64, "width": 0.2, "init": "he", "learning_rate": 1e-3}

@@ -24,7 +24,7 @@ import pandas as pd
 from _frame import Row, Store, main, markdown, scan
 
 from medseg_lite import context, inference, metrics, models, recipes, statistics, transforms
-from medseg_lite.models.network import Network
+from medseg_lite.models import Network
 from medseg_lite.volume import Case
 
 TRAIN, OTHERS, TEST = range(12), range(12, 24), range(100, 110)

@@ -22,8 +22,8 @@ from scipy import ndimage
 from medseg_lite import inference, metrics, models, paths, recipes, statistics, transforms
 from medseg_lite.ensembles import Ensemble
 from medseg_lite.forest import RandomForest
+from medseg_lite.models import Network
 from medseg_lite.models.layers import init_normal
-from medseg_lite.models.network import Network
 from medseg_lite.phantoms.mri import slice_matrices
 from medseg_lite.volume import Case
 
@@ -58,14 +58,14 @@ def thicken_slices(case: Case, *, mm: float = 5.0, isotropic: Sequence[str] = ("
     its resolution. In the paper's data, one of the sequences is isotropic and the others have slices of 5 mm.
     """
     n, step = case.shape[2], case.spacing[2]
-    full = round(math.ceil(n * step / mm) * mm / step)  # voxels of a grid that whole slices fill, from the first voxel on
-    average, back = slice_matrices(full, step, mm)
-    blur = average[:, :n].T.astype(float) @ back[:n].T
-    weight = np.maximum(case.mask @ blur, 1e-6)
+    voxels = round(math.ceil(n * step / mm) * mm / step)  # of a grid that whole slices fill, from the first voxel on
+    matrices = slice_matrices(voxels, step, mm)
+    average, back = (m.astype(float).round(6) for m in (matrices[0][:, :n].T, matrices[1][:n].T))
+    weight = np.maximum(case.mask @ average @ back, 1e-6)
     image = case.image.copy()
     for c, name in enumerate(case.channels):
         if name not in isotropic:
-            image[c] = np.where(case.mask, (case.image[c] * case.mask) @ blur / weight, 0)
+            image[c] = np.where(case.mask, (case.image[c] * case.mask) @ average @ back / weight, 0)
     return case.replace(image=image)
 
 

@@ -21,8 +21,8 @@ from _frame import Row, Store, main, markdown
 from scipy import ndimage
 from torch import Tensor
 
-from medseg_lite import inference, metrics, optimizers, phantoms, recipes, transforms
-from medseg_lite.models.network import Network
+from medseg_lite import inference, metrics, phantoms, recipes, transforms
+from medseg_lite.models import Network
 from medseg_lite.volume import Case
 
 SETTINGS = {"updates": 500, "width": 0.2}
@@ -34,13 +34,8 @@ class LastLayer(Network):
 
     def __init__(self, model: Network):
         super().__init__()
-        self.model, self.config, self.cut = model, model.config, model.cut
-        self.in_channels, self.classes, self.margin, self.multiple = (
-            model.in_channels,
-            model.classes,
-            model.margin,
-            model.multiple,
-        )
+        self.copy_contract(model)
+        self.model, self.cut = model, model.cut
         for p in model.parameters():
             p.requires_grad_(False)
         for p in model.classifier.parameters():
@@ -63,18 +58,16 @@ def cohort(count: int, first_seed: int) -> list[Case]:
 
 
 def train(cases: list[Case], updates: int, **options) -> Network:
-    settings = {"width": SETTINGS["width"], "halvings": (0.6, 0.8, 0.9), "batch_size": BATCH, "progress": False}
+    settings = {"halvings": (0.6, 0.8, 0.9), "batch_size": BATCH, "progress": False}
+    if "network" not in options:
+        settings["width"] = SETTINGS["width"]
     return recipes.deepmedic(cases, steps=updates, **settings | options)
 
 
 def train_naturally(model: Network, cases: list[Case], updates: int, seed: int) -> Network:
     """Train the classifier alone on segments from anywhere in the brain, starting at the first rate again."""
-
-    def optimize(parameters):
-        return optimizers.RMSpropNesterov(model.classifier.parameters())
-
-    options = {"network": LastLayer(model), "optimizer": optimize, "scheme": "uniform", "engine": {"seed": seed}}
-    train(cases, updates, seed=seed + 1000, **options)  # other segments than in the first phase, the same dropout
+    # The segments are others than in the first phase; the dropout has the same seed.
+    train(cases, updates, network=LastLayer(model), scheme="uniform", seed=seed + 1000, engine={"seed": seed})
     return model.eval()
 
 

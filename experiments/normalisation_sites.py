@@ -20,8 +20,8 @@ from _frame import Row, Store, main, markdown
 
 from medseg_lite import inference, losses, metrics, models, optimizers, phantoms, recipes, transforms
 from medseg_lite.ensembles import Ensemble
+from medseg_lite.models import Network
 from medseg_lite.models.drozdzal import Pipeline
-from medseg_lite.models.network import Network
 from medseg_lite.postprocess import largest_component
 from medseg_lite.statistics import paired_t_test
 

@@ -18,7 +18,7 @@ import torch
 from _frame import Row, Store, main, markdown
 
 from medseg_lite import datasets, inference, metrics, models, paths, phantoms, recipes, statistics, transforms
-from medseg_lite.models.network import Network
+from medseg_lite.models import Network
 
 CHANNELS = ("flair", "t1c")
 CASES = [f"brats_2013_pat{n:04d}_1" for n in (3, 4, 5, 6)]

@@ -28,7 +28,7 @@ from _frame import Row, Store, flip, main, markdown
 from medseg_lite import context, crf, inference, metrics, models, paths, phantoms, recipes, transforms
 from medseg_lite.ensembles import hierarchical_vote
 from medseg_lite.forest import RandomForest
-from medseg_lite.models.network import Network
+from medseg_lite.models import Network
 from medseg_lite.volume import Case, bounding_box
 
 TRAINING, CONFIGURATION = range(12), range(50, 54)
