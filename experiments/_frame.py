@@ -171,10 +171,11 @@ def main(script: str, plan: Callable, report: Callable, settings: dict, argument
     torch.set_num_threads(options.threads)
     store = Store(script, options.results)
     rows = plan(store, options.seeds)
-    known = dict.fromkeys(name for row in rows for name in row.names)
-    if unknown := [name for name in options.only if name not in known]:
-        raise SystemExit(f"--only {', '.join(unknown)}: no such row; expected some of: {'; '.join(known)}")
-    only = set(options.only)
+    only, words = set(options.only), dict.fromkeys(name for row in rows for name in row.names[1:])
+    if unknown := only - words.keys() - {row.names[0] for row in rows}:
+        raise SystemExit(
+            f"--only {', '.join(unknown)}: no such row; expected a row that --plan shows, or one of: {'; '.join(words)}"
+        )
     rows = [row for row in rows if (only & set(row.names[: 2 if row.extra else None]) if only else not row.extra)]
     waiting = [row for row in rows if options.again or not store.holds(row)]
     print(
@@ -204,7 +205,9 @@ def _parse(description: str, settings: dict, arguments: Sequence[str] | None) ->
     parser.add_argument("--plan", action="store_true", help="show the rows and their minutes, and make none")
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="make only rows with these names, parts or values")
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds, or folds, of the rows")
-    parser.add_argument("--again", action="store_true", help="make stored rows again and replace them")
+    parser.add_argument(
+        "--again", action="store_true", help="make stored rows again and replace them; what runs/ holds is used"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     parser.add_argument("--results", metavar="FOLDER", help="write everything below this folder instead of into the repository")
     parser.add_argument(

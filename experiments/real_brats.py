@@ -67,10 +67,9 @@ def run(store: Store, variant: str, name: str) -> list[dict]:
     model = train(store, variant, name)
     clock = time.perf_counter()
     prediction = inference.predict(model, held_out, progress=False)
-    table = metrics.evaluate_cohort([prediction], [held_out]).assign(inference_s=time.perf_counter() - clock)
-    history = store.runs / variant / name / "history.csv"
-    if history.exists():
-        table["training_s"] = pd.read_csv(history)["seconds"].iloc[-1]
+    seconds, history = time.perf_counter() - clock, store.runs / variant / name / "history.csv"
+    training_s = pd.read_csv(history)["seconds"].iloc[-1] if history.exists() else None
+    table = metrics.evaluate_cohort([prediction], [held_out]).assign(training_s=training_s, inference_s=seconds)
     return table.to_dict("records")
 
 
