@@ -34,17 +34,17 @@ SETTINGS = {"steps": 120, "width": 0.5, "learning_rate": 1e-2}
 
 
 @cache
-def ill(seed: int, spacing: float = 4.0):
+def ill_case(seed: int, spacing: float = 4.0):
     return transforms.standardise(scan(seed, spacing=spacing))
 
 
 @cache
-def healthy(seed: int):
+def healthy_case(seed: int):
     return transforms.standardise(scan(seed, spacing=4.0, lesion=None))
 
 
 @cache
-def mirrored(seed: int):
+def mirrored_case(seed: int):
     """Return the case with its healthy hemisphere mirrored, or None where the glioma reaches into both."""
     try:
         return transforms.standardise(transforms.mirror_healthy(scan(seed, spacing=4.0)))
@@ -114,16 +114,16 @@ def score(found: np.ndarray, case, group: str) -> dict:
 
 def run_modalities(subset: tuple[str, ...], fold: int):
     seeds, held_out = split(fold)
-    model = train([ill(s).select(subset) for s in seeds], fold)
+    model = train([ill_case(s).select(subset) for s in seeds], fold)
     for group, group_seeds in (("fold", held_out), ("test", PERSONS)):
-        for case in (ill(s).select(subset) for s in group_seeds):
+        for case in (ill_case(s).select(subset) for s in group_seeds):
             yield score(inference.predict(model, case, progress=False), case, group)
 
 
 def run_healthy(store: Store, company: str, fold: int):
     seeds, held_out = split(fold)
-    sick = [ill(s) for s in seeds]
-    others = [mirrored(s) for s in seeds] if company == "mirrored beside" else [healthy(s) for s in HEALTHY]
+    sick = [ill_case(s) for s in seeds]
+    others = [mirrored_case(s) for s in seeds] if company == "mirrored beside" else [healthy_case(s) for s in HEALTHY]
     if company == "ill":
         model = train(sick, fold, batch_size=2)
     else:
@@ -134,8 +134,8 @@ def run_healthy(store: Store, company: str, fold: int):
         if company != "ill":
             card["trained_on"] = [*card["trained_on"], "12 healthy brains, seeds 300 to 311"]
         store.save(f"kayalibay_brains_{company.replace(' ', '_')}{fold}", model, card)
-    groups = {"fold": map(ill, held_out), "test": map(ill, PERSONS)}
-    for group, cases in (groups | {"healthy": map(healthy, PERSONS), "mirrored": map(mirrored, PERSONS)}).items():
+    groups = {"fold": map(ill_case, held_out), "test": map(ill_case, PERSONS)}
+    for group, cases in (groups | {"healthy": map(healthy_case, PERSONS), "mirrored": map(mirrored_case, PERSONS)}).items():
         for case in (c for c in cases if c is not None):
             yield score(inference.predict(model, case, progress=False), case, group)
 
@@ -143,9 +143,9 @@ def run_healthy(store: Store, company: str, fold: int):
 def run_memory(how: str, fold: int):
     """Train on as many voxels a batch, hence with the same memory, in either way; judge on the 2 mm grid."""
     small = how == "down-sampled"
-    cases = [ill(s, 2.0) for s in split(fold)[0]]
+    cases = [ill_case(s, 2.0) for s in split(fold)[0]]
     model = train([halve(c) for c in cases], fold) if small else train(cases, fold, crop=CROP)
-    for case in (ill(s, 2.0) for s in PERSONS):
+    for case in (ill_case(s, 2.0) for s in PERSONS):
         found = inference.predict(model, halve(case) if small else case, progress=False)
         if small:
             found = found.repeat(2, 0).repeat(2, 1).repeat(2, 2) * case.mask

@@ -47,7 +47,7 @@ def patient(seed: int, slices: str = "isotropic") -> Case:
 
 
 @cache
-def injured(seed: int) -> Case:
+def injured_patient(seed: int) -> Case:
     return transforms.standardise(scan(seed, lesion="contusions"))
 
 
@@ -132,7 +132,7 @@ def score(found: np.ndarray, case: Case) -> dict[str, float]:
 
 
 def run_network(store: Store, section: str, network: str, slices: str, seed: int) -> dict:
-    """Section 3: train on sixteen cases, watch and score on six others."""
+    """Train on sixteen cases, watch and score on six others (section 3)."""
     name = name_run(section, network, slices, seed)
     cases, unseen = ([patient(s, slices) for s in seeds] for seeds in (TRAINING, VALIDATION))
     watched = unseen if section != "3.5" else ()  # the paper shows no curves for that section
@@ -151,7 +151,7 @@ def run_network(store: Store, section: str, network: str, slices: str, seed: int
 
 
 def run_fold(store: Store, fold: int, members: int):
-    """Section 4: DeepMedic and the forest, or an ensemble, on four fifths of the subjects, scored on the others."""
+    """Train DeepMedic and the forest, or an ensemble, on four fifths of the subjects, and score the others (section 4)."""
     subjects = [patient(s) for s in range(SUBJECTS)]
     unseen = subjects[fold::FOLDS]
     cases = [c for c in subjects if c not in unseen]
@@ -167,9 +167,9 @@ def run_fold(store: Store, fold: int, members: int):
 
 
 def run_contusions():
-    """Section 4 on lesions like the paper's, small and several: the shipped full-size network against a forest of the same cases."""
+    """Compare the shipped full-size network with a forest of the same cases on lesions like the paper's, small and several."""
     network = models.load(paths.shipped("checkpoints", "deepmedic_contusions.safetensors"))
-    cases, unseen = ([injured(s) for s in seeds] for seeds in (range(32), range(100, 112)))
+    cases, unseen = ([injured_patient(s) for s in seeds] for seeds in (range(32), range(100, 112)))
     assert [c.name for c in cases] == network.card["trained_on"], "both learn from the same brains"
     return compare(cases, unseen, network, {"section": "4, contusions", "slices": "isotropic", "fold": -1})
 

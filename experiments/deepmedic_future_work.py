@@ -1,4 +1,4 @@
-"""What Finzel's survey proposes for DeepMedic: a cascade of two of them, and training in two phases, against plain DeepMedic.
+"""The proposals of Finzel's survey for DeepMedic, a cascade of two of them and training in two phases, against plain DeepMedic.
 
 All are trained on the same 12 phantoms (seeds 0 to 11) and scored on the same 8 held-out ones (seeds 100 to 107). In all, each makes
 the same number of updates, but for the two that are only the first part of another, "half as long" and "equal classes":

@@ -213,12 +213,12 @@ def plan(store: Store, seeds) -> list[Row]:
 # ------------------------------------------------------------------------------------------------------------ report
 
 
-def mean(table: pd.DataFrame, values: str, columns: str, digits: int = 3) -> str:
+def tabulate_means(table: pd.DataFrame, values: str, columns: str, digits: int = 3) -> str:
     """Return the means of a column for each system, in Markdown."""
     return markdown(table.pivot_table(index="system", columns=columns, values=values, sort=False).reset_index(), digits)
 
 
-def lose(table: pd.DataFrame) -> pd.DataFrame:
+def lost_dice(table: pd.DataFrame) -> pd.DataFrame:
     """Return the Dice that each system loses at site D, for each patient: the mean of A, B and C less that of D."""
     sites = table.assign(known=table.site != "D").pivot_table(index=["system", "patient"], columns="known", values="dice")
     return (sites[True] - sites[False]).unstack("system")
@@ -229,19 +229,19 @@ def report_prostate(scores: pd.DataFrame, gain: pd.DataFrame) -> dict[str, str]:
     single = scores[scores.seed != "average"]
     measures = [name + ending for ending in ("", "_largest") for name in ("dice", "distance", "volume")]
     blocks = {
-        "prostate": mean(single, "dice", "site"),
+        "prostate": tabulate_means(single, "dice", "site"),
         "distances": markdown(single.groupby("system", sort=False)[measures].mean().reset_index(), 2),
     }
     if {raw, standard, learned} <= set(single.system):
-        lost, known = lose(single), single[single.site != "D"].groupby(["system", "patient"])["dice"].mean()
+        lost, known = lost_dice(single), single[single.site != "D"].groupby(["system", "patient"])["dice"].mean()
         lines = [f"* all seeds, averaged: {paired_t_test(lost[learned], lost[standard])}"]
         for seed, rows in single.groupby("seed"):
-            lost = lose(rows)
+            lost = lost_dice(rows)
             lines.append(f"* seed {seed} alone: {paired_t_test(lost[learned], lost[standard])}")
         blocks["lost"] = "\n".join(lines)
         blocks["learned − raw"] = str(paired_t_test(known[learned], known[raw]))
     both = scores.assign(which=scores.seed.where(scores.seed == "average", "members' mean"))
-    blocks["average"] = mean(both, "dice", "which")
+    blocks["average"] = tabulate_means(both, "dice", "which")
     if not gain.empty:
         here = single[(single.site == "D") & single.patient.isin(gain.patient)].assign(gain=1.0)
         table = pd.concat([gain, here]).pivot_table(index="system", columns="gain", values="dice").reset_index()

@@ -34,7 +34,7 @@ def cases() -> list:
 
 
 @cache
-def generated() -> list:
+def generated_cases() -> list:
     return [transforms.standardise(c.select(CHANNELS)) for c in phantoms.brain_cohort(9, spacing=1.0)]
 
 
@@ -48,7 +48,7 @@ def train(store: Store, variant: str, held_out: str) -> Network:
         return models.load(path).to(DEVICE)
     training, start = [c for c in cases() if c.name != held_out], None
     if variant == "phantoms+real":
-        training, start = training * 3 + generated(), paths.shipped("checkpoints", PRETRAINED)
+        training, start = training * 3 + generated_cases(), paths.shipped("checkpoints", PRETRAINED)
     options = {"start": start, "folder": folder, "device": DEVICE, "validate_every": 100, "progress": False}
     model = recipes.deepmedic(training, steps=SETTINGS[variant], halvings=(0.6, 0.8, 0.9), **options)
     card = model.card | {

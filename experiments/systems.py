@@ -68,28 +68,28 @@ def site(seed: int, kind: str = "seen") -> str:
 
 
 @cache
-def raw(seed: int, at: str) -> Case:
+def raw_patient(seed: int, at: str) -> Case:
     return phantoms.brain(seed, site=at).replace(extra={})
 
 
 @cache
 def patient(seed: int, at: str) -> Case:
-    return transforms.standardise(raw(seed, at))
+    return transforms.standardise(raw_patient(seed, at))
 
 
 @cache
-def learning() -> list[Case]:
+def training_cases() -> list[Case]:
     return [patient(s, site(s)) for s in TRAINING]
 
 
-def tests() -> list[tuple[str, int, str]]:
+def test_scans() -> list[tuple[str, int, str]]:
     """Return set, patient and site of every test scan."""
     return [(kind, seed, site(seed, kind)) for kind, seeds in TEST.items() for seed in seeds]
 
 
 # ---------------------------------------------------------------------------------------------------------- systems
 #
-# Each trains on `learning()` and returns the networks and a function that makes class probabilities `(5, D, H, W)` of a patient's scan.
+# Each trains on `training_cases()` and returns the networks and a function that makes class probabilities `(5, D, H, W)` of a patient's scan.
 
 Predict = Callable[[int, str], np.ndarray]
 COMMON = {"classes": CLASSES, "progress": False}
@@ -102,58 +102,58 @@ def predict(model: Network, case: Case) -> np.ndarray:
     return inference.predict(model, case, output="probabilities", progress=False)
 
 
-def system(model: Network) -> tuple[list[Network], Predict]:
+def wrap(model: Network) -> tuple[list[Network], Predict]:
     return [model], lambda seed, at: predict(model, patient(seed, at))
 
 
 def forest(store: Store, seed: int) -> tuple[list[Network], Predict]:
     """Fit the paper's trees on 4000 points a patient, a tenth of them tumour: half of the budget, and more trees do not help."""
-    trees = RandomForest(trees=50, jobs=1, seed=seed).fit(learning(), points_per_case=4000, balance=0.1)
+    trees = RandomForest(trees=50, jobs=1, seed=seed).fit(training_cases(), points_per_case=4000, balance=0.1)
     return [], lambda number, at: trees.predict(patient(number, at), progress=False)
 
 
 def train_havaei(seed: int, name: str, **options) -> Network:
     steps = {"steps": updates(name), "phase2_steps": updates(f"{name}, phase 2")}
     settings = {"width": 0.2, "init": "he", "learning_rate": 1e-3, "seed": seed}
-    return recipes.havaei(learning(), **settings, **steps, **options, **COMMON)
+    return recipes.havaei(training_cases(), **settings, **steps, **options, **COMMON)
 
 
 def two_path(store: Store, seed: int):
-    return system(train_havaei(seed, "two_path", batch_size=64))
+    return wrap(train_havaei(seed, "two_path", batch_size=64))
 
 
 def cascade(store: Store, seed: int):
     """Train both networks; the cascade's patches have four times the area, so it has half as many."""
     first = train_havaei(seed, "cascade_first", batch_size=64)
-    return system(train_havaei(seed, "cascade", network="input_cascade_cnn", first=first, batch_size=32))
+    return wrap(train_havaei(seed, "cascade", network="input_cascade_cnn", first=first, batch_size=32))
 
 
 def deepmedic(store: Store, seed: int):
     """Train without dropout, which slows short runs."""
     options = {"width": 0.3, "dropout": 0.0, "halvings": HALVINGS}
-    return system(recipes.deepmedic(learning(), steps=updates("deepmedic"), seed=seed, **options, **COMMON))
+    return wrap(recipes.deepmedic(training_cases(), steps=updates("deepmedic"), seed=seed, **options, **COMMON))
 
 
 def kayalibay(store: Store, seed: int):
     """Train on crops of the standardised volumes, flipped left to right but not rotated."""
     options = {"width": 0.5, "crop": (40, 48, 40), "augment": flip, "learning_rate": 1e-2, "halvings": HALVINGS}
-    return system(recipes.kayalibay(learning(), steps=updates("kayalibay"), seed=seed, **options, **COMMON))
+    return wrap(recipes.kayalibay(training_cases(), steps=updates("kayalibay"), seed=seed, **options, **COMMON))
 
 
 def drozdzal(store: Store, seed: int):
     """Train on slices of raw intensities, as the scanner gave them."""
-    cases = [raw(s, site(s)) for s in TRAINING]
+    cases = [raw_patient(s, site(s)) for s in TRAINING]
     options = {"width": 0.25, "crop": 64, "batch_size": 8, "shear": 0.1, "angle": 10}
     model = recipes.drozdzal(cases, steps=updates("drozdzal"), seed=seed, **options, **COMMON)
-    return [model], lambda number, at: predict(model, raw(number, at))
+    return [model], lambda number, at: predict(model, raw_patient(number, at))
 
 
 def mlynarski_2d(store: Store, seed: int):
-    return system(recipes.mlynarski(learning(), steps=updates("mlynarski_2d"), seed=seed, **FLAT, **COMMON))
+    return wrap(recipes.mlynarski(training_cases(), steps=updates("mlynarski_2d"), seed=seed, **FLAT, **COMMON))
 
 
 def mlynarski_3d(store: Store, seed: int):
-    return system(recipes.mlynarski(learning(), steps=updates("mlynarski_3d"), seed=seed, **SOLID, **COMMON))
+    return wrap(recipes.mlynarski(training_cases(), steps=updates("mlynarski_3d"), seed=seed, **SOLID, **COMMON))
 
 
 def mlynarski_a(store: Store, seed: int):
@@ -161,14 +161,14 @@ def mlynarski_a(store: Store, seed: int):
     flat, folder = {}, store.runs / f"scores_{seed}"
     for plane in context.PLANES:
         options = {"steps": updates("context_2d"), "flip": plane != "sagittal", "seed": seed}
-        flat[plane] = recipes.mlynarski([context.facing(c, plane) for c in learning()], **options, **FLAT, **COMMON)
+        flat[plane] = recipes.mlynarski([context.facing(c, plane) for c in training_cases()], **options, **FLAT, **COMMON)
 
     def add_scores(cases: Sequence[Case]) -> list[Case]:
         context.extract_scores(flat, cases, folder, progress=False)
         return [context.with_scores(c, folder) for c in cases]
 
     options = {"variant": "a", "steps": updates("mlynarski_a"), "seed": seed}
-    model = recipes.mlynarski(add_scores(learning()), **options, **SOLID, **COMMON)
+    model = recipes.mlynarski(add_scores(training_cases()), **options, **SOLID, **COMMON)
     return [*flat.values(), model], lambda number, at: predict(model, *add_scores([patient(number, at)]))
 
 
@@ -190,7 +190,7 @@ QUEUE = [*((name, 0) for name in SYSTEMS), ("deepmedic", 1), ("deepmedic", 2), (
 # ------------------------------------------------------------------------------------------------------------ results
 
 
-def file(store: Store, name: str, seed: int, number: int, at: str) -> Path:
+def probabilities_file(store: Store, name: str, seed: int, number: int, at: str) -> Path:
     return store.runs / "probabilities" / f"{name}_{seed}_{number}{at}.npy"
 
 
@@ -199,14 +199,14 @@ def load_probabilities(store: Store, name: str, seed: int, number: int, at: str)
     case = patient(number, at)
     result = np.zeros((CLASSES, *case.shape), np.float32)
     result[0] = 1
-    result[:, case.mask] = np.load(file(store, name, seed, number, at), allow_pickle=False)
+    result[:, case.mask] = np.load(probabilities_file(store, name, seed, number, at), allow_pickle=False)
     return result
 
 
 def segment_all(label: Callable[[int, str], np.ndarray]) -> tuple[list[dict], float, dict[int, np.ndarray]]:
     """Segment all test scans with a function; return the scores, the median CPU seconds, and the labels for the notebook."""
     rows, clocks, shown = [], [], {}
-    for kind, number, at in tests():
+    for kind, number, at in test_scans():
         case = patient(number, at)  # made before the clock runs
         clock = time.process_time()
         found = label(number, at)
@@ -240,7 +240,7 @@ def merge_labels(store: Store, name: str, shown: dict[int, np.ndarray]) -> dict[
     return arrays
 
 
-def tables(store: Store, name: str, seed: int, segmented: tuple, **columns) -> dict:
+def collect_tables(store: Store, name: str, seed: int, segmented: tuple, **columns) -> dict:
     """Return a finished system's rows of all tables."""
     rows, seconds, shown = segmented
     columns["seconds"] += seconds
@@ -258,7 +258,7 @@ def run(store: Store, name: str, seed: int) -> dict:
 
     def label(number: int, at: str) -> np.ndarray:
         found = probabilities(number, at)
-        with paths.atomic_write(file(store, name, seed, number, at)) as temporary:
+        with paths.atomic_write(probabilities_file(store, name, seed, number, at)) as temporary:
             np.save(temporary, found[:, patient(number, at).mask].astype(np.float16))
         return found.argmax(0).astype(np.uint8)
 
@@ -266,7 +266,7 @@ def run(store: Store, name: str, seed: int) -> dict:
         label(number, site(number))
     parameters = sum(p.numel() for network in networks for p in network.parameters())
     about = {"train_seconds": trained, "seconds": 0.0, "parameters": parameters, "budgets": 1}
-    return tables(store, name, seed, segment_all(label), **about)
+    return collect_tables(store, name, seed, segment_all(label), **about)
 
 
 # ------------------------------------------------------------------------------------------------------- combinations
@@ -311,8 +311,10 @@ def run_combined(store: Store, name: str) -> dict:
     runs = store.read("systems_runs")
     parts = runs.set_index(["system", "seed"]) if len(runs) else runs
     members = COMBINED[name] or [(system, 0) for system in SYSTEMS if (system, 0) in parts.index]
-    _, number, at = tests()[-1]  # the scan that a system segments last
-    missing = [f"{s} {k}" for s, k in members if (s, k) not in parts.index or not file(store, s, k, number, at).exists()]
+    _, number, at = test_scans()[-1]  # the scan that a system segments last
+    missing = [
+        f"{s} {k}" for s, k in members if (s, k) not in parts.index or not probabilities_file(store, s, k, number, at).exists()
+    ]
     if missing or not members:
         raise SystemExit(
             f"{name} is made of probabilities in {store.runs}, and those of {', '.join(missing) or 'any system'} are not there: "
@@ -323,7 +325,7 @@ def run_combined(store: Store, name: str) -> dict:
     parts = parts.loc[members]
     about = {"train_seconds": parts.train_seconds.sum(), "seconds": parts.seconds.sum(), "parameters": parts.parameters.sum()}
     about |= {"budgets": len(members), "members": "+".join(f"{s}{k}" for s, k in members)}
-    return tables(store, name, 0, segment_all(partial(combine, store, name, members)), **about)
+    return collect_tables(store, name, 0, segment_all(partial(combine, store, name, members)), **about)
 
 
 # ------------------------------------------------------------------------------------------------------------- report

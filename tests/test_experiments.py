@@ -1,4 +1,4 @@
-"""The frame of the experiments: plans without training, stored rows that survive every run, pages that hold the stored tables."""
+"""The experiments: plans without training, stored rows that survive every run, pages that hold the stored tables; the benchmarks."""
 
 import dataclasses
 import importlib.util
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "results"
 SCRIPTS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
 
+BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py"))
 BESIDE = {  # tables that a row writes beside its own
     "deepmedic_scores": ["deepmedic_curves"],
     "em_scores": ["em_curves"],
@@ -132,6 +133,29 @@ def test_an_empty_folder_gives_an_empty_page(name, tmp_path):
     store.fill({"made": "today"})
     text = store.page.read_text("utf-8")
     assert "<!-- made -->\n\ntoday\n\n<!-- /made -->" in text and "\n| --- |" not in text
+
+
+def test_the_readme_lists_every_script_and_its_minutes():
+    text = (ROOT / "experiments" / "README.md").read_text("utf-8")
+    for name in SCRIPTS:
+        rows = load(name).plan(_frame.Store(name), None)
+        minutes = sum(row.minutes for row in rows if not row.extra)
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| [{name}.py]({name}.md) |"))
+        assert line.endswith(f"| {minutes:.0f} |"), f"{name}.py takes {minutes:.0f} CPU minutes"
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_explains_itself(name, monkeypatch, capsys):
+    if name == "viewer":
+        pytest.importorskip("playwright")
+    path = ROOT / "benchmarks" / f"{name}.py"
+    monkeypatch.syspath_prepend(str(path.parent))
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(path), run_name="__main__")
+    assert "--results" in capsys.readouterr().out
+    assert "<!-- made -->" in path.with_suffix(".md").read_text("utf-8")
+    assert f"[{name}.md]({name}.md)" in (path.parent / "README.md").read_text("utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------- the frame
