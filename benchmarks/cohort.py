@@ -4,23 +4,20 @@
 
 The cases are generated: four brain phantoms, resampled and disturbed by noise of their own, so that every file is a different one
 (400 take some 4 GB, removed at the end). Batches of the small and the large cohort take turns in one process, so that both see the
-same machine; memory is measured in a process for each. Writes benchmarks/cohort.md.
+same machine; memory is measured in a process for each.
 """
 
-import argparse
 import json
 import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
+from _measure import fill, markdown, memory, options, run_alone, take_turns
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -30,10 +27,11 @@ from medseg_lite.files import read_case, write_case
 from medseg_lite.sampling import SegmentSampler, VolumeSampler
 from medseg_lite.volume import Case
 
-HERE = Path(__file__).parent
+FEW = 4
+DEEPMEDIC = "DeepMedic's 25³ and 19³ (of 57³)"
 
 
-def generate(folder: Path, count: int, shape) -> None:
+def generate(folder: Path, number: int, shape) -> None:
     originals = [transforms.standardise(phantoms.brain(seed, spacing=2.0)) for seed in range(4)]
     rng = np.random.default_rng(0)
     larger = []
@@ -43,37 +41,21 @@ def generate(folder: Path, count: int, shape) -> None:
         image = np.stack([ndimage.zoom(channel, zoom, order=1) for channel in case.image])
         larger.append((np.where(mask, image, image[:, :1, :1, :1]).astype(np.float32), label, mask))
     noise = rng.normal(0, 0.1, (len(originals[0].channels), *shape)).astype(np.float32)
-    for n in tqdm(range(count), desc="generating"):
+    for n in tqdm(range(number), desc="generating"):
         image, label, mask = larger[n % 4]
         image = image + np.roll(noise, n, axis=1) * mask
         write(folder / f"case{n:03d}.safetensors", Case(image, originals[0].channels, f"case{n:03d}", label, mask))
 
 
 def samplers(cases) -> dict:
-    """By what they draw: the sampler, and segments a batch."""
+    """Return the samplers by the kind of their segments, with the segments of a batch."""
     model = models.deepmedic(width=0.1)
     return {
-        "DeepMedic's 25³ and 19³ (of 57³)": (SegmentSampler(cases, margin=model.margin, cut=model.cut), 10),
+        DEEPMEDIC: (SegmentSampler(cases, margin=model.margin, cut=model.cut), 10),
         "cubes of 57³": (SegmentSampler(cases, margin=24), 10),
         "patches of 33² in a slice": (SegmentSampler(cases, output=1, margin=16, spatial_dims=2, batch_size=128), 128),
         "crops of 64³": (VolumeSampler(cases, crop=64, batch_size=2), 2),
     }
-
-
-def take_turns(functions: dict, seconds: float) -> dict[str, float]:
-    """Median seconds of the processor that a call of each takes, by turns; others at work on the machine do not count."""
-    taken, step = {name: [] for name in functions}, 0
-    for function in functions.values():
-        for n in range(20):
-            function(10**6 + n)
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        for name, function in functions.items():
-            begin = time.process_time()
-            function(step)
-            taken[name].append(time.process_time() - begin)
-        step += 1
-    return {name: float(np.median(times)) for name, times in taken.items()}
 
 
 def forget(folder: Path) -> None:
@@ -84,111 +66,105 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def memory(folder: Path, count: int) -> dict:
-    """Of a process that opens the cohort and draws from it: seconds to open, and how much its peak rises above the start."""
-    names = [f"case{n:03d}" for n in range(count)]
+def measure_memory(folder: Path, number: int) -> dict:
+    """Open the cohort and draw from it; return the seconds to open, and how much the peak rises above the start."""
+    names = [f"case{n:03d}" for n in range(number)]
     datasets.stored(folder, cases=names[:1])[0].block((0, 0, 0), (9, 9, 9))  # imports and buffers
     SegmentSampler(list(datasets.stored(folder, cases=names[:1])), margin=24).batch(0)
-    base = peak_memory()
+    base = memory("VmHWM") / 2**20
     start = time.perf_counter()
     cases = list(datasets.stored(folder, cases=names))
-    opened = time.perf_counter() - start
-    start = time.perf_counter()
+    opened = time.perf_counter()
     sampler = SegmentSampler(cases, margin=24)
-    prepared = time.perf_counter() - start
+    prepared = time.perf_counter()
     for step in range(200):
         sampler.batch(step)
-    peak = peak_memory()
-    return {"open": opened, "sampler": prepared, "rise_mb": peak - base, "peak_mb": peak}
+    peak = memory("VmHWM") / 2**20
+    return {"open": opened - start, "sampler": prepared - opened, "rise_mb": peak - base, "peak_mb": peak}
 
 
-def peak_memory() -> float:
-    """MB of this process, file pages included (`getrusage` would count those of the process that started it)."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+def draw_cold(folder: Path) -> dict[str, float]:
+    """Return the seconds of a segment of each kind from files that are not in the system's memory."""
+    seconds = {}
+    forget(folder)
+    for kind, (sampler, number) in samplers(list(datasets.stored(folder))).items():
+        start = time.perf_counter()
+        for step in range(5):
+            sampler.batch(step)
+        seconds[kind] = (time.perf_counter() - start) / 5 / number
+        forget(folder)
+    for path in [*folder.iterdir()] * 2:
+        path.read_bytes()  # now it is in the system's memory
+    return seconds
 
 
-def whole_volumes(folder: Path, case: Case) -> float:
-    """Seconds to read one case from compressed NIfTI files, as a loader without a stored cohort does for each segment."""
+def draw(cases: list, cold: dict, seconds: float) -> pd.DataFrame:
+    """Return the milliseconds of a segment of each kind, from cases in memory and from few and many stored ones."""
+    many, rows = len(cases), []
+    kinds = [samplers([c.replace() for c in cases[:FEW]]), samplers(cases[:FEW]), samplers(cases)]
+    for kind, (_, number) in kinds[0].items():
+        taken = take_turns({n: k[kind][0].batch for n, k in enumerate(kinds)}, seconds=seconds, warm_up=20).values()
+        a, b, c = (1e3 * np.median(times[:, 1]) / number for times in taken)
+        cells = [f"{v:.3f}" for v in (a, b, c)]
+        rows.append([kind, *cells, c / b, 1e3 * cold[kind]])
+    columns = ["in memory", f"{FEW} stored", f"{many} stored", f"{many} against {FEW}", f"{many} stored, from the disk"]
+    return pd.DataFrame(rows, columns=["what", f"{FEW} cases {columns[0]}", *columns[1:]])
+
+
+def draw_in_threads(cases: list) -> str:
+    """Return the milliseconds of a batch of DeepMedic's segments that several threads make."""
+    sampler, _ = samplers(cases)[DEEPMEDIC]
+    taken = []
+    for threads in (1, 2, 4):
+        with ThreadPoolExecutor(threads) as pool:
+            start = time.perf_counter()
+            list(pool.map(sampler.batch, range(100)))
+            taken.append(f"{threads}: {1e3 * (time.perf_counter() - start) / 100:.1f}")
+    return ", ".join(taken)
+
+
+def read_whole(folder: Path, case: Case) -> float:
+    """Return the seconds to read a case from compressed NIfTI files, as a loader without a stored cohort does for each segment."""
     write_case(folder / "nifti", case)
     files = {channel: folder / "nifti" / f"{channel}.nii.gz" for channel in case.channels}
-    return take_turns({"": lambda _: read_case(files, label=folder / "nifti" / "label.nii.gz")}, 5)[""]
+    taken = take_turns({"read": lambda turn: read_case(files, label=folder / "nifti" / "label.nii.gz")}, seconds=5)["read"]
+    return float(np.median(taken[:, 1]))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = options(__doc__)
     parser.add_argument("--cases", type=int, default=400)
     parser.add_argument("--shape", type=int, nargs=3, default=(120, 120, 96))
-    parser.add_argument("--seconds", type=float, default=15, help="of measuring, each kind of segment (15)")
-    parser.add_argument("--folder", help="where the cohort is put, in a temporary folder (the system's)")
-    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=15, help="seconds of measuring each kind of segment (15)")
+    parser.add_argument("--folder", help="place for the cohort, in a temporary folder (the system's)")
+    parser.add_argument("--memory", nargs=2, metavar=("FOLDER", "CASES"), help="measure the memory of this process")
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    if options.memory:
-        print(json.dumps(memory(Path(options.folder), options.memory)))
+    if given.memory:
+        print(json.dumps(measure_memory(Path(given.memory[0]), int(given.memory[1]))))
         return
-    few, many = 4, options.cases
-    with tempfile.TemporaryDirectory(dir=options.folder) as place:
+    with tempfile.TemporaryDirectory(dir=given.folder) as place:
         folder = Path(place) / "stored"
-        generate(folder, many, options.shape)
+        generate(folder, given.cases, given.shape)
         size = sum(p.stat().st_size for p in folder.iterdir())
-        forget(folder)
-        cold = {}
+        cold = draw_cold(folder)
         cases = list(datasets.stored(folder))
-        for name, (sampler, count) in samplers(cases).items():
-            start = time.perf_counter()
-            for step in range(5):
-                sampler.batch(step)
-            cold[name] = (time.perf_counter() - start) / 5 / count
-            forget(folder)
-        for _ in range(2):
-            for path in folder.iterdir():
-                path.read_bytes()  # now it is in the system's memory
-        in_memory = [c.replace() for c in cases[:few]]
-        kinds = {few: samplers(cases[:few]), many: samplers(cases), "memory": samplers(in_memory)}
-        rows = [
-            f"| what | {few} cases in memory | {few} stored | {many} stored | {many} against {few} | {many} stored, from the disk |",
-            "|---|---|---|---|---|---|",
-        ]
-        for name, (_, count) in kinds[few].items():
-            times = take_turns({key: kind[name][0].batch for key, kind in kinds.items()}, options.seconds)
-            a, b, c = (1e3 * times[key] / count for key in ("memory", few, many))
-            rows.append(f"| {name} | {a:.3f} | {b:.3f} | {c:.3f} | {c / b:.2f} | {1e3 * cold[name]:.2f} |")
-            print(rows[-1], flush=True)
-        workers = []
-        sampler, count = kinds[many]["DeepMedic's 25³ and 19³ (of 57³)"]
-        for threads in (1, 2, 4):
-            with ThreadPoolExecutor(threads) as pool:
-                start = time.perf_counter()
-                list(pool.map(sampler.batch, range(100)))
-                workers.append(f"{threads}: {1e3 * (time.perf_counter() - start) / 100:.1f}")
-        loaded = whole_volumes(Path(place), in_memory[0])
-        command = [sys.executable, __file__, "--folder", str(folder), "--memory"]
-        use = {
-            n: json.loads(subprocess.run([*command, str(n)], check=True, stdout=subprocess.PIPE, text=True).stdout)
-            for n in (few, many)
-        }
-    text = [
-        "# Stored cohorts",
-        "",
-        f"{date.today()}, {os.cpu_count()} CPU cores of which one is used, {platform.machine()}, torch {torch.__version__}. Cases of 4 channels, "
-        f"{'×'.join(map(str, options.shape))} voxels, float16, {size / many / 1e6:.1f} MB each, {size / 1e9:.1f} GB in all; "
-        "ms a segment: of the processor, median, files in the system's memory; in the last column by the clock, files dropped from it before.",
-        "",
-        *rows,
-        "",
-        f"One case read whole, from compressed NIfTI files, takes {1e3 * loaded:.0f} ms.",
-        "",
-        "| cases | opening, s | making a sampler, s | peak memory, MB | of which for opening and sampling |",
-        "|---|---|---|---|---|",
-        *(f"| {n} | {u['open']:.3f} | {u['sampler']:.3f} | {u['peak_mb']:.0f} | {u['rise_mb']:.1f} |" for n, u in use.items()),
-        "",
-        f"Batches of ten DeepMedic segments of {many} cases made by several threads, ms a batch: {', '.join(workers)}.",
-        "",
-        "Repeat it: `python benchmarks/cohort.py`",
-    ]
-    (HERE / "cohort.md").write_text("\n".join(text) + "\n")
-    print("\n".join(text))
+        table, threads, loaded = (
+            draw(cases, cold, given.seconds),
+            draw_in_threads(cases),
+            read_whole(Path(place), cases[0].replace()),
+        )
+        used = {n: run_alone([__file__, "--memory", folder, n]) for n in (FEW, given.cases)}
+    rows = [[n, f"{u['open']:.3f}", f"{u['sampler']:.3f}", f"{u['peak_mb']:.0f}", u["rise_mb"]] for n, u in used.items()]
+    columns = ["cases", "opening, s", "making a sampler, s", "peak memory, MB", "of which for opening and sampling"]
+    about = f". Cases of 4 channels, {'×'.join(map(str, given.shape))} voxels, float16, {size / given.cases / 1e6:.1f} MB each, {size / 1e9:.1f} GB in all"
+    blocks = {
+        "segments": markdown(table, 2),
+        "whole": f"One case read whole, from compressed NIfTI files, takes {1e3 * loaded:.0f} ms.",
+        "memory": markdown(pd.DataFrame(rows, columns=columns), 1),
+        "threads": f"Batches of ten DeepMedic segments of {given.cases} cases made by several threads, ms a batch: {threads}.",
+    }
+    fill(__file__, given.results, about, blocks)
 
 
 if __name__ == "__main__":

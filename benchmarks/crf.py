@@ -8,40 +8,32 @@ A generated brain of 0.87 mm voxels on a grid of 240 x 240 x 155, with a soft se
 noise. Both kernels, five iterations, building included; the parameters are DeepMedic's published example (sigma 3, weight 3;
 sigma 17, 12, 10, weight 5; intensities 4 and 3 of 255). pydensecrf2 is given the voxels inside the brain only, as we are;
 SimpleCRF takes whole volumes only. Methods take turns, each run in a process of its own with one allocator setting for all.
-Writes benchmarks/crf.md.
 """
 
-import argparse
 import json
 import os
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
+from _measure import KEEP_MEMORY, fill, markdown, memory, options, run_alone
 from scipy.ndimage import gaussian_filter
 
 from medseg_lite import crf, phantoms, transforms
 from medseg_lite.volume import Case
 
-HERE = Path(__file__).parent
 SHAPE = (240, 240, 155)
 PER_SD = 42.5  # DeepMedic's code maps -3 to 3 standard deviations to 0 to 255
 SMOOTHNESS, APPEARANCE, INTENSITY = (3.0, 3.0), (5.0, (17.0, 12.0, 10.0)), (4.0, 3.0, 4.0, 3.0)
 CUBES = (48, 64, 96, 128, 192)
-# glibc gives large arrays back to the system at once and gets them again page by page; keeping them makes all methods faster.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
 
 
 def scan(labels: int, cube: int | None = None) -> tuple[Case, np.ndarray]:
-    """A brain in four sequences, clipped at 3 standard deviations, and noisy probabilities of its labels."""
+    """Return a brain in four sequences, clipped at 3 standard deviations, and noisy probabilities of its labels."""
     brain = transforms.standardise(phantoms.brain(7, site="A", spacing=0.65 if cube else 0.87))
     image = brain.image.clip(-3, 3)
     if cube:
@@ -114,12 +106,13 @@ def simplecrf(case: Case, soft: np.ndarray) -> np.ndarray:
 METHODS = {"ours": ours, "pydensecrf2": pydensecrf2, "SimpleCRF": simplecrf, "ours, backward too": ours_with_gradients}
 
 
-def work(method: str, file: str, channels: int, out: str, warm: str) -> None:
+def work(method: str, file: str, channels: int, out: str, warm: bool) -> None:
+    """Run a method in this process; print its seconds and the bytes a voxel that it needs, and keep its labels."""
     with np.load(file) as arrays:
         case = Case(arrays["image"][:channels], tuple("abcd"[:channels]), "brain", mask=arrays["mask"])
         soft = arrays["soft"]
     # Once before: on everything when time is measured, so that imports are done and memory is at hand; on little for memory.
-    if warm == "True":
+    if warm:
         METHODS[method](case, soft)
     else:
         middle = tuple(slice(n // 2 - 8, n // 2 + 8) for n in case.shape)
@@ -134,110 +127,86 @@ def work(method: str, file: str, channels: int, out: str, warm: str) -> None:
     print(json.dumps({"seconds": seconds, "bytes": peak / case.mask.sum()}))
 
 
-def memory(field: str) -> int:
-    """Bytes, from Linux."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
 def measure(method: str, file: Path, channels: int, *, keep_memory: bool = True) -> tuple[dict, np.ndarray]:
+    """Run a method in a process of its own; return what it printed, and its labels."""
     out = file.with_name("labels.npy")
-    command = [sys.executable, __file__, "--worker", method, str(file), str(channels), str(out), str(keep_memory)]
-    environment = os.environ | (KEEP_MEMORY if keep_memory else {})
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{method}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1]), np.load(out)
+    command = [__file__, "--worker", method, file, channels, out, int(keep_memory)]
+    return run_alone(command, KEEP_MEMORY if keep_memory else None), np.load(out)
+
+
+def store(folder: Path, labels: int, cube: int | None = None) -> tuple[Path, Case, np.ndarray]:
+    """Write a brain and its soft segmentation to a file for the workers."""
+    case, soft = scan(labels, cube)
+    file = folder / f"{labels}_{cube}.npz"
+    np.savez(file, image=case.image, mask=case.mask, soft=soft)
+    return file, case, soft
+
+
+def compare(file: Path, case: Case, soft: np.ndarray, channels: int, peers: list[str], repeats: int) -> dict:
+    """Measure all methods by turns; a method that fails is left out."""
+    runs, answers = {m: [] for m in ("ours", *peers, "ours, backward too") if m != "SimpleCRF" or len(soft) == 2}, {}
+    for _ in range(repeats):
+        for method in list(runs):
+            try:
+                result, answers[method] = measure(method, file, channels)
+                runs[method].append(result["seconds"])
+            except RuntimeError as error:
+                print(f"{method}: {error}")
+                runs.pop(method)
+    seconds = {method: np.median(taken) for method, taken in runs.items()}
+    row = {"channels": channels, "labels": len(soft), "ours [s]": f"{seconds['ours']:.2f}"}
+    for peer in (p for p in peers if p in seconds):
+        row |= {f"{peer} [s]": f"{seconds[peer]:.2f}", f"{peer} / ours": f"{seconds[peer] / seconds['ours']:.1f}"}
+    for method in (m for m in ("ours", "pydensecrf2") if m in runs):
+        row[f"{method} [bytes a voxel]"] = round(measure(method, file, channels, keep_memory=False)[0]["bytes"])
+    row["forward and backward / forward"] = f"{seconds['ours, backward too'] / seconds['ours']:.2f}"
+    if "pydensecrf2" in answers:
+        mine, theirs = (answers[method][case.mask] for method in ("ours", "pydensecrf2"))
+        changed = theirs != soft.argmax(0)[case.mask]
+        row |= {
+            "same labels [%]": f"{100 * (mine == theirs).mean():.3f}",
+            "changed by pydensecrf2 [%]": f"{100 * changed.mean():.2f}",
+            "same among these [%]": f"{100 * (mine == theirs)[changed].mean():.2f}",
+        }
+    print(row, flush=True)
+    return row
+
+
+def measure_growth(folder: Path, repeats: int) -> tuple[pd.DataFrame, float]:
+    """Return the seconds of cubes of several sizes, and the exponent of their growth."""
+    rows = []
+    for cube in CUBES:
+        file, case, _ = store(folder, 2, cube)
+        rows.append((int(case.mask.sum()), min(measure("ours", file, 2)[0]["seconds"] for _ in range(repeats))))
+        print(cube, rows[-1], flush=True)
+    slope = np.polyfit(*np.log(np.array(rows, float)).T, 1)[0]
+    return pd.DataFrame([[f"{n:,}", seconds] for n, seconds in rows], columns=["N", "seconds"]), slope
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--channels", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--labels", type=int, nargs="+", default=[2, 5])
     parser.add_argument("--peers", nargs="*", default=["pydensecrf2", "SimpleCRF"])
-    options = parser.parse_args()
-    if options.worker:
-        method, file, channels, out, warm = options.worker
-        return work(method, file, int(channels), out, warm)
-
-    folder = Path(tempfile.mkdtemp(prefix="crf_benchmark_"))
-    table, growth = [], []
-    peers = options.peers
-    for labels in options.labels:
-        case, soft = scan(labels)
-        file = folder / f"{labels}.npz"
-        np.savez(file, image=case.image, mask=case.mask, soft=soft)
-        start = soft.argmax(0)[case.mask]
-        for channels in options.channels:
-            runs = {m: [] for m in ("ours", *peers, "ours, backward too")}
-            if labels > 2:
-                runs.pop("SimpleCRF", None)
-            answers = {}
-            for _ in range(options.repeats):
-                for method in list(runs):
-                    try:
-                        result, answers[method] = measure(method, file, channels)
-                        runs[method].append(result)
-                    except RuntimeError as error:
-                        print(error)
-                        runs.pop(method)
-            seconds = {m: statistics.median(r["seconds"] for r in rs) for m, rs in runs.items()}
-            row = {"channels": channels, "labels": labels, "ours [s]": round(seconds["ours"], 2)}
-            for peer in peers:
-                if peer in seconds:
-                    row |= {f"{peer} [s]": round(seconds[peer], 2), f"{peer} / ours": round(seconds[peer] / seconds["ours"], 1)}
-            for method in ("ours", "pydensecrf2"):
-                if method in runs:
-                    row[f"{method} [bytes a voxel]"] = round(measure(method, file, channels, keep_memory=False)[0]["bytes"])
-            row["forward and backward / forward"] = round(seconds["ours, backward too"] / seconds["ours"], 2)
-            mine = answers["ours"][case.mask]
-            if "pydensecrf2" in answers:
-                theirs = answers["pydensecrf2"][case.mask]
-                changed = theirs != start
-                row |= {
-                    "same labels [%]": round(100 * (mine == theirs).mean(), 3),
-                    "changed by pydensecrf2 [%]": round(100 * changed.mean(), 2),
-                    "same among these [%]": round(100 * (mine == theirs)[changed].mean(), 2),
-                }
-            table.append(row)
-            print(row, flush=True)
-    for cube in CUBES:
-        case, soft = scan(2, cube)
-        file = folder / f"cube{cube}.npz"
-        np.savez(file, image=case.image, mask=case.mask, soft=soft)
-        runs = [measure("ours", file, 2)[0]["seconds"] for _ in range(options.repeats)]
-        growth.append((case.mask.sum(), min(runs)))
-        print(cube, growth[-1], flush=True)
-    write(table, growth, int(scan(2)[0].mask.sum()))
-
-
-def write(table: list[dict], growth: list[tuple[int, float]], voxels: int) -> None:
-    slope = np.polyfit(*np.log(np.array(growth, float)).T, 1)[0]
-    names = list(dict.fromkeys(name for row in table for name in row))
-    lines = [
-        "# The dense CRF on a whole brain",
-        "",
-        f"{date.today()}, {os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}, numpy {np.__version__}, "
-        f"pydensecrf2 {version('pydensecrf2')}. A generated brain on 240 x 240 x 155 voxels, {voxels:,} of them inside the mask; "
-        "both kernels, five iterations, building included; medians. Our smoothness kernel is exact, pydensecrf2's is on a lattice. "
-        "SimpleCRF takes the whole grid, two labels.",
-        "",
-        "Repeat it: `python benchmarks/crf.py`",
-        "",
-        "| " + " | ".join(names) + " |",
-        "|" + " --- |" * len(names),
-        *("| " + " | ".join(str(row.get(n, "")) for n in names) + " |" for row in table),
-        "",
-        f"Growth with the number of voxels N, two channels, two labels: seconds ~ N^{slope:.2f}.",
-        "",
-        "| N | seconds |",
-        "| --- | --- |",
-        *(f"| {n:,} | {s:.3f} |" for n, s in growth),
-        "",
-    ]
-    (HERE / "crf.md").write_text("\n".join(lines))
+    parser.add_argument("--worker", nargs=5, metavar=("METHOD", "FILE", "CHANNELS", "OUT", "WARM"), help="run in this process")
+    given = parser.parse_args()
+    if given.worker:
+        method, file, channels, out, warm = given.worker
+        return work(method, file, int(channels), out, warm == "1")
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="crf_benchmark_") as place:
+        for labels in given.labels:
+            file, case, soft = store(Path(place), labels)
+            rows += [compare(file, case, soft, channels, given.peers, given.repeats) for channels in given.channels]
+        growth, slope = measure_growth(Path(place), given.repeats)
+    peer = f", pydensecrf2 {version('pydensecrf2')}" if "pydensecrf2" in given.peers else ""
+    about = f", {os.cpu_count()} CPU cores, numpy {np.__version__}{peer}. {int(case.mask.sum()):,} voxels inside the mask"
+    blocks = {
+        "methods": markdown(pd.DataFrame(rows).astype(object).fillna("")),
+        "growth": f"Seconds ~ N^{slope:.2f}, two channels, two labels:\n\n{markdown(growth)}",
+    }
+    fill(__file__, given.results, about, blocks)
 
 
 if __name__ == "__main__":

@@ -4,24 +4,23 @@
 
 A feature is the difference of two box means of arbitrary size and place; the peer makes one box mean with
 `scipy.ndimage.uniform_filter`, in turns with ours. The share of lesion points among the training points is chosen on validation
-cases; scores are those of other cases. Writes benchmarks/forest.md; minutes.
+cases; scores are those of other cases. It takes minutes.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import os
 import platform
 import time
-from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import scipy
 import sklearn
+from _measure import fill, markdown, options, take_turns
 from scipy import ndimage
 
-from medseg_lite import metrics, paths, phantoms, transforms
+from medseg_lite import metrics, phantoms, transforms
 from medseg_lite.forest import BoxFeatures, RandomForest
 from medseg_lite.volume import Case
 
@@ -38,36 +37,35 @@ def cases(seeds: range, lesion: str) -> list[Case]:
     return [c.replace(label=(c.label > 0).astype(np.uint8)) for c in made]
 
 
-def timed(function):
-    """What a call returns, its wall-clock seconds and its processor seconds."""
+def measure_features(spacing: float, count: int, repeats: int) -> list:
+    case = transforms.standardise(phantoms.brain(100, lesion="contusions", spacing=spacing))
+    drawn = [f for f in BoxFeatures(4, count=count).drawn if f.minus is not None]
+    pairs = BoxFeatures(4, count=len(drawn))
+    pairs.drawn = tuple(drawn)  # only differences of two boxes, the costliest kind
+    functions = {
+        "ours": lambda turn: [None for _ in pairs.volumes(case)],
+        "SciPy": lambda turn: [ndimage.uniform_filter(c, 5) for c in case.image for _ in range(5)],
+    }
+    taken = take_turns(functions, repeats=repeats, warm_up=0)
+    ours, peer = 1e3 * taken["ours"][:, 0] / len(drawn), 1e3 * taken["SciPy"][:, 0] / 20
+    return ["×".join(map(str, case.shape)), f"{ours.min():.1f}", f"{peer.min():.1f}", f"{np.median(ours / peer):.2f}"]
+
+
+def time_once(function):
+    """Return what a call returns, its seconds by the clock and those of the processor."""
     wall, processor = time.perf_counter(), time.process_time()
     result = function()
     return result, time.perf_counter() - wall, time.process_time() - processor
 
 
-def feature_speed(spacing: float, count: int, repeats: int) -> str:
-    case = transforms.standardise(phantoms.brain(100, lesion="contusions", spacing=spacing))
-    features = BoxFeatures(4, count=count)
-    drawn = [f for f in features.drawn if f.minus is not None]
-    pairs = BoxFeatures(4, count=len(drawn))
-    pairs.drawn = tuple(drawn)  # only differences of two boxes, the costliest kind
-    ours, peer = [], []
-    for _ in range(repeats):
-        ours.append(timed(lambda: [None for _ in pairs.volumes(case)])[1] / len(drawn))
-        peer.append(timed(lambda: [ndimage.uniform_filter(c, 5) for c in case.image for _ in range(5)])[1] / 20)
-    ratio = np.median(np.divide(ours, peer))
-    size = "×".join(map(str, case.shape))
-    return f"| {size} | {min(ours) * 1e3:.1f} | {min(peer) * 1e3:.1f} | {ratio:.2f} |"
-
-
 def train(training: list[Case], balance: float, jobs: int, *, trees, points_per_case, count=200, max_features="sqrt"):
     forest = RandomForest(BoxFeatures(4, count=count), trees=trees, max_features=max_features, jobs=jobs)
-    return timed(lambda: forest.fit(training, points_per_case=points_per_case, balance=balance))
+    return time_once(lambda: forest.fit(training, points_per_case=points_per_case, balance=balance))
 
 
 def score(forest: RandomForest, unseen: list[Case]):
-    """`(cases, scores)`, and least wall-clock and processor seconds a case."""
-    results = [timed(lambda: forest.predict(case, progress=False)) for case in unseen]  # noqa: B023
+    """Return `(cases, scores)`, and the least seconds a case, by the clock and of the processor."""
+    results = [time_once(lambda case=case: forest.predict(case, progress=False)) for case in unseen]
     scores = [
         [getattr(metrics, name)(probabilities.argmax(0), case.label) for name in SCORES]
         for (probabilities, _, _), case in zip(results, unseen)
@@ -75,76 +73,57 @@ def score(forest: RandomForest, unseen: list[Case]):
     return np.array(scores), min(r[1] for r in results), min(r[2] for r in results)
 
 
-def row(name: str, training, unseen, balance: float, jobs: int, **options) -> str:
-    forest, wall, processor = train(training, balance, jobs, **options)
+def measure_forest(name: str, training, unseen, balance: float, jobs: int, settings: dict) -> list:
+    forest, wall, processor = train(training, balance, jobs, **settings)
     scores, each, each_processor = score(forest, unseen)
     cells = [f"{m:.2f} ({low:.2f} to {high:.2f})" for m, low, high in zip(scores.mean(0), scores.min(0), scores.max(0))]
-    line = f"| {name} | {balance} | {wall:.1f} ({processor:.1f}) | {each:.1f} ({each_processor:.1f}) | {' | '.join(cells)} |"
-    print(line, flush=True)
-    return line
+    row = [name, str(balance), f"{wall:.1f} ({processor:.1f})", f"{each:.1f} ({each_processor:.1f})", *cells]
+    print(*row, flush=True)
+    return row
+
+
+def measure_lesion(lesion: str, jobs: int) -> tuple[list, list, float]:
+    """Choose the balance on validation cases, and score forests on test cases.
+
+    Returns:
+        The validation Dice of each balance, the rows of the forests, and the mean Dice of calling the whole brain lesion.
+    """
+    training, validation, unseen = (cases(seeds, lesion) for seeds in (TRAINING, VALIDATION, TEST))
+    found = {b: score(train(training, b, jobs, **LIVE)[0], validation)[0][:, 0].mean() for b in BALANCES}
+    best = max(found, key=found.get)
+    forests = [("live", best, LIVE), ("live, equal shares", 0.5, LIVE), ("paper", best, PAPER)]
+    if lesion == "contusions":
+        forests += [("paper, equal shares", 0.5, PAPER), ("200 of 1000 a node", best, LETTER)]
+    rows = [measure_forest(f"{lesion}, {name}", training, unseen, b, jobs, settings) for name, b, settings in forests]
+    share = [c.label.sum() / c.mask.sum() for c in unseen]
+    return [lesion, *found.values()], rows, float(np.mean([2 * s / (1 + s) for s in share]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--jobs", type=int, default=2)
-    jobs = parser.parse_args().jobs
-
-    speed = [feature_speed(2.0, 200, 7), feature_speed(1.0, 30, 5)]
-    print("\n".join(speed), flush=True)
-    rows, chosen, trivial = [], {}, {}
-    for lesion in ("contusions", "glioma"):
-        training, validation, unseen = (cases(seeds, lesion) for seeds in (TRAINING, VALIDATION, TEST))
-        share = [c.label.sum() / c.mask.sum() for c in unseen]
-        trivial[lesion] = np.mean([2 * s / (1 + s) for s in share])
-        found = {b: score(train(training, b, jobs, **LIVE)[0], validation)[0][:, 0].mean() for b in BALANCES}
-        chosen[lesion] = found
-        best = max(found, key=found.get)
-        print(lesion, found, flush=True)
-        rows.append(row(f"{lesion}, live", training, unseen, best, jobs, **LIVE))
-        rows.append(row(f"{lesion}, live, equal shares", training, unseen, 0.5, jobs, **LIVE))
-        rows.append(row(f"{lesion}, paper", training, unseen, best, jobs, **PAPER))
-        if lesion == "contusions":
-            rows.append(row(f"{lesion}, paper, equal shares", training, unseen, 0.5, jobs, **PAPER))
-            rows.append(row(f"{lesion}, 200 of 1000 a node", training, unseen, best, jobs, **LETTER))
-
-    lines = [
-        "# Random forest",
-        "",
-        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores shared with other work, {jobs} threads, "
-        f"Python {platform.python_version()}, NumPy {np.__version__}, SciPy {scipy.__version__}, scikit-learn {sklearn.__version__}; "
-        f"about {os.getloadavg()[1]:.0f} processes wanted to run at the same time, so read processor time.",
-        "",
-        "Features of a whole volume on one thread, milliseconds each, the least of several; the ratio is the median of those of "
-        "neighbouring runs. Ours are differences of two boxes of random size and place, running sums included; SciPy's is "
-        "one centred box of 5³ voxels (its time hardly depends on the size).",
-        "",
-        "| voxels | ours | one `scipy.ndimage.uniform_filter` | ours / SciPy's |",
-        "|---|---|---|---|",
-        *speed,
-        "",
-        f"Forests of depth up to 30 on phantoms of 2 mm, {len(TRAINING)} training cases, {len(TEST)} unseen ones, three sites; lesion "
-        "against background. Seconds are wall clock (processor): training once, segmenting the least of the cases. Scores are "
-        "the mean (least to greatest case). *Live*: 20 trees, 1000 points a case, 200 features, √200 of them tried at a node. *Paper*: "
-        "50 trees, 2000 points, otherwise the same. *200 of 1000 a node*: live, but each node tries 200 features of a pool of 1000, which "
-        "is nearer to the paper's letter. The balance, the share of lesion points, has the best Dice on "
-        f"{len(VALIDATION)} validation cases:",
-        "",
-        "| mean validation Dice | " + " | ".join(f"balance {b}" for b in BALANCES) + " |",
-        "|---|" + "---|" * len(BALANCES),
-        *(f"| {lesion} | " + " | ".join(f"{f[b]:.2f}" for b in BALANCES) + " |" for lesion, f in chosen.items()),
-        "",
-        "| | balance | training, s | segmenting, s | Dice | precision | sensitivity |",
-        "|---|---|---|---|---|---|---|",
-        *rows,
-        "",
-        f"Calling the whole brain lesion would have a mean Dice of {trivial['contusions']:.2f} on the contusions and "
-        f"{trivial['glioma']:.2f} on the gliomas. In the paper, on 61 real trauma cases at 1 mm, the forest "
-        "has a Dice of .511, precision .501 and sensitivity .601, DeepMedic .623 (table 1).",
-        "",
-        "Repeat it: `python benchmarks/forest.py`",
-    ]
-    with paths.atomic_write(Path(__file__).with_suffix(".md")) as path:
-        path.write_text("\n".join(lines) + "\n")
+    given = parser.parse_args()
+    speed = [measure_features(2.0, 200, 7), measure_features(1.0, 30, 5)]
+    (contusions, rows, trivial), (glioma, more, trivial_glioma) = (
+        measure_lesion(x, given.jobs) for x in ("contusions", "glioma")
+    )
+    about = (
+        f", {os.cpu_count()} cores shared with other work, {given.jobs} threads, Python {platform.python_version()}, NumPy {np.__version__}, "
+        f"SciPy {scipy.__version__}, scikit-learn {sklearn.__version__}; about {os.getloadavg()[1]:.0f} processes wanted to run at the "
+        "same time, so read processor time"
+    )
+    columns = ["forest", "balance", "training, s", "segmenting, s", "Dice", "precision", "sensitivity"]
+    balances = ["mean validation Dice", *(f"balance {b}" for b in BALANCES)]
+    blocks = {
+        "features": markdown(
+            pd.DataFrame(speed, columns=["voxels", "ours", "one `scipy.ndimage.uniform_filter`", "ours / SciPy's"])
+        ),
+        "balance": markdown(pd.DataFrame([contusions, glioma], columns=balances), 2),
+        "forests": markdown(pd.DataFrame(rows + more, columns=columns)),
+        "trivial": f"Calling the whole brain lesion would have a mean Dice of {trivial:.2f} on the contusions and {trivial_glioma:.2f} on "
+        "the gliomas.",
+    }
+    fill(__file__, given.results, about, blocks)
 
 
 if __name__ == "__main__":

@@ -5,31 +5,22 @@
 All methods run the same network on the same volume and their outputs are compared. MONAI's windows get the same context as
 ours: the volume is padded by the margin, each window predicts 96³ voxels from 144³, and MONAI's overlap of 96³ windows
 (.25, .5) is expressed in its own terms. The naive method predicts 9³ blocks in batches of ten, on an eighth of the volume.
-Each method runs in a process of its own, so that its peak memory can be read. Writes benchmarks/inference.md.
+Each method runs in a process of its own, so that its peak memory can be read.
 """
 
-import argparse
 import json
-import os
-import platform
-import resource
-import subprocess
-import sys
 import tempfile
-import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
+from _measure import KEEP_MEMORY, fill, markdown, memory, options, run_alone, take_turns
 
 from medseg_lite import inference, models
 from medseg_lite.volume import Case
 
-HERE = Path(__file__).parent
 KFLOP = 722  # thousand floating-point operations a voxel, without any halo
-# glibc gives large arrays back to the system at once and gets them again page by page; keeping them makes every method faster.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
 METHODS = ("ours", "ours, one pass", "MONAI .25, channels_last", "MONAI .5, channels_last", "segments of 25³")
 
 
@@ -67,7 +58,7 @@ def monai(model, case, overlap: float) -> np.ndarray:
 
 
 def segments(model, case) -> np.ndarray:
-    """9³ at a time, ten segments a batch, over the first half of each axis."""
+    """Predict 9³ voxels at a time, ten segments a batch, over the first half of each axis."""
     size = [n // 2 // 9 * 9 for n in case.shape]
     m = model.margin
     padded = torch.from_numpy(np.pad(case.image, ((0, 0), *((m, m),) * 3), mode="reflect"))
@@ -84,82 +75,78 @@ def segments(model, case) -> np.ndarray:
 
 
 def measure(method: str, size, repeats: int, reference: Path) -> dict:
+    """Run a method in this process; compare its logits with those that the first method has left."""
     model, case = build(size)
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        if method == "ours":
-            logits = inference.predict(model, case, output="logits", progress=False)
-        elif method == "ours, one pass":
-            logits = inference.predict(model, case, output="logits", tile=max(size), progress=False)
+    base, found = memory("VmHWM"), {}
+
+    def run(turn: int) -> None:
+        if method.startswith("ours"):
+            tile = {"tile": max(size)} if "one pass" in method else {}
+            found["logits"] = inference.predict(model, case, output="logits", progress=False, **tile)
         elif method.startswith("MONAI"):
-            logits = monai(model, case, float(method.split()[1].rstrip(",")))
+            found["logits"] = monai(model, case, float(method.split()[1].rstrip(",")))
         else:
-            logits = segments(model, case)
-        seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            found["logits"] = segments(model, case)
+
+    seconds = take_turns({method: run}, repeats=repeats, warm_up=0)[method][:, 0].min()
+    peak, logits = memory("VmHWM"), found["logits"]
     if not reference.exists():
         np.save(reference, logits)
     expected = np.load(reference, mmap_mode="r")[(slice(None), *(slice(n) for n in logits.shape[1:]))]
-    difference = float(np.abs(logits - expected).max())
-    voxels = logits[0].size
     return {
-        "seconds": min(seconds) * np.prod(size) / voxels,
-        "peak_gb": peak / 1e6,
-        "base_gb": base / 1e6,
-        "difference": difference,
+        "seconds": seconds * np.prod(size) / logits[0].size,
+        "peak_gb": peak / 1e9,
+        "base_gb": base / 1e9,
+        "difference": float(np.abs(logits - expected).max()),
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = options(__doc__)
     parser.add_argument("--size", type=int, nargs=3, default=(160, 192, 155))
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--plain-allocator", action="store_true", help="leave glibc's allocator as it is")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="only these; nothing is written then")
-    parser.add_argument("--only", choices=METHODS, help=argparse.SUPPRESS)
-    parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.only:
-        print(json.dumps(measure(options.only, options.size, options.repeats, options.reference)))
+    parser.add_argument(
+        "--methods", nargs="+", default=METHODS, choices=METHODS, help="measure only these; the page is left as it is"
+    )
+    parser.add_argument("--alone", nargs=2, metavar=("METHOD", "REFERENCE"), help="measure a method in this process")
+    given = parser.parse_args()
+    if given.alone:
+        print(json.dumps(measure(given.alone[0], given.size, given.repeats, Path(given.alone[1]))))
         return
-    results = {}
+    results, allocator = {}, None if given.plain_allocator else KEEP_MEMORY
     with tempfile.TemporaryDirectory() as folder:
-        for method in options.methods:
-            arguments = ["--only", method, "--reference", f"{folder}/reference.npy", "--repeats", str(options.repeats)]
-            command = [sys.executable, __file__, *arguments, "--size", *map(str, options.size)]
-            environment = os.environ | ({} if options.plain_allocator else KEEP_MEMORY)
-            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-            results[method] = json.loads(printed.splitlines()[-1])
+        for method in given.methods:
+            command = [
+                __file__,
+                "--alone",
+                method,
+                f"{folder}/reference.npy",
+                "--repeats",
+                given.repeats,
+                "--size",
+                *given.size,
+            ]
+            results[method] = run_alone(command, allocator)
             print(method, results[method], flush=True)
-    if tuple(options.methods) != METHODS:
+    if tuple(given.methods) != METHODS:
         return
     ours = min(results[m]["seconds"] for m in METHODS[:2])
-    voxels = np.prod(options.size)
-    rows = ["| method | seconds | useful GFLOP/s | peak GB | times ours | largest difference |", "|---|---|---|---|---|---|"]
-    for method, r in results.items():
-        rows.append(
-            f"| {method} | {r['seconds']:.1f} | {KFLOP * 1e-6 * voxels / r['seconds']:.0f} | {r['peak_gb']:.2f} | "
-            f"{r['seconds'] / ours:.1f} | {r['difference']:.1e} |"
-        )
-    size = "×".join(map(str, options.size))
-    text = [
-        "# Whole-volume inference, DeepMedic",
-        "",
-        f"{date.today()}, {torch.get_num_threads()} CPU threads, {platform.machine()}, torch {torch.__version__}, {size} voxels, "
-        "4 channels, 5 classes; logits; the best of "
-        f"{options.repeats} runs each. Useful operations: {KFLOP} thousand a voxel, what the network needs without any overlap. "
-        "Peak memory is the whole process's, Python and PyTorch included. The naive method ran on an eighth of the volume; its "
-        "seconds are scaled to the whole. glibc's allocator was told to keep memory (`KEEP_MEMORY` in the script), for all methods alike; "
-        "whoever wants that too sets the three variables before Python starts.",
-        "",
-        *rows,
-        "",
-        "Repeat it: `python benchmarks/inference.py`",
+    operations = KFLOP * 1e-6 * np.prod(given.size)
+    rows = [
+        [
+            method,
+            f"{r['seconds']:.1f}",
+            f"{operations / r['seconds']:.0f}",
+            f"{r['peak_gb']:.2f}",
+            f"{r['seconds'] / ours:.1f}",
+            f"{r['difference']:.1e}",
+        ]
+        for method, r in results.items()
     ]
-    (HERE / "inference.md").write_text("\n".join(text) + "\n")
-    print("\n".join(rows))
+    columns = ["method", "seconds", "useful GFLOP/s", "peak GB", "times ours", "largest difference"]
+    about = f", {'×'.join(map(str, given.size))} voxels, the best of {given.repeats} runs each"
+    fill(__file__, given.results, about, {"methods": markdown(pd.DataFrame(rows, columns=columns))})
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""How fast brain phantoms are made, and how close their numbers come to real cases.
+"""Brain phantoms: how fast they are made, and how close their numbers come to real cases.
 
-python benchmarks/phantoms.py            # writes benchmarks/phantoms.md; minutes
-MEDSEG_DATA_DIR=... python benchmarks/phantoms.py    # also measures the real BRATS 2013 cases found there
+    python benchmarks/phantoms.py                        # minutes
+    MEDSEG_DATA_DIR=... python benchmarks/phantoms.py    # also measures the real BRATS 2013 cases found there
+
+The cohort has the seeds 0 to 31, sites A, B, C in turn, on the default grid.
 """
 
 from __future__ import annotations
 
-import datetime
 import os
 import platform
-import time
-from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
+from _measure import fill, markdown, options, take_turns
 
 from medseg_lite import paths, phantoms
 from medseg_lite.files import read_case
@@ -25,26 +26,24 @@ CLASSES = ("healthy", "necrosis", "oedema", "non-enhancing", "enhancing")
 FREQUENCIES = ("about 96", "0.20 to 0.35", "2.2 to 2.4", "0.45 to 0.60", "0.50 to 0.70")
 Z_SCORES = {("flair", 2): "1.9 to 2.7", ("t1c", 4): "1.6 to 4.8", ("t1c", 1): "-2.4 to -0.8"}
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)
+KINDS = {  # repeats, and options of the phantom
+    "the first of a process, which also prepares the template": (1, {}),
+    "default grid, 72×80×64 voxels of 2 mm": (16, {}),
+    "the same, healthy": (12, {"lesion": None}),
+    "the same, stroke (5 channels)": (12, {"lesion": "stroke"}),
+    "1.5 mm, 96×107×85 voxels": (4, {"spacing": 1.5}),
+    "full grid, 144×160×128 voxels of 1 mm": (3, {"spacing": 1.0}),
+}
 
 
-def z_map(case: Case, channel: str) -> np.ndarray:
+def normalise(case: Case, channel: str) -> np.ndarray:
+    """Return the z-scores of a channel."""
     values = case.image[case.channels.index(channel)]
     return (values - values[case.mask].mean()) / values[case.mask].std()
 
 
-def seconds(repeats: int, **options) -> tuple[float, float]:
-    """Least wall-clock and least processor time for one case: other work on the machine only adds to them."""
-    wall, processor = np.inf, np.inf
-    for repeat in range(repeats):
-        start = time.perf_counter(), time.process_time()
-        phantoms.brain(repeat % 4, **options)
-        wall = min(wall, time.perf_counter() - start[0])
-        processor = min(processor, time.process_time() - start[1])
-    return wall, processor
-
-
 def real_cases() -> list[Case]:
-    """The BRATS 2013 cases in `$MEDSEG_DATA_DIR/brats2013_deepmedic`, if any."""
+    """Return the BRATS 2013 cases in `$MEDSEG_DATA_DIR/brats2013_deepmedic`, if there are any."""
     folders = sorted(p.parent for p in paths.real_data("brats2013_deepmedic").glob("*/OTMultiClass.nii.gz"))
     return [
         read_case(
@@ -56,74 +55,62 @@ def real_cases() -> list[Case]:
     ]
 
 
-def z_of_class(cases: list[Case], channel: str, label: int) -> np.ndarray:
-    return np.array([z_map(c, channel)[c.label == label].mean() for c in cases if (c.label == label).sum() > 30])
+def measure_speed() -> pd.DataFrame:
+    """Return the least seconds of a case, by the clock and of the processor: other work on the machine only adds to them."""
+    rows = []
+    for kind, (repeats, settings) in KINDS.items():
+        taken = take_turns(
+            {"": lambda turn, settings=settings: phantoms.brain(turn % 4, **settings)}, repeats=repeats, warm_up=0
+        )
+        rows.append([kind, *taken[""].min(0)])
+    return pd.DataFrame(rows, columns=["one case, least of several", "wall clock, s", "processor, s"])
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    times = {
-        "the first of a process, which also prepares the template": seconds(1),
-        "default grid, 72×80×64 voxels of 2 mm": seconds(16),
-        "the same, healthy": seconds(12, lesion=None),
-        "the same, stroke (5 channels)": seconds(12, lesion="stroke"),
-        "1.5 mm, 96×107×85 voxels": seconds(4, spacing=1.5),
-        "full grid, 144×160×128 voxels of 1 mm": seconds(3, spacing=1.0),
-    }
-    cases = phantoms.brain_cohort(CASES, progress=True)
-    real = real_cases()
-
-    lines = [
-        "# Brain phantoms",
-        "",
-        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores shared with other work, "
-        f"Python {platform.python_version()}, NumPy {np.__version__}, torch {torch.__version__} on 1 thread; "
-        f"about {os.getloadavg()[1]:.0f} processes wanted to run at the same time, so read processor time.",
-        f"Made by `python benchmarks/phantoms.py`; cohort: seeds 0 to {CASES - 1}, sites A, B, C in turn, default grid.",
-        "",
-        "| one case, least of several | wall clock, s | processor, s |",
-        "|---|---|---|",
-        *(f"| {name} | {wall:.2f} | {processor:.2f} |" for name, (wall, processor) in times.items()),
-        "",
-        "| class | % of the crop | target |",
-        "|---|---|---|",
-    ]
+def measure_shares(cases: list[Case]) -> pd.DataFrame:
     share = np.array([np.bincount(c.label.ravel(), minlength=5) / c.label.size for c in cases]) * 100
-    lines += [
-        f"| {name} | {s.mean():.2f} (standard error {s.std() / CASES**0.5:.2f}) | {target} |"
+    rows = [
+        [name, f"{s.mean():.2f} (standard error {s.std() / CASES**0.5:.2f})", target]
         for name, s, target in zip(CLASSES, share.T, FREQUENCIES)
     ]
-    lines += [
-        "",
-        "Mean z-score inside the mask, over cases (least to greatest case). The targets come from the real files' "
-        "own normalised values, whose deviation inside the mask is 1.3 to 1.75, not 1; standardised as here, real cases "
-        "lie lower.",
-        "",
-        "| | phantoms | target | real, same measure |",
-        "|---|---|---|---|",
-    ]
+    return pd.DataFrame(rows, columns=["class", "% of the crop", "target"])
+
+
+def measure_z_scores(cases: list[Case], real: list[Case]) -> pd.DataFrame:
+    rows = []
     for (channel, label), target in Z_SCORES.items():
         cells = []
         for group in (cases, real):
-            z = z_of_class(group, channel, label) if group else np.array([])
+            z = np.array([normalise(c, channel)[c.label == label].mean() for c in group if (c.label == label).sum() > 30])
             cells.append(f"{z.mean():.2f} ({z.min():.2f} to {z.max():.2f})" if z.size else "not at hand")
-        lines.append(f"| {channel.upper()} {CLASSES[label]} | {cells[0]} | {target} | {cells[1]} |")
-    lines += [
-        "",
-        "Quantiles of the z-score in healthy brain tissue (mean over cases): how far cortex, fluid and vessels stand out.",
-        "",
-        "| | " + " | ".join(f"{q} %" for q in QUANTILES) + " |",
-        "|---|" + "---|" * len(QUANTILES),
-    ]
+        rows.append([f"{channel.upper()} {CLASSES[label]}", cells[0], target, cells[1]])
+    return pd.DataFrame(rows, columns=["z-score", "phantoms", "target", "real, same measure"])
+
+
+def measure_quantiles(cases: list[Case], real: list[Case]) -> pd.DataFrame:
+    rows = []
     for channel in ("flair", "t1c"):
         for name, group in (("phantoms", cases), ("real", real)):
             if group:
-                q = np.mean([np.percentile(z_map(c, channel)[c.mask & (c.label == 0)], QUANTILES) for c in group], 0)
-                lines.append(f"| {channel.upper()}, {len(group)} {name} | " + " | ".join(f"{v:.2f}" for v in q) + " |")
-    text = "\n".join(lines) + "\n"
-    with paths.atomic_write(Path(__file__).with_suffix(".md")) as path:
-        path.write_text(text)
-    print(text)
+                q = [np.percentile(normalise(c, channel)[c.mask & (c.label == 0)], QUANTILES) for c in group]
+                rows.append([f"{channel.upper()}, {len(group)} {name}", *np.mean(q, 0)])
+    return pd.DataFrame(rows, columns=["healthy tissue", *(f"{q} %" for q in QUANTILES)])
+
+
+def main() -> None:
+    given = options(__doc__).parse_args()
+    torch.set_num_threads(1)
+    blocks = {"speed": markdown(measure_speed(), 2)}
+    cases, real = phantoms.brain_cohort(CASES, progress=True), real_cases()
+    blocks |= {
+        "shares": markdown(measure_shares(cases)),
+        "z-scores": markdown(measure_z_scores(cases, real)),
+        "quantiles": markdown(measure_quantiles(cases, real), 2),
+    }
+    about = (
+        f", {os.cpu_count()} cores shared with other work, Python {platform.python_version()}, NumPy {np.__version__}; "
+        f"about {os.getloadavg()[1]:.0f} processes wanted to run at the same time, so read processor time"
+    )
+    fill(__file__, given.results, about, blocks)
 
 
 if __name__ == "__main__":

@@ -3,40 +3,26 @@
     pip install torchio          # a peer, not a dependency
     python benchmarks/training.py
 
-Writes benchmarks/training.md. All samplers deliver the same thing: ten segments as 25³ and 19³ inputs and 9³ labels.
+All samplers deliver the same thing: ten segments as 25³ and 19³ inputs and 9³ labels.
 """
 
-import argparse
 import importlib.util
-import platform
 import time
-from datetime import date
-from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
+from _measure import fill, markdown, options, take_turns
 
 from medseg_lite import losses, models, optimizers, phantoms, training, transforms
 from medseg_lite.sampling import SegmentSampler
 
-HERE = Path(__file__).parent
 BATCH = 10
 TRAINING_GFLOP = 3 * 2 * 1.37 * BATCH  # forward and twice that backward, 1.37 GMAC a segment
 
 
-def timed(function, repeats: int) -> float:
-    """Median seconds of a call, after one to warm up."""
-    function()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
-
-
 def split(cut, patches, labels):
-    """57³ patches to the inputs and labels that the network is trained on."""
+    """Cut 57³ patches into the inputs and labels that the network is trained on."""
     parts = [cut(p) for p in patches]
     return [torch.stack([p[n] for p in parts]) for n in range(2)], torch.stack([label[24:33, 24:33, 24:33] for label in labels])
 
@@ -58,11 +44,11 @@ def monai_sampler(case, cut, cached: bool):
         crop = RandCropByPosNegLabeld(**options, fg_indices_key="label_fg_indices", bg_indices_key="label_bg_indices")
     else:
         crop = RandCropByPosNegLabeld(**options, image_key="image", image_threshold=0)
-    return lambda: split(cut, *zip(*((p["image"], p["label"][0]) for p in crop(data))))
+    return lambda turn: split(cut, *zip(*((p["image"], p["label"][0]) for p in crop(data))))
 
 
 def torchio_queue(cases, cut) -> float:
-    """Mean seconds a batch."""
+    """Return the mean seconds of a batch."""
     import torchio as tio
 
     subjects = [
@@ -81,67 +67,63 @@ def torchio_queue(cases, cut) -> float:
     return (time.perf_counter() - start) / batches
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=15)
-    options = parser.parse_args()
-    cases = [transforms.standardise(phantoms.brain(n, spacing=1.0)) for n in range(4)]
-    torch.manual_seed(0)
-    model = models.deepmedic()
-    sampler = SegmentSampler(cases, margin=model.margin, cut=model.cut)
-    many = SegmentSampler(cases * 10, margin=model.margin, cut=model.cut)
-
-    numbers = iter(range(10**6))
-    rows = {
-        "ours, 4 cases": timed(lambda: sampler.batch(next(numbers)), 200),
-        "ours, 40 cases": timed(lambda: many.batch(next(numbers)), 200),
-        "MONAI RandCropByPosNegLabeld, indices cached": timed(monai_sampler(cases[0], model.cut, True), 30),
-        "MONAI RandCropByPosNegLabeld": timed(monai_sampler(cases[0], model.cut, False), 5),
+def measure_samplers(cases: list, model) -> pd.DataFrame:
+    """Return the milliseconds of a batch of each sampler."""
+    ours, more = (SegmentSampler(group, margin=model.margin, cut=model.cut) for group in (cases, cases * 10))
+    cached, plain = (monai_sampler(cases[0], model.cut, cached) for cached in (True, False))
+    functions = {
+        "ours, 4 cases": (ours.batch, 200),
+        "ours, 40 cases": (more.batch, 200),
+        "MONAI RandCropByPosNegLabeld, indices cached": (cached, 30),
+        "MONAI RandCropByPosNegLabeld": (plain, 5),
     }
+    taken = {name: np.median(take_turns({"": f}, repeats=n)[""][:, 0]) for name, (f, n) in functions.items()}
     if importlib.util.find_spec("torchio"):
-        rows["TorchIO Queue, 80 samples a volume"] = torchio_queue(cases, model.cut)
-    ours = rows["ours, 4 cases"]
-    text = [f"| {name} | {1e3 * s:.1f} | {s / ours:.1f} |" for name, s in rows.items()]
+        taken["TorchIO Queue, 80 samples a volume"] = torchio_queue(cases, model.cut)
+    rows = [[name, 1e3 * s, s / taken["ours, 4 cases"]] for name, s in taken.items()]
+    return pd.DataFrame(rows, columns=["sampler", "ms a batch", "times ours"])
 
-    batch = sampler.batch(0)
-    optimizer = optimizers.RMSpropNesterov(model.parameters())
 
-    def step():
+def measure_updates(cases: list, model, steps: int) -> tuple[float, float]:
+    """Return the seconds of an update without the loop around it, and inside `training.fit`; the least of three turns."""
+    sampler = SegmentSampler(cases, margin=model.margin, cut=model.cut)
+    batch, optimizer = sampler.batch(0), optimizers.RMSpropNesterov(model.parameters())
+
+    def update(turn: int) -> None:
         loss = losses.cross_entropy(model(batch.inputs), batch.label) + losses.weight_penalty(model, l1=1e-6, l2=1e-4)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    model.train()
     bare, loop = [], []
-    for _ in range(3):  # alternating, so that another process on the machine disturbs both alike
-        bare.append(timed(step, options.steps))
-        start = time.perf_counter()
-        training.fit(model, sampler, steps=options.steps, optimizer=optimizer, l1=1e-6, l2=1e-4, progress=False)
-        loop.append((time.perf_counter() - start) / options.steps)
+    for _ in range(3):  # by turns, so that another process on the machine disturbs both alike
         model.train()
-    bare, loop = min(bare), min(loop)
-    lines = [
-        "# Sampling and training steps, DeepMedic",
-        "",
-        f"{date.today()}, {torch.get_num_threads()} CPU threads, {platform.machine()}, torch {torch.__version__}, phantoms of "
-        f"{'×'.join(map(str, cases[0].shape))} voxels, 4 channels. One batch: ten segments, 25³ and 19³ inputs, 9³ labels.",
-        "",
-        "| sampler | ms a batch | times ours |",
-        "|---|---|---|",
-        *text,
-        "",
-        "| training step | s | GFLOP/s |",
-        "|---|---|---|",
-        f"| forward, backward, update | {bare:.3f} | {TRAINING_GFLOP / bare:.0f} |",
-        f"| the same inside `training.fit`, with sampling | {loop:.3f} | {TRAINING_GFLOP / loop:.0f} |",
-        "",
-        f"The loop adds {100 * (loop / bare - 1):.1f} %.",
-        "",
-        "Repeat it: `python benchmarks/training.py`",
+        bare.append(np.median(take_turns({"": update}, repeats=steps)[""][:, 0]))
+        start = time.perf_counter()
+        training.fit(model, sampler, steps=steps, optimizer=optimizer, l1=1e-6, l2=1e-4, progress=False)
+        loop.append((time.perf_counter() - start) / steps)
+    return min(bare), min(loop)
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--steps", type=int, default=15)
+    given = parser.parse_args()
+    cases = [transforms.standardise(phantoms.brain(n, spacing=1.0)) for n in range(4)]
+    torch.manual_seed(0)
+    model = models.deepmedic()
+    samplers = measure_samplers(cases, model)
+    bare, loop = measure_updates(cases, model, given.steps)
+    rows = [
+        ["forward, backward, update", f"{bare:.3f}", f"{TRAINING_GFLOP / bare:.0f}"],
+        ["the same inside `training.fit`, with sampling", f"{loop:.3f}", f"{TRAINING_GFLOP / loop:.0f}"],
     ]
-    (HERE / "training.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    blocks = {
+        "samplers": markdown(samplers, 1),
+        "updates": markdown(pd.DataFrame(rows, columns=["training step", "s", "GFLOP/s"])),
+        "loop": f"The loop adds {100 * (loop / bare - 1):.1f} %.",
+    }
+    fill(__file__, given.results, f", phantoms of {'×'.join(map(str, cases[0].shape))} voxels, 4 channels", blocks)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long the slice viewer takes from a slider's movement to changed pixels, in Chromium.
+"""The time that the slice viewer takes from a slider's movement to changed pixels, in Chromium.
 
     python benchmarks/viewer.py [--chromium /usr/bin/chromium] [--steps 40]
 
@@ -9,12 +9,13 @@ done. "All planes" moves the crosshair along all three axes at once, as a click 
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+from _measure import fill, markdown, options
 from playwright.sync_api import sync_playwright
 from scipy import ndimage
 
@@ -59,7 +60,7 @@ async (steps) => {
 
 
 def make_case(size: int) -> tuple[Case, np.ndarray]:
-    """A noisy head with a four-class lesion, and a prediction that is a little off."""
+    """Return a noisy head with a four-class lesion, and a prediction that is a little off."""
     d, h, w = np.indices((size,) * 3) / size - 0.5
     noise = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(size,) * 3), 1)
     head = d**2 + h**2 + w**2 < 0.2
@@ -70,38 +71,40 @@ def make_case(size: int) -> tuple[Case, np.ndarray]:
     return case, np.roll(label, 2, axis=0)
 
 
+def measure(browser, size: int, overlays: int, steps: int) -> list:
+    case, prediction = make_case(size)
+    start = time.perf_counter()
+    viewer = SliceViewer(case, prediction) if overlays else SliceViewer(case.replace(label=None))
+    created = time.perf_counter() - start
+    start = time.perf_counter()
+    viewer.snapshot()
+    picture = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "viewer.html"
+        viewer.to_html(path)
+        page = browser.new_page(viewport={"width": 1000, "height": 800})
+        page.goto(path.as_uri())
+        page.wait_for_selector("[data-ready]")
+        runs = [page.evaluate(MEASURE, [plane, steps]) for plane in ("axial", "coronal", "sagittal")]
+        runs.append(page.evaluate(CLICK, steps))
+        page.close()
+    sent = sum(map(len, viewer._volumes)) + sum(len(layer["data"]) for layer in viewer._layers)
+    cells = [f"{np.median(run):.1f} ({np.percentile(run, 90):.1f})" for run in runs]
+    return [f"{size}³", overlays, *cells, f"{created:.2f} s", f"{sent / 1e6:.2f} MB", f"{1000 * picture:.0f} ms"]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--chromium", default="/usr/bin/chromium")
     parser.add_argument("--steps", type=int, default=40)
-    options = parser.parse_args()
-    print("| volume | overlays | axial | coronal | sagittal | all planes | created | sent | snapshot |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
-        browser = playwright.chromium.launch(executable_path=options.chromium, args=["--no-sandbox", "--disable-gpu"])
-        for size in (128, 256):
-            case, prediction = make_case(size)
-            for overlays in (0, 2):
-                start = time.perf_counter()
-                viewer = SliceViewer(case, prediction) if overlays else SliceViewer(case.replace(label=None))
-                created = time.perf_counter() - start
-                start = time.perf_counter()
-                viewer.snapshot()
-                picture = time.perf_counter() - start
-                path = Path(folder) / "viewer.html"
-                viewer.to_html(path)
-                page = browser.new_page(viewport={"width": 1000, "height": 800})
-                page.goto(path.as_uri())
-                page.wait_for_selector("[data-ready]")
-                runs = [page.evaluate(MEASURE, [plane, options.steps]) for plane in ("axial", "coronal", "sagittal")]
-                runs.append(page.evaluate(CLICK, options.steps))
-                page.close()
-                sent = sum(map(len, viewer._volumes)) + sum(len(layer["data"]) for layer in viewer._layers)
-                cells = [f"{np.median(run):.1f} ({np.percentile(run, 90):.1f})" for run in runs]
-                print(
-                    f"| {size}³ | {overlays} | {' | '.join(cells)} | {created:.2f} s | {sent / 1e6:.2f} MB | {1000 * picture:.0f} ms |"
-                )
+    given = parser.parse_args()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=given.chromium, args=["--no-sandbox", "--disable-gpu"])
+        rows = [measure(browser, size, overlays, given.steps) for size in (128, 256) for overlays in (0, 2)]
+        about = f", Chromium {browser.version} headless without GPU"
         browser.close()
+    columns = ["volume", "overlays", "axial", "coronal", "sagittal", "all planes", "created", "sent", "snapshot"]
+    fill(__file__, given.results, about, {"milliseconds": markdown(pd.DataFrame(rows, columns=columns))})
 
 
 if __name__ == "__main__":
