@@ -198,10 +198,34 @@ def test_index_position_and_sampling(noise_case):
     low = capture(model, case, "low.3", progress=False)["low.3"]
     assert low.position((1, 2, 0)) == (4, 7, 1) and low.index((4, 7, 1)) == (1, 2, 0) and low.index((5, 8, 2)) == (1, 2, 0)
     assert low.index((-50, 99, 0)) == (0, 4, 0)
+    assert repr(low) == "FeatureMaps('low.3', 4 maps of 4×5×3 voxels, offset (1.0, 1.0, 1.0), stride (3.0, 3.0, 3.0))"
     wide = low.laid_over(case.shape)
     assert wide.shape == (4, 12, 15, 9) and (low.laid_over(case.shape, 2) == wide[2]).all()
     assert (wide[:, 3:6, 6:9, 0:3] == low.data[:, 1:2, 2:3, 0:1]).all()
     assert (low.sampled(case.label) == case.label[1::3, 1::3, 1::3]).all()
+
+
+def test_maps_that_depend_on_the_whole_patch(noise_case):
+    """A mean over everything is that of the volume, and lies in its middle."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.maps, self.gate, self.head = nn.Conv3d(2, 3, 3, padding=1), nn.Conv3d(3, 3, 1), nn.Conv3d(3, 2, 1)
+
+        def forward(self, x):
+            maps = self.maps(x)
+            return self.head(maps * self.gate(maps.mean(dim=(2, 3, 4), keepdim=True)).sigmoid())
+
+    torch.manual_seed(0)
+    model, case = Gated(), noise_case((12, 15, 9))
+    found, plain = (
+        capture(model, case, progress=False),
+        hooked(model, torch.from_numpy(case.image)[None], ["maps", "gate", "head"]),
+    )
+    assert found["gate"].offset == (5.5, 7, 4) and found["gate"].stride == (12, 15, 9) and found["head"].stride == (1, 1, 1)
+    for name, maps in found.items():
+        np.testing.assert_allclose(maps.data, plain[name][0], atol=2e-3, rtol=2e-3)
 
 
 def test_largest_keeps_every_nth_voxel(noise_case):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from medseg_lite import models
-from medseg_lite.features import measured_receptive_field, output_size, receptive_field_recursion
+from medseg_lite.features import measured_receptive_field, output_size, receptive_field, receptive_field_recursion
 
 CHAINS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3)), min_size=1, max_size=4)
 
@@ -159,3 +159,9 @@ def test_along_one_axis():
         measured_receptive_field(model, size=20, axis=3)
     with pytest.raises(ValueError, match="reaches the border"):
         measured_receptive_field(model, size=(20, 2, 2))
+
+
+def test_modules_that_are_no_networks():
+    """What is inferred of them is used by the formula and by the measurement alike."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, stride=2, padding=1), nn.Upsample(scale_factor=2), nn.Conv2d(2, 1, 3, padding=1))
+    assert receptive_field(model) == measured_receptive_field(model, size=32)

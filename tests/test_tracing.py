@@ -9,7 +9,7 @@ from torch import nn
 
 from medseg_lite import models
 from medseg_lite.engine.geometry import EMPTY
-from medseg_lite.engine.tracing import trace, watched
+from medseg_lite.engine.tracing import contract, trace, watched
 
 
 class Joined(nn.Module):
@@ -142,3 +142,35 @@ def test_tracing_changes_nothing():
     trace(model, (20, 16))
     assert model.training and not any(m._forward_hooks for m in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_run_ends_with_the_layers_that_are_wanted():
+    model = models.deepmedic(in_channels=2, classes=2, width=0.1)
+    model.classifier.register_forward_pre_hook(lambda *_: pytest.fail("not needed"))
+    found = trace(model, (57, 57, 57), ["low.3", "normal.1"])
+    assert list(found) == ["normal.1", "low.3"] and found["low.3"].axes[0].stride == 3
+
+
+@pytest.mark.parametrize("name", ["padded", "joined"])
+def test_a_module_without_a_contract_is_given_one(name):
+    """A layer that sees everything has no stride that patches could be multiples of."""
+    found = contract(CASES[name])
+    assert (found.in_channels, found.classes, found.spatial_dims, found.margin, found.halo) == (
+        1,
+        4 if name == "joined" else 2,
+        2,
+        0,
+        None,
+    )
+    assert found.multiple == {"padded": 4, "joined": 2}[name]
+    model = models.deepmedic(width=0.1)
+    assert contract(model) is model
+
+
+def test_no_patch_fits():
+    class Picky(nn.Conv2d):
+        def forward(self, x):
+            raise ValueError("never")
+
+    with pytest.raises(ValueError, match=r"Picky takes none of the patches .*models\.Adapter\("):
+        contract(Picky(1, 1, 3))

@@ -73,9 +73,10 @@ class Tiling(NamedTuple):
         return self._replace(size=tuple(size))
 
     def fitted(self, voxels: float) -> Tiling:
-        """Return the tiling that computes the fewest voxels in all, of those whose patches have at most so many `voxels`.
+        """Return the tiling of the least work: the fewest voxels of all patches together, where no patch has more than `voxels`.
 
-        Where no patch is small enough, tiles are so small that smaller ones would save little: context is nearly all that is left.
+        Where every patch has more, the smallest patch counts. Tiles do not become much smaller than that, for then nearly all of a
+        patch is context.
         """
         options = [self._sizes(axis) for axis in range(3)]
         longest, lengths = [], []  # of the patches along each axis: the longest one, and all together
@@ -86,7 +87,7 @@ class Tiling(NamedTuple):
         largest = functools.reduce(np.multiply, np.ix_(*longest))
         total = functools.reduce(np.multiply, np.ix_(*lengths))
         fits = largest <= voxels
-        # Of tilings of equal cost the one of the largest tiles, or of those that do not fit the one of least work.
+        # The second number decides between tilings of the same first number.
         costs = (np.where(fits, total, np.inf), -largest) if fits.any() else (largest, total)
         best = np.lexsort([cost.ravel() for cost in reversed(costs)])[0]
         index = np.unravel_index(best, total.shape)

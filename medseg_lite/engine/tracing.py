@@ -1,4 +1,4 @@
-"""The layers of a network, found in one run without any numbers: their shapes, and the input voxels that each of their voxels sees."""
+"""The layers of a network, found in one run without any numbers: their shapes, and the input voxels that their voxels see."""
 
 from __future__ import annotations
 
@@ -38,9 +38,12 @@ class Layer(NamedTuple):
 
 
 def contract(model: nn.Module) -> Network:
-    """Return what feature maps need to know of a network: the network itself if it is a `Network`, else an `Adapter` around it.
+    """Return a module as a `Network`: itself if it is one, else an `Adapter` around it, whose attributes are inferred.
 
-    The image channels and the number of axes of any other module are those of its first convolution. Its `multiple` is found by trial.
+    The channels and the number of axes are those of the first convolution. The `multiple` is found by trial.
+
+    Raises:
+        ValueError: when the module has no convolution, or takes none of the patches that are tried.
     """
     if isinstance(model, Network):
         return model
@@ -56,8 +59,8 @@ def contract(model: nn.Module) -> Network:
         multiple = math.lcm(multiple, *(max(1, stride) for stride in strides))
         return Adapter(model, in_channels=first.in_channels, classes=layers[-1].shape[0], spatial_dims=dims, multiple=multiple)
     raise ValueError(
-        f"{type(model).__name__} takes none of the patches that were tried; wrap it in models.Adapter(..., multiple=...), a number "
-        "whose multiples it takes"
+        f"{type(model).__name__} takes none of the patches that were tried; wrap it, and give a number whose multiples it takes: "
+        "models.Adapter(module, in_channels=..., classes=..., multiple=...)"
     )
 
 
