@@ -61,7 +61,7 @@ def in_the_world(path) -> np.ndarray:
 
 def test_odd_axes_and_float_labels_from_training_to_a_segmentation_in_its_place(folder, tmp_path, capsys):
     data = ["--data", str(folder), "--channels", "t2=*_T2.nii.gz", "--mask", "all"]
-    train = [*data, "--label", "*_lesion.nii.gz", "--classes", "2", "--hold-out", "cleo", "--store", str(tmp_path / "stored")]
+    train = [*data, "--label", "*_lesion.nii.gz", "--classes", "2", "--hold-out", "cleo", "--stored", str(tmp_path / "stored")]
     size = ["--width", "0.2", "--steps", "45", "--halvings", "0.8", "--batch-size", "6", "--device", "cpu"]
     assert main(["train", "deep_plus", *train, *size, "--out", str(tmp_path / "run")]) == 0, capsys.readouterr().err
     assert models.load(tmp_path / "run" / "model.safetensors").card["held_out"] == ["cleo"]

@@ -143,7 +143,7 @@ RECIPES = (
             "precision": {"whole": 0.897, "core": 0.842, "enhancing": 0.756},
             "sensitivity": {"whole": 0.905, "core": 0.723, "enhancing": 0.725},
         },
-        departs="one network per fold; --ensemble 3 for the paper's ensemble. The CRF is applied afterwards (medseg_lite.crf)",
+        departs="one network per fold; --members 3 for the paper's ensemble. The CRF is applied afterwards (medseg_lite.crf)",
     ),
     Recipe(
         "deepmedic-msd-brain",

@@ -159,7 +159,7 @@ RECIPES = (
             "v_rand": {"cells": 0.981},
             "v_info": {"cells": 0.988},
         },
-        departs="five folds of the training slices, whose truth is public, one network each (--ensemble for more); an epoch of "
+        departs="five folds of the training slices, whose truth is public, one network each (--members for more); an epoch of "
         "the patience is taken as 100 updates",
     ),
     _PROSTATE,
