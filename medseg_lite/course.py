@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, paths
+from . import __version__, paths, plotting
 
 SCALES = ("cpu", "gpu")
 
@@ -32,7 +32,7 @@ class Machine:
 
 
 def start() -> Machine:
-    """Print one line about this machine and return its settings.
+    """Set the style of all figures, print one line about this machine and return its settings.
 
     The scale is "gpu" if PyTorch sees a CUDA device, else "cpu". The environment variable MEDSEG_SCALE overrides it.
 
@@ -49,6 +49,7 @@ def start() -> Machine:
         f"medseg_lite {__version__} is ready on {what}, scale {scale} ({size}); "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
+    plotting.set_style()
     return Machine(device, scale)
 
 

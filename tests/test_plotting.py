@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from medseg_lite import plotting
-from medseg_lite.plotting import PLANES, Overlay, as_overlays, busiest_position, cut, outline, paint
+from medseg_lite.plotting import PLANES, Overlay, as_overlays, busiest_position, cut, outline_pixels, paint
 from medseg_lite.volume import Case
 
 AXIAL, CORONAL, SAGITTAL = PLANES
@@ -110,10 +110,10 @@ def test_paint_blends_areas_probabilities_and_outlines():
 def test_outline_against_hand_drawn_masks():
     classes = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 2, 2], [1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 0, 0]])
     drawn = np.array([[1, 1, 1, 0, 0, 0], [1, 0, 1, 0, 1, 1], [1, 0, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-    assert (outline(classes) == drawn.astype(bool)).all()
+    assert (outline_pixels(classes) == drawn.astype(bool)).all()
     row = np.ones((1, 12), int)
-    assert outline(row, "dashes")[0].astype(int).tolist() == [1, 1, 1, 1, 0, 0] * 2
-    assert outline(row, "dots")[0].astype(int).tolist() == [1, 0, 0] * 4
+    assert outline_pixels(row, "dashes")[0].astype(int).tolist() == [1, 1, 1, 1, 0, 0] * 2
+    assert outline_pixels(row, "dots")[0].astype(int).tolist() == [1, 0, 0] * 4
 
 
 def test_as_overlays_gives_every_overlay_its_style():
@@ -176,7 +176,7 @@ def test_slices_by_channel():
     assert [axes.get_title() for axes in figure.axes] == ["flair", "t1c"]
     layers = as_overlays(np.roll(case.label, 2, axis=0), case.shape, case.label)
     layers = [o._replace(array=cut(o.array, AXIAL, 3)) for o in layers]
-    expected = paint(cut(case.image[1], AXIAL, 3), plotting.default_window(case.image[1]), layers)
+    expected = paint(cut(case.image[1], AXIAL, 3), plotting.default_window(case.image[1]), layers[:1])
     assert (shown(figure)[1] == expected).all()
     assert legend_texts(figure) == ["ball", "prediction (outline)"]
     assert [t.get_text() for t in figure.axes[0].texts] == list("RLAP")
@@ -304,13 +304,14 @@ def test_show_writes_the_alt_text_that_nbconvert_puts_on_the_image(monkeypatch):
     figure, _ = plt.subplots()
     plotting.show(figure, 'A ball,\n  "large" & <round>')
     assert not plt.get_fignums()
-    ((data, options),) = calls
+    (data, options), (caption, _) = calls
     assert options == {"metadata": {"image/png": {"alt": 'A ball, "large" & <round>'}}, "raw": True}
 
     from nbconvert import HTMLExporter
 
     output = nbformat.v4.new_output("display_data", data=data, metadata=options["metadata"])
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[output])])
+    assert caption["text/html"].count("A ball, &quot;large&quot; &amp; &lt;round&gt;") == 1
     page, _ = HTMLExporter(template_name="classic").from_notebook_node(notebook)
     found = []
     parser = HTMLParser()

@@ -1,37 +1,22 @@
-"""Static figures: slices with their overlays, training curves, histograms, and tables beside a paper's."""
+"""Static figures: their style, training curves, histograms, tables beside a paper's, and how they are shown."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import display
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
-from ..volume import Case
-from .painting import (
-    PROBABILITY_COLOUR,
-    Overlay,
-    as_overlays,
-    busiest_position,
-    check_position,
-    class_colour,
-    class_name,
-    cut,
-    default_window,
-    find_plane,
-    paint,
-)
+from .meanings import class_colour, class_name
 
 STYLE = {
     "figure.dpi": 110,
@@ -60,115 +45,17 @@ def style() -> AbstractContextManager:
     return plt.rc_context(STYLE)
 
 
-# -------------------------------------------------------------------------------------------------------------- slices
+def set_style() -> None:
+    """Set the look of all figures to this module's. `course.start()` calls it."""
+    plt.rcParams.update(STYLE)
 
 
-def slices(
-    cases: Case | Sequence[Case],
-    position: Sequence[int] | None = None,
-    *,
-    channels: Sequence[str] | None = None,
-    overlays: Mapping[str, np.ndarray] | np.ndarray | Sequence | None = None,
-    plane: str = "axial",
-    columns: str = "channels",
-    classes: Sequence[str] | Mapping[int, str] | None = None,
-    windows: Mapping[str, tuple[float, float]] | None = None,
-    opacity: float = 0.5,
-    letters: bool = True,
-    size: float = 2.4,
-) -> Figure:
-    """Draw one slice of each case, one row per case.
-
-    Args:
-        cases: a case, or a list of cases that have the same channels.
-        position: voxel indices (d, h, w) that the plane goes through; by default the slice with most labelled voxels.
-        channels: sequences to show; by default all of the first case.
-        overlays: as for `widgets.SliceViewer`; for a list of cases a list with one entry (or None) per case. A case's label is
-            drawn as the overlay "truth".
-        plane: "axial", "coronal" or "sagittal".
-        columns: "channels" for one column per sequence with every overlay on it; "overlays" for the first sequence alone, then
-            once more under each overlay, to compare results side by side.
-        classes: class names for the legend, by number; by default `case.info["classes"]`.
-        windows: (black, white) intensities by channel; by default the 0.5 and 99.5 percentiles of each volume.
-        opacity: opacity of filled overlays, 0 to 1.
-        letters: write the directions (R, L, A, P, S, I) on the edges.
-        size: width of one picture in inches.
-
-    Raises:
-        ValueError: for an empty list, an unknown plane, channel or kind of columns, or overlays on another grid.
-    """
-    single = isinstance(cases, Case)
-    cases = [cases] if single else list(cases)
-    if not cases:
-        raise ValueError("slices needs at least one case; found an empty list")
-    if columns not in ("channels", "overlays"):
-        raise ValueError(f"columns={columns!r}; expected 'channels' or 'overlays'")
-    given = [overlays] if single else [None] * len(cases) if overlays is None else list(overlays)
-    if not single and (isinstance(overlays, Mapping) or len(given) != len(cases)):
-        raise ValueError(f"overlays must be a list with one entry for each of the {len(cases)} cases, in their order")
-    view, channels = find_plane(plane), tuple(channels or cases[0].channels)
-    layers = [as_overlays(o, c.shape, c.label) for o, c in zip(given, cases)]
-    names = list(dict.fromkeys(o.name for row in layers for o in row))
-    titles = list(channels) if columns == "channels" else [channels[0], *names]
-    heights = [size * (c.shape[view.y] * c.spacing[view.y]) / (c.shape[view.x] * c.spacing[view.x]) for c in cases]
-    legend: dict[str, Artist] = {}
-    with style():
-        figure = Figure(figsize=(size * len(titles), sum(heights) + 0.1 * len(cases) + 0.7), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-        grid = figure.subplots(len(cases), len(titles), squeeze=False, height_ratios=heights)
-        for row, (case, layer) in enumerate(zip(cases, layers)):
-            shown = case.select(channels)
-            where = position if position is not None else busiest_position(case.label, case.shape)
-            index = check_position(where, case.shape)[view.cut]
-            painted = [o._replace(array=cut(o.array, view, index)) for o in layer]
-            for axes, title in zip(grid[row], titles):
-                channel, on = title, painted
-                if columns == "overlays":  # each overlay stands alone, so its classes can be filled
-                    channel = channels[0]
-                    on = [o if o.style == "probability" else o._replace(style="area") for o in painted if o.name == title]
-                volume = shown.image[channels.index(channel)]
-                window = (windows or {}).get(channel) or default_window(volume, case.mask)
-                pixels = paint(cut(volume, view, index), window, on, opacity)
-                axes.imshow(pixels, aspect=case.spacing[view.y] / case.spacing[view.x], interpolation="antialiased")
-                axes.set(xticks=[], yticks=[], title=title if row == 0 else "")
-                axes.spines[:].set_visible(False)
-                if letters:
-                    _write_letters(axes, view.edges)
-                _add_to_legend(legend, on, classes if classes is not None else case.info.get("classes"))
-            grid[row, 0].set_ylabel(f"{case.name}\n{view.name.lower()} {index}", fontsize=8)
-        _draw_legend(figure, legend)
-    return figure
-
-
-def _write_letters(axes: Axes, edges: str) -> None:
-    places = [(0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center")]
-    places += [(0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom")]
-    for letter, (x, y, horizontal, vertical) in zip(edges, places):
-        axes.text(x, y, letter, transform=axes.transAxes, ha=horizontal, va=vertical, color="white", fontsize=8)
-
-
-def _add_to_legend(legend: dict[str, Artist], overlays: Sequence[Overlay], classes) -> None:
-    """Add a patch for each class in sight, and a grey line for each outlined overlay."""
-    for overlay in overlays:
-        if overlay.style == "probability":
-            legend[overlay.name] = Patch(color=PROBABILITY_COLOUR, label=f"{overlay.name}, 0 to 1")
-            continue
-        for value in np.unique(overlay.array[overlay.array != 0]).tolist():
-            text = class_name(value, classes)
-            legend[text] = Patch(color=class_colour(value), label=text)
-        if overlay.style != "area":
-            dash = {"line": "-", "dashes": "--", "dots": ":"}[overlay.style]
-            text = f"{overlay.name} (outline)"
-            legend[text] = Line2D([], [], color="#555555", linestyle=dash, label=text)
-
-
-def _draw_legend(figure: Figure, legend: dict[str, Artist]) -> None:
-    """Draw the legend below the figure, in as many columns as fit."""
-    if legend:
-        widest = 0.5 + 0.075 * max(map(len, legend))  # inches
-        columns = min(len(legend), max(1, int(figure.get_figwidth() / widest)))
-        look = {"loc": "outside lower center", "handlelength": 1.4, "columnspacing": 1.2, "fontsize": 9}
-        figure.legend(handles=list(legend.values()), ncols=columns, **look)
+def picture(axes: Axes | Iterable[Axes]) -> None:
+    """Take frame, ticks and grid off an axes that shows an image, or off several."""
+    for one in np.ravel(axes):
+        one.set(xticks=[], yticks=[])
+        one.spines[:].set_visible(False)
+        one.grid(False)
 
 
 # --------------------------------------------------------------------------------------------------- training curves
@@ -325,15 +212,17 @@ def paper_table(ours: pd.DataFrame, paper: pd.DataFrame, *, ours_on: str, paper_
 # ------------------------------------------------------------------------------------------------------------ showing
 
 
-def show(figure: Figure, alt: str) -> None:
-    """Display a figure as a PNG with alternative text, and close it.
+def show(figure: Figure, alt: str, *, caption: str | None = None) -> None:
+    """Display a figure as a PNG with alternative text, a caption below it, and close it.
 
-    The text is stored as the output's text and as `alt` in its metadata. Of nbconvert's HTML templates "classic" writes it on
-    the image, "lab" (as of 7.17) does not.
+    The picture stays an image/png output: every viewer shows one, and GitHub takes pictures out of HTML outputs. The text is
+    stored as `alt` in the picture's metadata. Of nbconvert's HTML templates "classic" writes it on the image; "lab" (as of 7.17),
+    JupyterLab, Colab and VS Code do not. So the caption is an HTML output of its own, which all of them show and read aloud.
 
     Args:
         figure: figure to show.
         alt: one or two sentences that say what the picture shows, for readers who cannot see it.
+        caption: text below the picture; by default `alt`.
 
     Raises:
         ValueError: for an empty text.
@@ -341,8 +230,13 @@ def show(figure: Figure, alt: str) -> None:
     if not isinstance(alt, str) or not alt.strip():
         raise ValueError("alt is empty; describe in a sentence what the figure shows")
     file = io.BytesIO()
-    figure.savefig(file, format="png", bbox_inches="tight")
+    with style():
+        figure.savefig(file, format="png", bbox_inches="tight")
     plt.close(figure)
     alt = " ".join(alt.split())
-    data = {"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": f"Figure: {alt}"}
+    caption = " ".join((caption or alt).split())
+    data = {"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": "Figure"}
     display(data, metadata={"image/png": {"alt": alt}}, raw=True)
+    look = "max-width:848px;margin:0.2em 0 1em;font-size:0.9em;opacity:0.85"
+    text = f'<figure style="{look}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    display({"text/html": text, "text/plain": caption}, raw=True)

@@ -12,31 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..volume import as_label
-
-# Okabe and Ito's colour-blind-safe set (https://jfly.uni-koeln.de/color/). The BRATS classes have the four of the seven colours
-# that stay furthest apart when they are blended half over grey, for normal, deuteranope, protanope and tritanope eyes
-# (CIEDE2000 >= 10).
-CLASS_COLOURS = ("#00000000", "#0072B2", "#56B4E9", "#F0E442", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-PROBABILITY_COLOUR = "#E69F00"
-# Negative, zero and positive numbers: blue and vermilion of the same set, which colour-blind readers tell apart.
-SIGNED_COLOURS = ("#0072B2", "#FFFFFF", "#D55E00")
-
-
-def class_colour(value: int) -> str:
-    """Return the colour of a class as "#rrggbb". Class 8 has the colour of class 1 again. The background is transparent."""
-    return CLASS_COLOURS[value] if value < len(CLASS_COLOURS) else CLASS_COLOURS[(value - 1) % 7 + 1]
-
-
-def class_name(value: int, classes: Sequence[str] | Mapping[int, str] | None) -> str:
-    """Return the name of a class in `classes` (a sequence by class number, or a mapping), or "class 5" if it has none there."""
-    named = classes if isinstance(classes, Mapping) else dict(enumerate(classes or ()))
-    return str(named.get(value, f"class {value}" if value else "background"))
-
-
-def rgb(colour: str) -> tuple[int, int, int]:
-    """Return red, green and blue (0 to 255) of "#rrggbb"."""
-    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
-
+from .meanings import OVERLAY_COLOURS, PROBABILITY_COLOUR, class_colour, rgb
 
 # -------------------------------------------------------------------------------------------------- planes and slices
 
@@ -119,11 +95,13 @@ class Overlay(NamedTuple):
         array: `(D, H, W)`, or `(rows, columns)` for a slice.
         style: "probability" (one colour, as strong as the probability), "area" (classes filled with their colours), or "line",
             "dashes", "dots" (classes outlined). So overlays are told apart by more than colour.
+        colour: colour of the outline or of the probability. Areas have none: each class has its own.
     """
 
     name: str
     array: np.ndarray
     style: str
+    colour: str = ""
 
 
 def as_overlays(
@@ -141,7 +119,7 @@ def as_overlays(
     if label is not None:
         given = {"truth": label, **given}
     checked: list[Overlay] = []
-    outlines = iter(("line", "dashes"))
+    outlines = iter(zip(("line", "dashes", "dots"), OVERLAY_COLOURS))
     for name, array in given.items():
         if not isinstance(name, str) or not name:
             raise ValueError(f"an overlay is called {name!r}; expected a text, as in overlays={{'prediction': array}}")
@@ -152,13 +130,14 @@ def as_overlays(
                 "resample it, or pass the classes of one case without batch and channel axes"
             )
         if _is_probability(array, what):
-            checked.append(Overlay(name, array.astype(np.float32), "probability"))
+            checked.append(Overlay(name, array.astype(np.float32), "probability", PROBABILITY_COLOUR))
             continue
         if array.dtype.kind == "b" or array.dtype == np.uint8:
             array = array.astype(np.uint8, copy=False)
         else:
             array = as_label(array, source=what)
-        checked.append(Overlay(name, array, "area" if name == "truth" else next(outlines, "dots")))
+        look = ("area",) if name == "truth" else next(outlines, ("dots", OVERLAY_COLOURS[-1]))
+        checked.append(Overlay(name, array, *look))
     return checked
 
 
@@ -183,7 +162,47 @@ def _is_probability(array: np.ndarray, what: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------- painting
 
 
-def outline(classes: np.ndarray, style: str = "line") -> np.ndarray:
+def borders(classes: np.ndarray) -> list[np.ndarray]:
+    """Return the borders between classes as lines along the edges of pixels.
+
+    Args:
+        classes: class numbers, or a mask, (rows, columns).
+
+    Returns:
+        Arrays (points, 2) of x and y, in the coordinates of `imshow`: pixel centres are whole numbers. Closed lines end where
+        they begin. No edge is drawn twice, so dashes stay dashes.
+    """
+    padded = np.pad(np.asarray(classes), 1)
+    across = np.argwhere(padded[:-1, 1:-1] != padded[1:, 1:-1])
+    down = np.argwhere(padded[1:-1, :-1] != padded[1:-1, 1:])
+    edges = [((r, c), (r, c + 1)) for r, c in across.tolist()] + [((r, c), (r + 1, c)) for r, c in down.tolist()]
+    neighbours: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    for a, b in edges:
+        neighbours.setdefault(a, set()).add(b)
+        neighbours.setdefault(b, set()).add(a)
+    # Lines begin where three edges meet, then anywhere on the closed lines that are left.
+    begins = sorted(neighbours, key=lambda corner: len(neighbours[corner]) % 2 == 0)
+    lines = []
+    for begin in begins:
+        while neighbours[begin]:
+            lines.append(np.array(_walk(neighbours, begin))[:, ::-1] - 0.5)
+    return lines
+
+
+def _walk(neighbours: dict, corner: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return the corners of a line from `corner` on, straight where it can be. Take its edges out of `neighbours`."""
+    line, step = [corner], (0, 0)
+    while neighbours[corner]:
+        ahead = corner[0] + step[0], corner[1] + step[1]
+        following = ahead if ahead in neighbours[corner] else min(neighbours[corner])
+        neighbours[corner].remove(following)
+        neighbours[following].remove(corner)
+        line[len(line) - (following == ahead) :] = [following]
+        step, corner = (following[0] - corner[0], following[1] - corner[1]), following
+    return line
+
+
+def outline_pixels(classes: np.ndarray, style: str = "line") -> np.ndarray:
     """Return the pixels of each class that touch another class or the picture's edge (4 neighbours).
 
     The style "dashes" or "dots" leaves out some of them.
@@ -214,7 +233,11 @@ def blend(picture: np.ndarray, colour, strength: np.ndarray) -> np.ndarray:
 
 
 def paint(
-    picture: np.ndarray, window: tuple[float, float], overlays: Iterable[Overlay] = (), opacity: float = 0.5
+    picture: np.ndarray,
+    window: tuple[float, float],
+    overlays: Iterable[Overlay] = (),
+    opacity: float = 0.5,
+    classes: Sequence[str] | Mapping[int, str] | None = None,
 ) -> np.ndarray:
     """Return a grey picture (rows, columns) under slices of its overlays as uint8 (rows, columns, 3).
 
@@ -226,6 +249,7 @@ def paint(
         window: intensities shown as black and as white.
         overlays: slices of overlays, painted in this order.
         opacity: opacity of areas, 0 to 1.
+        classes: class names, by number. The colours follow them.
     """
     low, high = window
     shades = np.clip((picture.astype(np.float32) - low) * (255 / (high - low)), 0, 255)
@@ -235,9 +259,9 @@ def paint(
         if overlay.style == "probability":
             painted = blend(painted, rgb(PROBABILITY_COLOUR), opacity * values)
             continue
-        colours = np.float32([rgb(class_colour(k)) for k in range(int(values.max(initial=0)) + 1)])[values]
+        colours = np.float32([rgb(class_colour(k, classes)) for k in range(int(values.max(initial=0)) + 1)])[values]
         strength = (values != 0) * opacity
         if overlay.style != "area":
-            strength = outline(values, overlay.style) * min(1.0, 2 * opacity)
+            strength = outline_pixels(values, overlay.style) * min(1.0, 2 * opacity)
         painted = blend(painted, colours, strength)
     return np.rint(painted).astype(np.uint8)
