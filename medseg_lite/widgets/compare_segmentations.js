@@ -18,16 +18,14 @@ function render({ model, el }) {
     const strip = make("div", { class: "bars", "data-view": `bars${number}`, title: "Wrong voxels in each slice; click to go there" }, bars);
     const worst = make("button", { type: "button", onclick: () => goToWorst(views[number]) }, "worst slice");
     const box = make("figure", {}, make("figcaption", {}, make("b", {}, name), score, worst), stage, strip);
-    stage.addEventListener("pointerdown", (event) => { if (event.button === 0) { stage.setPointerCapture(event.pointerId); moveTo(pointAt(stage, event)); } });
-    stage.addEventListener("pointermove", (event) => { if (event.buttons & 1) moveTo(pointAt(stage, event)); });
+    drag(stage, (event) => moveTo(pointAt(stage, event)));
     steer(stage, planeNow, shape, move);
     const jump = (event) => {
       const r = strip.getBoundingClientRect(), { cut } = planeNow(), next = [...model.get("position")];
       next[cut] = start[cut] + Math.floor(((event.clientX - r.left) / r.width) * shape[cut]);
       moveTo(next);
     };
-    strip.addEventListener("pointerdown", (event) => { strip.setPointerCapture(event.pointerId); jump(event); });
-    strip.addEventListener("pointermove", (event) => { if (event.buttons & 1) jump(event); });
+    drag(strip, jump);
     return { name, number, picture, bars, score, stage, strip, box, outcome: null, wrong: null };
   });
 

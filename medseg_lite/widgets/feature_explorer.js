@@ -74,12 +74,9 @@ function render({ model, el }) {
         next[axis] = Math.round(offset[axis] + stride[axis] * (size[axis + 1] * (1 - part) - 0.5));
       return { channel: view.order[place], position: within(next) };
     };
-    stage.addEventListener("pointerdown", (event) => { if (event.button === 0) { stage.setPointerCapture(event.pointerId); moveTo(pointAt(stage, event)); } });
-    stage.addEventListener("pointermove", (event) => {
-      if (event.buttons & 1) moveTo(pointAt(stage, event));
-      say(view, pointAt(stage, event), model.get(channelKey));
-    });
-    tiles.addEventListener("pointerdown", (event) => { const hit = tileAt(event); if (hit && event.button === 0) set(channelKey, hit.channel); });
+    drag(stage, (event) => moveTo(pointAt(stage, event)));
+    stage.addEventListener("pointermove", (event) => say(view, pointAt(stage, event), model.get(channelKey)));
+    tiles.addEventListener("click", (event) => { const hit = tileAt(event); if (hit) set(channelKey, hit.channel); });
     tiles.addEventListener("pointermove", (event) => { const hit = tileAt(event); if (hit) say(view, hit.position ?? model.get("position"), hit.channel); });
     for (const box of [stage, tiles]) box.addEventListener("pointerleave", () => say(view));
     steer(stage, planeNow, shape, move);
@@ -329,7 +326,7 @@ function render({ model, el }) {
   const readout = makeReadout("Values");
   const key = make("ul", { class: "key", "aria-label": "Outlines" }, ...classes.map(([, name, colour]) =>
     make("li", {}, make("i", { style: `--class-colour: ${colour}` }), name)), make("li", {}, make("i", { style: "--class-colour: #009E73" }), "receptive field at the crosshair"));
-  const help = makeHelp("Picture: click or drag for the crosshair, wheel or Page Up and Page Down for the slice, arrow keys (with Shift ten voxels). Channels: click, or arrow keys. "
+  const help = makeHelp("Picture: click or drag for the crosshair; click, then wheel, or Page Up and Page Down for the slice; arrow keys (with Shift ten voxels). Channels: click, or arrow keys. "
     + "Anywhere: [ and ] previous and next layer, S sorting, C scale, T outlines, 1 to 9 input sequence.");
   const root = make("div", { class: `medseg-features panels${panels.length}`, role: "group", "aria-label": `Feature explorer: ${scene.title}` },
     make("div", { class: "toolbar" }, plane.box, slice.box, sequence.box, make("label", {}, make("span", {}, "Map opacity"), opacity),
