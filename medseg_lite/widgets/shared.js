@@ -192,6 +192,18 @@ function drawCrosshair(context, { x, y }, position, { start, shape }, width, hei
   context.fillRect(middle(x) * width - 0.5, 0, 1, height);
 }
 
+/** Write the letters of a plane's edges (left, right, top, bottom) on the canvas of a slice. */
+function drawLetters(context, { edges }, width, height) {
+  const places = [[5, height / 2, "left", "middle"], [width - 5, height / 2, "right", "middle"], [width / 2, 4, "center", "top"], [width / 2, height - 4, "center", "bottom"]];
+  context.font = "12px system-ui, sans-serif";
+  [...edges].forEach((letter, i) => {
+    const [u, v, textAlign, textBaseline] = places[i];
+    Object.assign(context, { textAlign, textBaseline, lineWidth: 3, strokeStyle: "#000", fillStyle: "#fff" });
+    context.strokeText(letter, u, v);
+    context.fillText(letter, u, v);
+  });
+}
+
 /** Show facts, pairs of a name and a text, in the read-out. */
 const tell = (readout, facts) => readout.replaceChildren(...facts.map(([key, text]) => make("span", {}, make("em", {}, key), text)));
 const makeReadout = (label) => make("output", { class: "readout", "aria-live": "polite", "aria-label": label });
