@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..features import ReceptiveField
+from ._base import pack
 
 LEVELS = 255
 
@@ -35,6 +36,26 @@ def quantise(data: np.ndarray, inside: np.ndarray | None = None) -> tuple[np.nda
         np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled)
         out[...] = scaled
     return levels, low, step
+
+
+def shrink(about: dict, levels: np.ndarray, size: float) -> tuple[dict, bytes]:
+    """Return what the browser needs to know about maps (C, D, H, W) of bytes, and the maps packed into at most `size` bytes.
+
+    Every second, third, … voxel is kept, along the longest axes first. The numbers in `about` stay those of all voxels.
+    """
+    packed, kept, step = pack(levels), levels, np.ones(3, int)
+    while len(packed) > size and max(kept.shape[1:]) > 8:
+        enough = kept.size * size / len(packed)
+        while kept.size > enough and max(kept.shape[1:]) > 8:
+            step[np.argmax(kept.shape[1:])] += 1
+            kept = levels[:, :: step[0], :: step[1], :: step[2]]
+        packed = pack(kept)
+    thinned = {
+        "shape": kept.shape,
+        "stride": [float(s * k) for s, k in zip(about["stride"], step)],
+        "every": [int(e * k) for e, k in zip(about["every"], step)],
+    }
+    return about | thinned, packed
 
 
 def is_signed(data: np.ndarray) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib
+import matplotlib.colors
 import matplotlib.patheffects
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,6 +27,11 @@ CHANNELS = 32  # that the picture shows at most
 def colormap(palette: str) -> Colormap:
     """Return the colours of a palette. Both are read without seeing red or green."""
     return signed_colormap() if palette == "signed" else matplotlib.colormaps["magma"]
+
+
+def hex_colours(palette: str) -> list[str]:
+    """Return the 256 colours of a palette as "#rrggbb"."""
+    return [matplotlib.colors.to_hex(colour) for colour in colormap(palette)(np.linspace(0, 1, 256))]
 
 
 @dataclass
@@ -55,7 +61,11 @@ class Panel:
     def cut(self, channel: int) -> np.ndarray:
         """Return the slice of a channel at the crosshair."""
         index = self.maps.index(self.explorer.position)[self.plane.cut]
-        return plotting.cut(self.maps.data[channel].astype(np.float32), self.plane, index)
+        values = plotting.cut(self.maps.data[channel].astype(np.float32), self.plane, index)
+        mask = self.explorer._case.mask
+        if not self.explorer.brain_only or mask is None:
+            return values
+        return np.ma.masked_where(plotting.cut(self.maps.sampled(mask), self.plane, index) == 0, values)
 
     def span(self, channel: int) -> tuple[float, float]:
         """Return the values at both ends of the colours, as in the browser."""

@@ -15,19 +15,26 @@ function render({ model, el }) {
       class: "stage", tabindex: 0, role: "application", "aria-roledescription": "slice picture", "data-view": `picture${number}`,
       "aria-label": `${name}. Arrow keys move the crosshair, Page Up and Page Down change the slice.`,
     }, picture);
-    const strip = make("div", { class: "bars", "data-view": `bars${number}`, title: "Wrong voxels in each slice; click to go there" }, bars);
-    const worst = make("button", { type: "button", onclick: () => goToWorst(views[number]) }, "worst slice");
-    const box = make("figure", {}, make("figcaption", {}, make("b", {}, name), score, worst), stage, strip);
-    stage.addEventListener("pointerdown", (event) => { if (event.button === 0) { stage.setPointerCapture(event.pointerId); moveTo(pointAt(stage, event)); } });
-    stage.addEventListener("pointermove", (event) => { if (event.buttons & 1) moveTo(pointAt(stage, event)); });
+    const strip = make("div", {
+      class: "bars", tabindex: 0, role: "slider", "data-view": `bars${number}`, title: "Wrong voxels in each slice; click to go there",
+      "aria-label": `Wrong voxels of ${name}, by slice`,
+    }, bars);
+    const worst = make("button", { type: "button", "aria-label": `worst slice of ${name}`, onclick: () => goToWorst(views[number]) }, "worst slice");
+    const box = make("figure", {}, make("figcaption", {}, make("b", {}, name), score), stage, make("div", { class: "below" }, strip, worst));
+    drag(stage, (event) => moveTo(pointAt(stage, event)));
     steer(stage, planeNow, shape, move);
     const jump = (event) => {
       const r = strip.getBoundingClientRect(), { cut } = planeNow(), next = [...model.get("position")];
       next[cut] = start[cut] + Math.floor(((event.clientX - r.left) / r.width) * shape[cut]);
       moveTo(next);
     };
-    strip.addEventListener("pointerdown", (event) => { strip.setPointerCapture(event.pointerId); jump(event); });
-    strip.addEventListener("pointermove", (event) => { if (event.buttons & 1) jump(event); });
+    drag(strip, jump);
+    strip.addEventListener("keydown", (event) => {
+      const { cut } = planeNow(), by = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -10, PageUp: 10, Home: -shape[cut], End: shape[cut] }[event.key];
+      if (!by || event.ctrlKey || event.altKey || event.metaKey) return;
+      event.preventDefault();
+      move(cut, by);
+    });
     return { name, number, picture, bars, score, stage, strip, box, outcome: null, wrong: null };
   });
 
@@ -74,6 +81,7 @@ function render({ model, el }) {
       stamp(context, sliceImage(view.outcome, shape, 0, plane, here, colours), 0, 0, width, height);
       context.globalAlpha = 1;
       drawCrosshair(context, plane, position, scene, width, height, "rgb(255 255 255 / 45%)");
+      drawLetters(context, plane, width, height);
       const wide = view.strip.clientWidth || width, tall = 44, strip = fit(view.bars, wide, tall), w = wide / shape[cut];
       strip.fillStyle = getComputedStyle(view.strip).color;
       strip.globalAlpha = 0.15;
@@ -86,9 +94,15 @@ function render({ model, el }) {
         strip.fillStyle = outcomes[names[2]];
         strip.fillRect(i * w, tall - missed - extra, Math.max(w - 0.5, 0.5), extra);
       }
-      strip.globalAlpha = 0.5;
       strip.fillStyle = getComputedStyle(view.strip).color;
+      strip.font = "10px system-ui, sans-serif";
+      strip.textBaseline = "top";
+      strip.fillText(`${most} voxels`, 0, 0);
+      strip.globalAlpha = 0.5;
       strip.fillRect(0, tall - 1, wide, 1);
+      const said = `slice ${position[cut]}: ${view.wrong.missed[here]} missed, ${view.wrong.madeUp[here]} made up`;
+      for (const [key, value] of Object.entries({ min: start[cut], max: start[cut] + shape[cut] - 1, now: position[cut], text: said }))
+        view.strip.setAttribute(`aria-value${key}`, value);
     }
     for (const one of [...choices, slice]) one.show();
     opacity.value = model.get("opacity");
@@ -102,9 +116,11 @@ function render({ model, el }) {
   const slice = makeSlice(model, scene, { planeNow, move }), opacity = makeOpacity(model, "Opacity of the colours"), readout = makeReadout("At the crosshair");
   const key = make("ul", { class: "key", "aria-label": "Colours" }, ...names.map((name) => make("li", {}, make("i", { style: `--class-colour: ${outcomes[name]}` }),
     `${name} (${{ found: "true positive", missed: "false negative", "made up": "false positive" }[name]})`)));
+  const help = makeHelp("Picture: click or drag for the crosshair; click, then wheel, or Page Up and Page Down for the slice; arrow keys for the crosshair, with "
+    + "Shift ten voxels. Bars: click, drag or arrow keys for the slice; they count its wrong voxels, and the number is the height of the highest bar.");
   const root = make("div", { class: "medseg-compare", role: "group", "aria-label": `Segmentations of ${scene.title}` },
     make("div", { class: "toolbar" }, ...choices.map((c) => c.box), slice.box, make("label", {}, make("span", {}, "Opacity"), opacity)),
-    make("div", { class: "panels" }, ...views.map((v) => v.box)), readout, key);
+    make("div", { class: "panels", style: `--count: ${views.length}` }, ...views.map((v) => v.box)), readout, key, help);
   const leave = mount(model, el, root, { region: judge, plane: judge, position: draw, sequence: draw, opacity: draw }, { resized: draw });
   Promise.all([Promise.all(model.get("_volumes").map(unpack)), Promise.all(model.get("_labels").map(unpack))]).then(([images, maps]) => {
     volumes.push(...images);

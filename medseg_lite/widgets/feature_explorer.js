@@ -10,8 +10,13 @@ function render({ model, el }) {
   const { planeNow, within, moveTo, move, pointAt, at } = navigate(model, scene), set = setter(model);
   const palettes = Object.fromEntries(Object.entries(scene.palettes).map(([name, colours]) => [name, Uint32Array.from(colours, (c) => pixel(c))]));
   const volumes = [];
-  let label = null;
-  if (!received.has(model)) received.set(model, model.get("_maps") ?? {});
+  let label = null, mask = null;
+  /** Take the layers that came with the widget's state, unless they are of an older network. */
+  const takeMaps = () => {
+    const fresh = Object.entries(model.get("_maps")).filter(([, { about }]) => about.version === model.get("_version"));
+    received.set(model, { ...received.get(model), ...Object.fromEntries(fresh) });
+  };
+  takeMaps();
 
   // --------------------------------------------------------------------------------------------------------- input
   const sequenceNow = () => sequences.findIndex((s) => s.name === model.get("sequence"));
@@ -22,7 +27,7 @@ function render({ model, el }) {
   const views = panels.map((panel, number) => {
     const layerKey = number ? "compare_layer" : "layer", channelKey = number ? "compare_channel" : "channel";
     const buttons = new Map();
-    const groups = new Map();
+    const groups = []; // pairs of a name and its buttons, in the order in which the layers are computed
     for (const layer of panel.layers) {
       const dot = layer.name.lastIndexOf("."), group = dot > 0 ? layer.name.slice(0, dot) : "";
       const side = layer.side ? `sees ${[...new Set(layer.side)].join("×")}` : "sees ?";
@@ -32,11 +37,11 @@ function render({ model, el }) {
         onclick: () => set(layerKey, layer.name),
       }, make("b", {}, dot > 0 ? layer.name.slice(dot + 1) : layer.name), make("span", {}, `${layer.channels} maps${scaleText}`), make("span", {}, side));
       buttons.set(layer.name, button);
-      if (!groups.has(group)) groups.set(group, []);
-      groups.get(group).push(button);
+      if (groups.at(-1)?.[0] !== group) groups.push([group, []]);
+      groups.at(-1)[1].push(button);
     }
     const strip = make("div", { class: "strip", role: "group", "aria-label": `Layers of ${panel.title}` },
-      ...[...groups].map(([name, list]) => make("div", { class: "pathway" }, ...(name ? [make("em", {}, name)] : []), ...list)));
+      ...groups.map(([name, list]) => make("div", { class: "pathway" }, ...(name ? [make("em", {}, `${name}.`)] : []), ...list)));
 
     const facts = make("p", { class: "facts" });
     const picture = make("canvas"), grid = make("canvas"), histogram = make("canvas");
@@ -74,12 +79,9 @@ function render({ model, el }) {
         next[axis] = Math.round(offset[axis] + stride[axis] * (size[axis + 1] * (1 - part) - 0.5));
       return { channel: view.order[place], position: within(next) };
     };
-    stage.addEventListener("pointerdown", (event) => { if (event.button === 0) { stage.setPointerCapture(event.pointerId); moveTo(pointAt(stage, event)); } });
-    stage.addEventListener("pointermove", (event) => {
-      if (event.buttons & 1) moveTo(pointAt(stage, event));
-      say(view, pointAt(stage, event), model.get(channelKey));
-    });
-    tiles.addEventListener("pointerdown", (event) => { const hit = tileAt(event); if (hit && event.button === 0) set(channelKey, hit.channel); });
+    drag(stage, (event) => moveTo(pointAt(stage, event)));
+    stage.addEventListener("pointermove", (event) => say(view, pointAt(stage, event), model.get(channelKey)));
+    tiles.addEventListener("click", (event) => { const hit = tileAt(event); if (hit) set(channelKey, hit.channel); });
     tiles.addEventListener("pointermove", (event) => { const hit = tileAt(event); if (hit) say(view, hit.position ?? model.get("position"), hit.channel); });
     for (const box of [stage, tiles]) box.addEventListener("pointerleave", () => say(view));
     steer(stage, planeNow, shape, move);
@@ -103,7 +105,7 @@ function render({ model, el }) {
     for (const [name, button] of view.buttons) button.setAttribute("aria-pressed", String(name === model.get(view.layerKey)));
     if (!store[key]) {
       view.root.dataset.waiting = "true";
-      view.facts.textContent = model.get("_maps") ? "This layer is not part of this page." : `${model.get(view.layerKey)}: computing …`;
+      view.facts.textContent = scene.exported ? "This layer is not part of this page." : `${model.get(view.layerKey)}: computing …`;
       if (view.wanted !== key) { view.wanted = key; model.send({ want: key }); }
       return;
     }
@@ -155,6 +157,14 @@ function render({ model, el }) {
     if (metric(view, 0) !== undefined) order.sort((a, b) => Math.abs(metric(view, b)) - Math.abs(metric(view, a)) || a - b);
     view.order = order;
     draw(view);
+    reveal(view);
+  }
+
+  function reveal(view) { // scroll the channels until the chosen one is in sight
+    if (!view.layout) return;
+    const { columns, high, gap } = view.layout, place = view.order.indexOf(model.get(view.channelKey));
+    const top = Math.floor(place / columns) * (high + gap + LABEL), bottom = top + high + gap + LABEL;
+    view.tiles.scrollTop = clamp(view.tiles.scrollTop, bottom - view.tiles.clientHeight, top);
   }
 
   // ------------------------------------------------------------------------------------------------------- drawing
@@ -169,6 +179,25 @@ function render({ model, el }) {
     clamp(Math.floor((p - view.about.offset[axis]) / view.about.stride[axis] + 0.5), 0, view.about.shape[axis + 1] - 1);
   const voxels = (view) => view.about.shape[1] * view.about.shape[2] * view.about.shape[3];
 
+  /** Return a function that draws the present slice of a channel of the maps, without what lies outside the mask if so chosen. */
+  function slicer(view, plane, position) {
+    const { shape: [, ...size], offset, stride } = view.about, index = indexAt(view, plane.cut, position[plane.cut]), hidden = [];
+    if (mask && model.get("brain_only")) {
+      const spot = [...position];
+      for (let v = 0, i = 0; v < size[plane.y]; v++)
+        for (let u = 0; u < size[plane.x]; u++, i++) {
+          spot[plane.x] = Math.floor(offset[plane.x] + stride[plane.x] * (size[plane.x] - 1 - u) + 0.5);
+          spot[plane.y] = Math.floor(offset[plane.y] + stride[plane.y] * (size[plane.y] - 1 - v) + 0.5);
+          if (!mask[at(within(spot))]) hidden.push(4 * i + 3);
+        }
+    }
+    return (channel) => {
+      const image = sliceImage(view.data, size, channel * voxels(view), plane, index, view.tables[channel]);
+      for (const alpha of hidden) image.data[alpha] = 0;
+      return image;
+    };
+  }
+
   function drawPicture(view) {
     const plane = planeNow(), position = model.get("position"), { x, y, cut } = plane;
     const width = view.stage.clientWidth || 340, scale = width / shape[x], aspect = spacing[y] / spacing[x];
@@ -176,11 +205,10 @@ function render({ model, el }) {
     view.stage.style.aspectRatio = `${shape[x]} / ${shape[y] * aspect}`;
     const context = fit(view.picture, width, height), here = position[cut] - start[cut];
     stamp(context, sliceImage(volumes[sequenceNow()], shape, 0, plane, here, greyTable(sequences[sequenceNow()])), 0, 0, width, height);
-    const channel = model.get(view.channelKey), { shape: [, ...size], field, offset, stride } = view.about;
+    const channel = model.get(view.channelKey), { field, offset, stride } = view.about;
     const [left, wide] = place(view, x), [top, high] = place(view, y);
-    const map = sliceImage(view.data, size, channel * voxels(view), plane, indexAt(view, cut, position[cut]), view.tables[channel]);
     context.globalAlpha = model.get("opacity");
-    stamp(context, map, left * scale, top * tall, wide * scale, high * tall);
+    stamp(context, slicer(view, plane, position)(channel), left * scale, top * tall, wide * scale, high * tall);
     context.globalAlpha = 1;
     if (label && model.get("truth")) stamp(context, outlineImage(label, shape, plane, here, outlineColours), 0, 0, width, height);
     drawCrosshair(context, plane, position, scene, width, height, "rgb(255 255 255 / 60%)");
@@ -196,18 +224,11 @@ function render({ model, el }) {
       }
       view.stage.dataset.field = rectangle.map((v) => v.toFixed(1)).join(" ");
     }
-    const letters = [[5, height / 2, "left", "middle"], [width - 5, height / 2, "right", "middle"], [width / 2, 4, "center", "top"], [width / 2, height - 4, "center", "bottom"]];
-    context.font = "12px system-ui, sans-serif";
-    [...plane.edges].forEach((letter, i) => {
-      const [u, v, align, baseline] = letters[i];
-      Object.assign(context, { textAlign: align, textBaseline: baseline, lineWidth: 3, strokeStyle: "#000", fillStyle: "#fff" });
-      context.strokeText(letter, u, v);
-      context.fillText(letter, u, v);
-    });
+    drawLetters(context, plane, width, height);
   }
 
   function drawGrid(view) {
-    const plane = planeNow(), { x, y, cut } = plane, { shape: [channels, ...size], stride, offset, dead } = view.about;
+    const plane = planeNow(), { x, y } = plane, { shape: [channels, ...size], stride, offset, dead } = view.about;
     const room = (view.tiles.clientWidth || 480) - 2, gap = 4;
     const wanted = channels <= 6 ? 150 : channels <= 30 ? 96 : channels <= 80 ? 78 : 64;
     const columns = clamp(Math.round(room / wanted), 1, channels), wide = Math.floor((room - gap * (columns - 1)) / columns);
@@ -216,14 +237,14 @@ function render({ model, el }) {
     const lines = Math.ceil(channels / columns), total = lines * (high + gap + LABEL);
     view.grid.style.width = `${room}px`;
     view.grid.style.height = `${total}px`;
-    const context = fit(view.grid, room, total), position = model.get("position"), index = indexAt(view, cut, position[cut]);
-    const text = getComputedStyle(view.tiles).color, chosen = model.get(view.channelKey), n = voxels(view);
+    const context = fit(view.grid, room, total), position = model.get("position"), tile = slicer(view, plane, position);
+    const text = getComputedStyle(view.tiles).color, chosen = model.get(view.channelKey);
     context.font = "11px system-ui, sans-serif";
     context.textBaseline = "middle";
     const part = (axis) => 1 - (position[axis] - offset[axis] + stride[axis] / 2) / (stride[axis] * size[axis]);
     view.order.forEach((c, i) => {
       const left = (i % columns) * (width + gap), top = Math.floor(i / columns) * (high + gap + LABEL) + LABEL;
-      stamp(context, sliceImage(view.data, size, c * n, plane, index, view.tables[c]), left, top, width, high);
+      stamp(context, tile(c), left, top, width, high);
       context.fillStyle = "rgb(160 160 160 / 75%)";
       const [u, v] = [part(x), part(y)];
       if (u > 0 && u < 1) context.fillRect(left + u * width - 0.5, top, 1, high);
@@ -317,6 +338,7 @@ function render({ model, el }) {
   // ------------------------------------------------------------------------------------------------------ controls
   const slice = makeSlice(model, scene, { planeNow, move }), opacity = makeOpacity(model, "Opacity of the map over the input");
   const truth = make("input", { type: "checkbox", onchange: () => set("truth", truth.checked) });
+  const brainOnly = make("input", { type: "checkbox", onchange: () => set("brain_only", brainOnly.checked) });
   const plane = makeChoice(model, "Plane", "plane", scene.planes.map((p) => p.name.toLowerCase()));
   const sequence = makeChoice(model, "Input", "sequence", sequences.map((s) => s.name));
   const sort = makeChoice(model, "Sort by", "sort", ["index", "activity", ...(classes.length ? ["selectivity"] : []), ...(scene.maps.length ? ["correlation"] : [])]);
@@ -329,11 +351,11 @@ function render({ model, el }) {
   const readout = makeReadout("Values");
   const key = make("ul", { class: "key", "aria-label": "Outlines" }, ...classes.map(([, name, colour]) =>
     make("li", {}, make("i", { style: `--class-colour: ${colour}` }), name)), make("li", {}, make("i", { style: "--class-colour: #009E73" }), "receptive field at the crosshair"));
-  const help = makeHelp("Picture: click or drag for the crosshair, wheel or Page Up and Page Down for the slice, arrow keys (with Shift ten voxels). Channels: click, or arrow keys. "
+  const help = makeHelp("Picture: click or drag for the crosshair; click, then wheel, or Page Up and Page Down for the slice; arrow keys (with Shift ten voxels). Channels: click, or arrow keys. "
     + "Anywhere: [ and ] previous and next layer, S sorting, C scale, T outlines, 1 to 9 input sequence.");
   const root = make("div", { class: `medseg-features panels${panels.length}`, role: "group", "aria-label": `Feature explorer: ${scene.title}` },
     make("div", { class: "toolbar" }, plane.box, slice.box, sequence.box, make("label", {}, make("span", {}, "Map opacity"), opacity),
-      ...(classes.length ? [make("label", {}, truth, "outlines")] : []), make("span", { class: "together" }, sort.box, byClass.box, byMap.box), scale.box, colours.box, save),
+      ...(classes.length ? [make("label", {}, truth, "outlines")] : []), ...(scene.masked ? [make("label", {}, brainOnly, "brain only")] : []), make("span", { class: "together" }, sort.box, byClass.box, byMap.box), scale.box, colours.box, save),
     make("div", { class: "panels" }, ...views.map((view) => view.root)), readout, key, help);
 
   const cycle = (one) => { const options = [...one.select.options].map((o) => o.value); set(one.key, options[(options.indexOf(model.get(one.key)) + 1) % options.length]); };
@@ -356,6 +378,7 @@ function render({ model, el }) {
     byMap.box.hidden = model.get("sort") !== "correlation";
     opacity.value = model.get("opacity");
     truth.checked = model.get("truth");
+    brainOnly.checked = model.get("brain_only");
   }
 
   function exportPng() {
@@ -380,20 +403,23 @@ function render({ model, el }) {
 
   // ------------------------------------------------------------------------------------------- from state to view
   const all = (act) => () => { showControls(); views.forEach(act); };
-  const onVersion = () => { received.set(model, {}); for (const view of views) { view.wanted = ""; load(view); } };
+  const onChannel = (view) => { draw(view); reveal(view); };
+  const onMaps = () => { takeMaps(); views.forEach(load); };
+  const onVersion = () => { received.set(model, {}); takeMaps(); for (const view of views) { view.wanted = ""; load(view); } };
   const onMessage = (about, buffers) => {
     if (!about.key || about.version !== model.get("_version")) return;
     received.get(model)[about.key] = { about, data: buffers[0] };
     for (const view of views) if (keyOf(view) === about.key) load(view);
   };
   const listeners = {
-    position: onPosition, plane: all(draw), sequence: all(draw), opacity: all(draw), truth: all(draw), channel: () => draw(views[0]), layer: () => load(views[0]),
-    sort: all(onSort), class_name: all(onSort), map_name: all(onSort), scale: all(onColours), colours: all(onColours), _version: onVersion, "msg:custom": onMessage,
-    ...(views[1] ? { compare_channel: () => draw(views[1]), compare_layer: () => load(views[1]) } : {}),
+    position: onPosition, plane: all(draw), sequence: all(draw), opacity: all(draw), truth: all(draw), brain_only: all(draw), channel: () => onChannel(views[0]), layer: () => load(views[0]),
+    sort: all(onSort), class_name: all(onSort), map_name: all(onSort), scale: all(onColours), colours: all(onColours), _version: onVersion, _maps: onMaps, "msg:custom": onMessage,
+    ...(views[1] ? { compare_channel: () => onChannel(views[1]), compare_layer: () => load(views[1]) } : {}),
   };
   showControls();
   const leave = mount(model, el, root, listeners, { press, resized: () => views.forEach(draw) });
-  Promise.all([...model.get("_volumes").map(unpack), model.get("_label") ? unpack(model.get("_label")) : null]).then(async (unpacked) => {
+  Promise.all([...model.get("_volumes").map(unpack), ...["_label", "_mask"].map((key) => (model.get(key) ? unpack(model.get(key)) : null))]).then(async (unpacked) => {
+    mask = unpacked.pop();
     label = unpacked.pop();
     volumes.push(...unpacked);
     await Promise.all(views.map(load));

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib.colors
 import numpy as np
 import pandas as pd
 import traitlets
@@ -19,7 +18,7 @@ from ..features import FeatureMaps
 from ..volume import Case, bounding_box
 from . import _feature_picture
 from ._base import LARGEST_IMAGE, CaseWidget, StateError, check_images, check_known, pack, script, styles
-from ._feature_numbers import describe_channels, is_signed, offsets, quantise
+from ._feature_numbers import describe_channels, is_signed, offsets, quantise, shrink
 
 # Values of one layer that go to the browser, a byte each. With two layers and the input the page stays under 100 MB.
 LARGEST = 32_000_000
@@ -73,6 +72,7 @@ class FeatureExplorer(CaseWidget):
         colours: "sequential", "signed" (blue below zero, vermilion above), or "auto" by the layer's values.
         opacity: opacity of the map over the input.
         truth: draw the outline of the label.
+        brain_only: leave out the maps outside the case's mask.
 
     Raises:
         ValueError: for unknown layers, classes and maps, or a case that does not fit the network.
@@ -94,7 +94,10 @@ class FeatureExplorer(CaseWidget):
     colours = traitlets.Enum(COLOURS, "auto").tag(sync=True)
     opacity = traitlets.Float(0.6).tag(sync=True)
     truth = traitlets.Bool(True).tag(sync=True)
+    brain_only = traitlets.Bool(False).tag(sync=True)
+    _mask = traitlets.Any().tag(sync=True)
     _label = traitlets.Any().tag(sync=True)
+    _maps = traitlets.Dict().tag(sync=True)  # layers that the browser gets without asking
     _version = traitlets.Int(0).tag(sync=True)  # grows when the maps that were sent are of an older network
 
     def __init__(
@@ -127,6 +130,7 @@ class FeatureExplorer(CaseWidget):
         super().__init__(
             _scene=scene | self._describe_layers(),
             _volumes=self._pack_volumes([(s["low"], s["high"]) for s in scene["sequences"]]),
+            _mask=None if case.mask is None else pack(case.mask[self._box]),
             _label=pack(case.label[self._box]) if self._classes else None,
             **(self._opening() | state),
         )
@@ -186,7 +190,7 @@ class FeatureExplorer(CaseWidget):
             "masked": self._case.mask is not None,
             "classes": [(k, name, plotting.class_colour(k)) for name, k in self._classes.items()],
             "maps": list(self._targets),
-            "palettes": {name: _palette(name) for name in _feature_picture.PALETTES},
+            "palettes": {name: _feature_picture.hex_colours(name) for name in _feature_picture.PALETTES},
             "panels": [{"title": type(m).__name__, "layers": [_describe(i) for i in infos.values()]} for m, infos in panels],
         }
 
@@ -215,6 +219,7 @@ class FeatureExplorer(CaseWidget):
     def refresh(self) -> None:
         """Compute the maps anew, after the network's weights have changed."""
         self._kept.clear()
+        self._maps = {}
         self._prints = [_fingerprint(m) for m in self._models]
         self._version += 1
 
@@ -286,8 +291,8 @@ class FeatureExplorer(CaseWidget):
 
     # ------------------------------------------------------------------------------------------- what the browser gets
 
-    def _message(self, panel: int, layer: str) -> tuple[dict, bytes]:
-        """Return what the browser needs to know about a layer, and its voxels."""
+    def _levels(self, panel: int, layer: str) -> tuple[dict, np.ndarray]:
+        """Return what the browser needs to know about a layer, and its voxels as bytes."""
         maps = self.maps(layer, panel=panel)
         levels, low, step = quantise(maps.data, self._inside(maps))
         about = {
@@ -303,7 +308,15 @@ class FeatureExplorer(CaseWidget):
             "signed": is_signed(maps.data),
             **self._numbers(maps, levels),
         }
-        return about, pack(levels)
+        return about, levels
+
+    def _pack_layer(self, key: str) -> dict[str, object]:
+        """Return a layer as it is sent to the browser. Its key is the number of its panel and its name: "0/normal.7"."""
+        panel, _, layer = key.partition("/")
+        about, levels = self._levels(int(panel), layer)
+        data = pack(levels)
+        self.bytes_sent += len(data)
+        return {"about": about, "data": data}
 
     def _on_message(self, _, content, buffers) -> None:
         """Send a layer that the browser asks for."""
@@ -311,26 +324,51 @@ class FeatureExplorer(CaseWidget):
         panel, _, layer = key.partition("/")
         if panel not in ("0", "1")[: len(self._models)] or layer not in self._infos[int(panel)]:
             return
-        about, data = self._message(int(panel), layer)
-        self.bytes_sent += len(data)
-        self.send(about, [data])
+        sent = self._pack_layer(key)
+        self.send(sent["about"], [sent["data"]])
 
     # --------------------------------------------------------------------------------------------------- static forms
 
-    def to_html(self, path: str | Path | None = None, *, layers: Sequence[str] | None = None, title: str | None = None) -> str:
+    def to_html(
+        self,
+        path: str | Path | None = None,
+        *,
+        layers: Sequence[str] | None = None,
+        title: str | None = None,
+        megabytes: float = 5,
+    ) -> str:
         """Return the explorer as a page that needs neither kernel nor network, and write it to `path` if given.
 
         The page holds the layers shown and those named in `layers`.
+
+        Args:
+            path: file to write.
+            layers: names of further layers.
+            title: heading of the page.
+            megabytes: size of the page. Of large layers only every second or third voxel is kept along the
+                longest axes. The page says so.
         """
         wanted = [(p, layer) for p, (layer, _) in enumerate(self._panels())]
         for name in [layers] if isinstance(layers, str) else layers or ():
             self._check_layer(name, 0)
             wanted += [(p, name) for p, infos in enumerate(self._infos) if name in infos]
-        sent = {}
-        for panel, layer in dict.fromkeys(wanted):
-            about, data = self._message(panel, layer)
+        found = [self._levels(*one) for one in dict.fromkeys(wanted)]
+        volumes = [v for v in (*self._volumes, self._label, self._mask) if v is not None]
+        room = megabytes * 0.75e6 - sum(map(len, volumes))  # three bytes become four letters
+        sent = {about["key"]: {} for about, _ in found}
+        # The smallest layers come first: what they leave of their share goes to the others.
+        for left, (about, levels) in zip(range(len(found), 0, -1), sorted(found, key=lambda one: one[1].size)):
+            about, data = shrink(about, levels, room / left)
+            room -= len(data)
             sent[about["key"]] = {"about": about, "data": data}
-        return self._write_page(path, title, _maps=sent)
+        return self._write_page(path, title, _maps=sent, _scene=self._scene | {"exported": True})
+
+    def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        shown = [f"{panel}/{layer}" for panel, (layer, _) in enumerate(self._panels())]
+        if list(self._maps) != shown:  # a kernel that is busy with the next cells cannot answer when the browser asks for them
+            self._maps = {key: self._pack_layer(key) for key in shown}
+        return bundle
 
     def _title(self) -> str:
         return f"Feature maps of {type(self._models[0]).__name__} over {self._case.name}"
@@ -412,8 +450,3 @@ def _describe(info: features.LayerInfo) -> dict:
 def _fingerprint(model: nn.Module) -> tuple:
     """Return a value that changes when a parameter or buffer is changed in place or replaced."""
     return tuple((id(t), t._version) for t in (*model.parameters(), *model.buffers()))
-
-
-def _palette(name: str) -> list[str]:
-    """Return 256 colours as "#rrggbb"."""
-    return [matplotlib.colors.to_hex(c) for c in _feature_picture.colormap(name)(np.linspace(0, 1, 256))]

@@ -48,14 +48,15 @@ function mount(model, el, root, listeners, { press = () => {}, resized = () => {
 const setter = (model) => (key, value) => { model.set(key, value); model.save_changes(); };
 
 /** Return functions for the position in a volume of `shape` that begins at voxel `start` of the case: `planeNow`, `within` (clamped),
-    `moveTo`, `move(axis, voxels)`, `pointAt(stage, event)` (the position under the pointer), and `at(position)` (its place in the bytes). */
+    `moveTo` and `move(axis, voxels)` (both return whether it moved), `pointAt(stage, event)` (the position under the pointer), and `at(position)` (its place in the bytes). */
 function navigate(model, { start = [0, 0, 0], shape, planes }) {
   const set = setter(model), strides = [shape[1] * shape[2], shape[2], 1];
   const planeNow = () => planes.find((p) => p.name.toLowerCase() === model.get("plane"));
   const within = (position) => position.map((p, axis) => clamp(p, start[axis], start[axis] + shape[axis] - 1));
   const moveTo = (position) => {
-    const next = within(position);
-    if (next.some((p, axis) => p !== model.get("position")[axis])) set("position", next);
+    const next = within(position), moves = next.some((p, axis) => p !== model.get("position")[axis]);
+    if (moves) set("position", next);
+    return moves;
   };
   const move = (axis, by) => moveTo(model.get("position").map((p, a) => (a === axis ? p + by : p)));
   const pointAt = (stage, event, { x, y } = planeNow()) => {
@@ -68,14 +69,46 @@ function navigate(model, { start = [0, 0, 0], shape, planes }) {
   return { strides, planeNow, within, moveTo, move, pointAt, at };
 }
 
-/** Let wheel and keys of a slice picture `move(axis, voxels)` along the axes of `planeNow()`, in arrays of `shape`. A mouse notch is one
-    slice; a touchpad's small steps add up. */
+/** Let `act(event)` follow the first button: a press, and every move until it is let go. A finger acts when it is lifted, or moves
+    sideways; one that scrolls the page does not. `right`, if given, follows the right button in the same way, and no menu opens. */
+function drag(element, act, right) {
+  const buttons = right ? { 0: act, 2: right } : { 0: act };
+  let from = null, sideways = false; // where a press began; whether a finger has moved across
+  element.addEventListener("pointerdown", (event) => {
+    if (!buttons[event.button]) return;
+    element.setPointerCapture(event.pointerId);
+    from = [event.clientX, event.clientY];
+    sideways = event.pointerType !== "touch";
+    if (sideways) buttons[event.button](event);
+  });
+  element.addEventListener("pointermove", (event) => {
+    if (!from) return;
+    const across = Math.abs(event.clientX - from[0]), down = Math.abs(event.clientY - from[1]);
+    sideways ||= across > 8 && across > down;
+    if (sideways && event.buttons & 1) act(event);
+    if (sideways && event.buttons & 2) right?.(event);
+  });
+  element.addEventListener("pointerup", (event) => { if (from && event.button === 0) act(event); from = null; });
+  element.addEventListener("pointercancel", () => { from = null; });
+  // JupyterLab opens its own menu, whatever is prevented, unless the event ends here.
+  if (right) element.addEventListener("contextmenu", (event) => { event.preventDefault(); event.stopPropagation(); });
+}
+
+/** Let wheel and keys of a slice picture `move(axis, voxels)` along the axes of `planeNow()`, in arrays of `shape`. `move` returns
+    false where there is no further slice. The wheel counts only while the picture has focus, so that a page scrolls past it, and
+    past its ends; with Ctrl it is the browser's. A mouse notch is one slice; a touchpad's small steps add up. */
 function steer(stage, planeNow, shape, move) {
   let turned = 0;
   stage.addEventListener("wheel", (event) => {
+    const { deltaX, deltaY, deltaMode, cancelable } = event;
+    if (event.ctrlKey || event.metaKey || !cancelable || !stage.matches(":focus") || Math.abs(deltaX) > Math.abs(deltaY)) return;
+    if (turned * deltaY < 0) turned = 0;
+    turned = clamp(turned + deltaY * (deltaMode ? 20 : 1), -50, 50);
+    if (Math.abs(turned) === 50) {
+      if (move(planeNow().cut, -Math.sign(turned)) === false) return;
+      turned = 0;
+    }
     event.preventDefault();
-    turned += clamp(event.deltaY * (event.deltaMode ? 20 : 1), -50, 50);
-    if (Math.abs(turned) >= 50) { move(planeNow().cut, -Math.sign(turned)); turned = 0; }
   }, { passive: false });
   stage.addEventListener("keydown", (event) => {
     const far = event.shiftKey ? 10 : 1, { x, y, cut } = planeNow();
@@ -157,6 +190,18 @@ function drawCrosshair(context, { x, y }, position, { start, shape }, width, hei
   context.fillStyle = colour;
   context.fillRect(0, middle(y) * height - 0.5, width, 1);
   context.fillRect(middle(x) * width - 0.5, 0, 1, height);
+}
+
+/** Write the letters of a plane's edges (left, right, top, bottom) on the canvas of a slice. */
+function drawLetters(context, { edges }, width, height) {
+  const places = [[5, height / 2, "left", "middle"], [width - 5, height / 2, "right", "middle"], [width / 2, 4, "center", "top"], [width / 2, height - 4, "center", "bottom"]];
+  context.font = "12px system-ui, sans-serif";
+  [...edges].forEach((letter, i) => {
+    const [u, v, textAlign, textBaseline] = places[i];
+    Object.assign(context, { textAlign, textBaseline, lineWidth: 3, strokeStyle: "#000", fillStyle: "#fff" });
+    context.strokeText(letter, u, v);
+    context.fillText(letter, u, v);
+  });
 }
 
 /** Show facts, pairs of a name and a text, in the read-out. */

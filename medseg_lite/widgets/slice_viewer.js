@@ -47,20 +47,12 @@ function render({ model, el }) {
     canvas.classList.toggle("squares", (wide * scale) / width >= 3);
 
     let grip = null; // where a right-button drag began, and the window then
-    stage.addEventListener("contextmenu", (event) => event.preventDefault());
-    stage.addEventListener("pointerdown", (event) => {
-      stage.setPointerCapture(event.pointerId);
-      if (event.button === 0) moveTo(pointAt(stage, event, plane));
-      if (event.button === 2) grip = [event.clientX, event.clientY, ...windowNow()];
-    });
-    stage.addEventListener("pointermove", (event) => {
-      if (event.buttons & 1) moveTo(pointAt(stage, event, plane));
-      if (event.buttons & 2 && grip) {
-        const [x0, y0, low, high] = grip, perPixel = (channels[channelNumber()].high - channels[channelNumber()].low) / 300;
-        const level = (low + high) / 2 + (event.clientY - y0) * perPixel;
-        const half = Math.max((high - low) / 2 + (event.clientX - x0) * perPixel / 2, perPixel / 2);
-        setWindow(level - half, level + half);
-      }
+    drag(stage, (event) => moveTo(pointAt(stage, event, plane)), (event) => {
+      if (event.type === "pointerdown") grip = [event.clientX, event.clientY, ...windowNow()];
+      const [x0, y0, low, high] = grip, perPixel = (channels[channelNumber()].high - channels[channelNumber()].low) / 300;
+      const level = (low + high) / 2 + (event.clientY - y0) * perPixel;
+      const half = Math.max((high - low) / 2 + (event.clientX - x0) * perPixel / 2, perPixel / 2);
+      setWindow(level - half, level + half);
     });
     steer(stage, () => plane, shape, move);
     return { ...plane, width, height, box, slider, count, across, down, context: canvas.getContext("2d"), drawn: -1 };
@@ -125,7 +117,7 @@ function render({ model, el }) {
   const overlays = make("fieldset", {}, make("legend", {}, "Overlays"), boxes, make("label", { class: "opacity" }, "Opacity", opacity));
   const legend = make("ul", { class: "key", "aria-label": "Classes" });
   const readout = makeReadout("At the crosshair");
-  const help = makeHelp("Click or drag: crosshair. Wheel, Page Up and Page Down: slice. Right-drag: window (across: width, up and down: level). "
+  const help = makeHelp("Click or drag: crosshair. Click, then wheel; Page Up and Page Down: slice. Right-drag: window (across: width, up and down: level). "
     + "Arrow keys: crosshair, with Shift ten voxels. 1 to 9: sequence. O: overlays on or off.");
 
   const root = make("div", { class: "medseg-slices", role: "group", "aria-label": `Slice viewer: ${scene.title}` },

@@ -93,6 +93,7 @@ def test_keys(opened, viewer):
 
 
 def test_wheel_slider_click_and_drag(opened, viewer):
+    opened.focus("[data-plane=sagittal]")
     opened.hover("[data-plane=sagittal]")
     opened.mouse.wheel(0, 120)
     viewer.position = (14, 28, 15)
