@@ -110,7 +110,7 @@ def slices(
     layers = [as_overlays(o, c.shape, c.label) for o, c in zip(given, cases)]
     names = list(dict.fromkeys(o.name for row in layers for o in row))
     titles = list(channels) if columns == "channels" else [channels[0], *names]
-    heights = [size * (c.shape[view.y] * c.spacing[view.y]) / (c.shape[view.x] * c.spacing[view.x]) for c in cases]
+    heights = [size * (c.shape[view.y] * c.voxel_size[view.y]) / (c.shape[view.x] * c.voxel_size[view.x]) for c in cases]
     legend: dict[str, Artist] = {}
     with style():
         figure = Figure(figsize=(size * len(titles), sum(heights) + 0.1 * len(cases) + 0.7), layout="constrained")
@@ -129,7 +129,7 @@ def slices(
                 volume = shown.image[channels.index(channel)]
                 window = (windows or {}).get(channel) or default_window(volume, case.mask)
                 pixels = paint(cut(volume, view, index), window, on, opacity)
-                axes.imshow(pixels, aspect=case.spacing[view.y] / case.spacing[view.x], interpolation="antialiased")
+                axes.imshow(pixels, aspect=case.voxel_size[view.y] / case.voxel_size[view.x], interpolation="antialiased")
                 axes.set(xticks=[], yticks=[], title=title if row == 0 else "")
                 axes.spines[:].set_visible(False)
                 if letters:
