@@ -92,7 +92,9 @@ def _check_own_file(path: Path, name: str, twin: Path, *, taken: bool) -> None:
     if taken:
         raise ValueError(f"two cases are called {name}; their files would overwrite each other: rename one")
     if path != twin and path.exists() and path.samefile(twin):
-        raise ValueError(f"{path.name} and {twin.name} are one file on this disk; the cases would overwrite each other: rename one")
+        raise ValueError(
+            f"{path.name} and {twin.name} are one file on this disk; the cases would overwrite each other: rename one"
+        )
 
 
 def _say_types(folder: Path, cases: Sequence[StoredCase]) -> None:
