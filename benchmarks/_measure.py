@@ -83,7 +83,7 @@ def run_alone(command: list, environment: dict[str, str] | None = None, failure:
 
 def memory(field: str) -> int:
     """Return a number of bytes from Linux about this process: "VmRSS" now, "VmHWM" at the peak, pages of files included."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    (line,) = (line for line in Path("/proc/self/status").read_text("utf-8").splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 

@@ -50,7 +50,9 @@ def make_environment(base: str, folder: Path) -> Path:
 def run_notebooks(python: Path, folder: Path) -> pd.DataFrame:
     """Run the notebooks in an empty folder; return their minutes and the first lines that they print."""
     # The notebooks install from GitHub; git is told to take this clone instead.
-    address = next(line.split('"')[1] for line in (ROOT / "pyproject.toml").read_text().splitlines() if "Repository =" in line)
+    address = next(
+        line.split('"')[1] for line in (ROOT / "pyproject.toml").read_text("utf-8").splitlines() if "Repository =" in line
+    )
     environment = os.environ | {
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.file://{ROOT}.insteadOf",
@@ -88,7 +90,7 @@ def main() -> None:
         sys.exit(f"the setup cell changed {changed} and added {new}; expected medseg_lite to be added and nothing changed")
     code = "import platform; print(platform.python_version())"
     number = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-    listed = ", ".join(line.replace("==", " ") for line in PACKAGES.read_text().splitlines() if "==" in line)
+    listed = ", ".join(line.replace("==", " ") for line in PACKAGES.read_text("utf-8").splitlines() if "==" in line)
     about = f", {os.cpu_count()} CPU cores, no GPU. Python {number} with Colab's versions of 2026-08: {listed}. {len(before)} packages in all. "
     about += f"medseg_lite {new['medseg_lite']} was installed"
     fill(__file__, given.results, about, {"notebooks": markdown(table)})

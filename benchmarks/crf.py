@@ -118,7 +118,7 @@ def work(method: str, file: str, channels: int, out: str, warm: bool) -> None:
         middle = tuple(slice(n // 2 - 8, n // 2 + 8) for n in case.shape)
         METHODS[method](case.crop(middle), np.ascontiguousarray(soft[(slice(None), *middle)]))
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5", "utf-8")  # forget the peak so far
     start = time.perf_counter()
     result = METHODS[method](case, soft)
     seconds = time.perf_counter() - start

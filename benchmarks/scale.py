@@ -159,7 +159,7 @@ def main() -> None:
         return measure_case(given.case)
     results, cases = {}, {}
     if given.keep and given.keep.exists():
-        results = json.loads(given.keep.read_text())
+        results = json.loads(given.keep.read_text("utf-8"))
     for network in given.networks:
         for way in given.ways:
             if way == "two processes" and torch.cuda.is_available() and torch.cuda.device_count() < 2:
@@ -168,7 +168,7 @@ def main() -> None:
             results.setdefault(network, {})[way] = found
             print(network, way, found, flush=True)
             if given.keep:
-                given.keep.write_text(json.dumps(results))
+                given.keep.write_text(json.dumps(results), "utf-8")
             write(results, cases, given)
         if torch.cuda.is_available() and network in PAPERS:
             cases[network] = run("one process", given.threads, "--case", network)

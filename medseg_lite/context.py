@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from . import inference
 from .models.network import Network
-from .paths import atomic_write
+from .paths import atomic_write, file_for
 from .volume import Case, mirrored
 
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # the axis across the slices, in RAS+ order
@@ -193,9 +193,7 @@ def _others(plane: str) -> list[int]:
 
 
 def _path(folder: Path, case: Case, plane: str) -> Path:
-    if case.name != Path(case.name).name:
-        raise ValueError(f"the case is called {case.name!r}; a name that becomes a file must have no slashes")
-    return folder / f"{case.name}_{plane}.safetensors"
+    return file_for(folder, case.name, f"_{plane}.safetensors")
 
 
 def _origin(path: Path) -> dict[str, str] | None:

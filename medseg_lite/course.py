@@ -45,7 +45,7 @@ def start() -> Machine:
         raise ValueError(f"MEDSEG_SCALE={scale!r}; expected one of {', '.join(SCALES)}")
     what = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     size = "the papers' sizes" if scale == "gpu" else "a short run: narrow networks, few cases"
-    print(
+    paths.say(
         f"medseg_lite {__version__} is ready on {what}, scale {scale} ({size}); "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )

@@ -15,6 +15,7 @@ from .engine.precision import autocast, number_type
 from .engine.tiles import Tiling, check_fits, cut_output, load_patch, plan
 from .engine.tracing import evaluating
 from .models.network import Network
+from .paths import say
 from .volume import Case, bounding_box, size_text
 
 OUTPUTS = ("labels", "probabilities", "logits")
@@ -163,7 +164,7 @@ def _smaller(tiling: Tiling, name: str, found: str) -> Tiling:
             f"{name}: out of memory ({found}) even with the smallest tile, {size_text(tiling.size)} voxels; free memory, or use "
             "float16 on a GPU"
         )
-    print(
+    say(
         f"{name}: out of memory with tiles of {size_text(tiling.size)} voxels; trying {size_text(smaller.size)}, at the same result"
     )
     return smaller

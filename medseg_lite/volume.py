@@ -8,6 +8,7 @@ another orientation is turned when it is read. A result is turned back when it i
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import numpy as np
 
 from .moved import forward
 
+SHEAR = 2e-3  # cosine between two voxel axes above which a grid is sheared
 BRATS_CLASSES = ("background", "necrosis", "oedema", "non-enhancing tumour", "enhancing tumour")  # BRATS 2012 to 2015
 
 
@@ -76,7 +78,7 @@ class Case:
             f"{self.name!r}",
             f"{'+'.join(self.channels)}",
             f"{size_text(self.shape)} voxels",
-            f"{size_text(self.spacing)} mm",
+            f"{size_text(self.voxel_size)} mm",
         ]
         parts += ["label"] * self.labelled + ["mask"] * (self.mask is not None)
         return f"Case({', '.join(parts)})"
@@ -87,9 +89,33 @@ class Case:
         return self.image.shape[1:]
 
     @property
-    def spacing(self) -> tuple[float, float, float]:
+    def voxel_size(self) -> tuple[float, float, float]:
         """The voxel size in mm along (D, H, W)."""
         return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
+
+    @property
+    def sheared(self) -> bool:
+        """True if the voxel axes are not at right angles, as in a CT whose gantry was tilted."""
+        return shear(self.affine) > SHEAR
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """The voxel size in mm along (D, H, W), from which distances are computed.
+
+        Raises ValueError if the grid is sheared. Voxel sizes alone give wrong distances there.
+        """
+        if self.sheared:
+            raise ValueError(
+                f"{self.name}: the voxel axes are not at right angles (a sheared grid, as of a CT with a tilted gantry), so voxel "
+                "sizes alone give wrong distances; resample the case to a grid with right angles. Metrics of surfaces also take "
+                "spacing=case.steps"
+            )
+        return self.voxel_size
+
+    @property
+    def steps(self) -> tuple[float, float, float] | np.ndarray:
+        """The grid for metrics of distances: `spacing`, or the `(3, 3)` steps along the axes in mm if the grid is sheared."""
+        return self.affine[:3, :3] if self.sheared else self.voxel_size
 
     @property
     def labelled(self) -> bool:
@@ -109,7 +135,7 @@ class Case:
     @property
     def axes(self) -> str:
         """The direction in which each index grows, for example "RAS"."""
-        return "".join(nibabel.aff2axcodes(self.affine))
+        return "".join(nibabel.orientations.ornt2axcodes(orientation(self.affine)))
 
     def replace(self, **changes) -> Case:
         """Return a copy with some attributes changed. The other arrays are shared, not copied."""
@@ -168,6 +194,27 @@ class Case:
     def label_block(self, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
         """Return `label[start:stop]`, mirrored beyond the border like the image."""
         return padded_region(self.label, start, stop)
+
+
+def shear(affine: np.ndarray) -> float:
+    """Return the largest cosine between two voxel axes, 0 if they are at right angles."""
+    steps = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    return float(np.abs(np.triu(steps.T @ steps, 1)).max())
+
+
+def orientation(affine: np.ndarray) -> np.ndarray:
+    """Return the world axis that each voxel axis runs along, and whether it runs up (1) or down (-1), `(3, 2)` as in nibabel.
+
+    World axes are given to voxel axes such that the sum of the cosines between them is largest. Of equal sums, as at 45° between two
+    axes, that of the order RAS is taken. So an array that was turned to RAS+ is in RAS+. nibabel's `io_orientation` does not promise
+    this: its answer for a turned array may be another one.
+    """
+    left, _, right = np.linalg.svd(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
+    cosines = left @ right  # of the nearest grid with right angles
+    orders = [list(order) for order in itertools.permutations(range(3))]
+    sums = [np.abs(cosines[order, range(3)]).sum() for order in orders]
+    order = next(order for order, total in zip(orders, sums) if total > max(sums) - 1e-6)
+    return np.stack([order, np.where(cosines[order, range(3)] < -1e-6, -1, 1)], axis=1)
 
 
 def group_voxels(group: str, label: np.ndarray | None, mask: np.ndarray) -> np.ndarray:

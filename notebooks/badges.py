@@ -18,7 +18,7 @@ SLUG = r"[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+"
 
 def slug(root: Path) -> str:
     """The repository, "owner/name", that pyproject.toml names."""
-    found = re.search(rf'^Repository = "https://github.com/({SLUG})"$', (root / "pyproject.toml").read_text(), re.M)
+    found = re.search(rf'^Repository = "https://github.com/({SLUG})"$', (root / "pyproject.toml").read_text("utf-8"), re.M)
     if not found:
         raise ValueError(f'{root / "pyproject.toml"} has no line Repository = "https://github.com/owner/name"')
     return found[1]

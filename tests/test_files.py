@@ -501,7 +501,7 @@ def test_metaimage_header_variants(tmp_path):
     np.testing.assert_allclose(np.abs(np.diag(scan.affine)[:3]), (2, 2, 3))
     np.testing.assert_allclose(scan.affine @ [1, 2, 0, 1], [-1, -2, 3, 1])
     (tmp_path / "b.raw").write_bytes(b"skip me" + array.tobytes(order="F"))
-    head = "ObjectType = Image\nNDims = 3\nDimSize = 2 3 4\nElementType = MET_SHORT\nHeaderSize = {}\nElementDataFile = b.raw"
+    head = "ObjectType = Image\nNDims = 3\nDimSize = 2 3 4\nElementSpacing = 1 1 1\nElementType = MET_SHORT\nHeaderSize = {}\nElementDataFile = b.raw"
     for skip in (7, -1):
         (tmp_path / "b.mhd").write_text(head.format(skip))
         np.testing.assert_array_equal(read_metaimage(tmp_path / "b.mhd").array, array[::-1, ::-1])
@@ -522,7 +522,13 @@ def test_metaimage_header_variants(tmp_path):
         (dict(ElementType="MET_STRING"), "ElementType = 'MET_STRING'; expected one of MET_UCHAR"),
         (dict(ElementNumberOfChannels=3), "has 3 numbers per voxel; expected one"),
         (dict(ElementSpacing="1 1"), "of a length that does not fit 3 axes"),
-        (dict(ElementSpacing="1 0 1"), "unusable affine"),
+        (dict(ElementSpacing="1 0 1"), r"a\.mha has ElementSpacing = '1 0 1'; expected three positive voxel sizes"),
+        (dict(ElementSpacing="1 -1 1"), "has ElementSpacing = '1 -1 1'; expected three positive"),
+        (dict(ElementSpacing="1 nan 1"), "has ElementSpacing = '1 nan 1'; expected numbers"),
+        (dict(ElementSpacing=None), "has no ElementSpacing; expected numbers"),
+        (dict(ElementSpacing=None, ElementSize="0 0 0"), "has ElementSize = '0 0 0'; expected three positive"),
+        (dict(BinaryData=False), "has BinaryData = False, voxels as text; convert it"),
+        (dict(DistanceUnits="parsec"), "has DistanceUnits = 'parsec'; expected one of"),
         (dict(TransformMatrix="1 0 0 1 0 0 0 0 1"), "unusable affine"),
         (dict(Offset="a b c"), "has Offset = 'a b c'; expected numbers"),
         (dict(CompressedData=True), r"a\.mha cannot be unpacked .*damaged"),

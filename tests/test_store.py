@@ -91,7 +91,7 @@ def test_a_change_in_any_file_of_a_case_is_noticed(tmp_path, seen):
         ("Case00_segmentation", (case.label > 0).astype(np.uint8)),
     ):
         kind = "MET_FLOAT" if array.dtype == np.float32 else "MET_UCHAR"
-        header = f"NDims = 3\nDimSize = 9 8 7\nElementType = {kind}\nElementDataFile = {name}.raw\n"
+        header = f"NDims = 3\nDimSize = 9 8 7\nElementSpacing = 1 1 1\nElementType = {kind}\nElementDataFile = {name}.raw\n"
         (tmp_path / "promise" / f"{name}.mhd").write_text(header)
         (tmp_path / "promise" / f"{name}.raw").write_bytes(array.tobytes(order="F"))
     for cohort, changed in [
@@ -190,7 +190,7 @@ def test_errors(tmp_path, raw):
             "uses variables of the function around it.*partial",
         ),
         (
-            lambda: datasets.store([big], tmp_path, normalise=None, progress=False),
+            lambda: datasets.store([big], tmp_path, normalise=None, dtype="float16", progress=False),
             ValueError,
             "too large for float16; choose dtype='float32'",
         ),

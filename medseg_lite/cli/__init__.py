@@ -6,6 +6,7 @@ Every sub-command has a file of its own, with its options and its work.
 from __future__ import annotations
 
 import argparse
+import io
 import shlex
 import sys
 
@@ -46,6 +47,9 @@ examples
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit status. Mistakes in the input end with one readable line on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console that cannot show "×" shows "?"
     options = make_parser().parse_args(arguments)
     options.typed = "python -m medseg_lite " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     try:

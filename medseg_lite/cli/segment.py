@@ -10,6 +10,7 @@ from pathlib import Path
 from .. import context, ensembles, inference, models
 from ..engine import distributed
 from ..files import write_nifti
+from ..paths import file_for
 from ._data import add_data, add_device, is_name, positive, read_cases
 
 
@@ -43,9 +44,10 @@ def run(options) -> None:
     for case in read_cases(options, label=False, normalise=card.get("normalise", "standardise"), shared=True):
         if channels:
             case = case.select(channels)
+        path, probabilities = (file_for(out, case.name, ending) for ending in (".nii.gz", "_probabilities.nii.gz"))
         output = "probabilities" if options.probabilities else "labels"
         prediction = context.facing_back(inference.predict(model, context.facing(case, plane), output=output, **how), plane)
         if options.probabilities:
-            write_nifti(out / f"{case.name}_probabilities.nii.gz", prediction, case)
+            write_nifti(probabilities, prediction, case)
             prediction = prediction.argmax(0).astype("uint8")
-        print(f"wrote {write_nifti(out / f'{case.name}.nii.gz', prediction, case)}")
+        print(f"wrote {write_nifti(path, prediction, case)}")

@@ -157,7 +157,8 @@ class DenseCRF(nn.Module):
             raise ValueError(f"probabilities have shape {tuple(values.shape)}; {case.name} needs (classes, *{case.shape})")
         if prepared is None:
             mask = torch.from_numpy(case.mask) if inside_mask and case.mask is not None else None
-            prepared = self.prepare(torch.from_numpy(case.image).to(device), mask, spacing=case.spacing)
+            spacing = case.spacing if self.units == "mm" else None
+            prepared = self.prepare(torch.from_numpy(case.image).to(device), mask, spacing=spacing)
         _check_grid(prepared, case.shape)
         index = prepared.index.to("cpu")
         inside = torch.index_select(values.flatten(1), 1, index).to(device, torch.float32)

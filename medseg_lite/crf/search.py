@@ -94,7 +94,7 @@ def search(
     base_scores = [_dice(np.asarray(p).argmax(0) > 0, case) for case, p in zip(cases, probabilities)]
     question = {
         "cases": names,
-        "inputs": [_checksum(c.image, c.mask, c.label, c.spacing, p) for c, p in zip(cases, probabilities)],
+        "inputs": [_checksum(c.image, c.mask, c.label, c.voxel_size, p) for c, p in zip(cases, probabilities)],
         "space": {k: list(map(float, v)) for k, v in space.items()},
         "seed": seed,
         "weights_per_lattice": weights_per_lattice,
@@ -129,7 +129,7 @@ def _score(crfs: Sequence[DenseCRF], cases: Sequence[Case], probabilities: Seque
     scores = [[] for _ in crfs]
     for case, p in zip(cases, probabilities):
         mask = None if case.mask is None else torch.from_numpy(case.mask)
-        prepared = crfs[0].prepare(torch.from_numpy(case.image), mask, spacing=case.spacing)
+        prepared = crfs[0].prepare(torch.from_numpy(case.image), mask, spacing=case.spacing if crfs[0].units == "mm" else None)
         for row, crf in zip(scores, crfs):
             if len(p) > 2:
                 found = whole_tumour(crf, p, case, prepared=prepared)
@@ -146,13 +146,13 @@ def _file_for(question: Mapping, folder: Path) -> Path:
 
 def _load(file: Path) -> dict[int, list[float]]:
     """Return the stored Dice of every case in each finished trial."""
-    return {int(t): s for t, s in json.loads(file.read_text())["dice"].items()} if file.exists() else {}
+    return {int(t): s for t, s in json.loads(file.read_text("utf-8"))["dice"].items()} if file.exists() else {}
 
 
 def _store(file: Path, content: Mapping) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(content))
+        temporary.write_text(json.dumps(content), "utf-8")
 
 
 def _draw(space: Mapping, seed: int, trial: int, weights_per_lattice: int) -> dict[str, float]:

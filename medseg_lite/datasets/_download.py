@@ -9,21 +9,33 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import stat
+import sys
 import tarfile
-import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
 
 import requests
+import urllib3
 from tqdm import tqdm
+
+from ..paths import follow_link, put_in_place, replace, say, unique_beside
+from ._alone import alone
+from ._content import check_content, unpack_stream
 
 TIMEOUT = 30  # seconds without a byte from the server
 CHUNK = 2**16
+BUSY = (429, 502, 503, 504)  # answers of servers that may have time later
+LONGEST_WAIT = 120  # seconds that a busy server is waited for at a time
+TRIES = 5  # times that a busy server is asked again, or that a file that changed on the way is begun anew
 
 
 def fetch(
@@ -39,8 +51,9 @@ def fetch(
     """Download `url` to `path`, unless it is there already, and return `path`.
 
     The file arrives as `.part-<name>` and gets its own name after all checks. If the connection breaks off, the download goes on
-    where it stopped, as long as more arrives. If it is given up, what has arrived is kept for the next call if there is a checksum,
-    which will tell whether the parts fit. Otherwise it is removed.
+    where it stopped, as long as more arrives and the file on the server is still the same. If it is given up, what has arrived is
+    kept for the next call if there is a checksum, which will tell whether the parts fit. Otherwise it is removed. If another
+    process fetches the same file, it is waited for. A busy server is asked again when it says so, within two minutes.
 
     Args:
         url: address of the file.
@@ -52,51 +65,52 @@ def fetch(
         progress: True shows a progress bar.
 
     Raises:
-        ConnectionError: the server is not reached, refuses, or breaks off.
+        ConnectionError: the server is not reached, refuses, is busy for longer, or breaks off.
         OSError: the disk is full, or will be.
         ValueError: what arrived is a web page, is empty, fails `check`, or has another checksum.
     """
     algorithm, expected = ("md5", md5) if md5 else ("sha256", sha256)
-    if path.is_file() and (expected is None or _checksum(path, algorithm) == expected):
-        return path
+    target = follow_link(path)
 
-    def verify() -> None:
-        _check_content(url, part)
+    def complete(file: Path) -> bool:
+        return file.is_file() and (expected is None or _checksum(file, algorithm) == expected)
+
+    def verify(part: Path) -> None:
+        check_content(url, part)
         if check is not None:
             check(part)
-        found = None if expected is None else _checksum(part, algorithm)
-        if found != expected:
+        if not complete(part):
             raise ValueError(
-                f"{url} arrived with {algorithm} {found}; expected {expected}. It was changed or damaged on its way and has "
-                "been thrown away: try again, or from another network"
+                f"{url} arrived with {algorithm} {_checksum(part, algorithm)}; expected {expected}. It was changed or damaged on its "
+                "way and has been thrown away: try again, or from another network"
             )
 
-    new_folder = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")  # with its ending, by which readers know the format
-    resumed = part.is_file() and expected is not None
-    try:
-        if not resumed:
-            part.unlink(missing_ok=True)
-        _receive(url, part, room, progress)
+    if complete(target):
+        return path
+    with alone(target) as held:
+        if complete(target):  # another process was faster
+            return path
+        # The part keeps the ending, by which readers know the format.
+        part = target.with_name(f".part-{target.name}") if held else unique_beside(target, ".part")
+        resumed = part.is_file() and expected is not None
         try:
-            verify()
-        except ValueError:
-            part.unlink()
             if not resumed:
-                raise
-            _receive(url, part, room, progress)  # its first half belonged to another file: once more from the start
-            verify()
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException as error:
-        if expected is None or isinstance(error, ValueError):
-            part.unlink(missing_ok=True)
-        if new_folder:
-            with suppress(OSError):  # it holds other files by now
-                path.parent.rmdir()
-        raise
+                part.unlink(missing_ok=True)
+            pieces = _Download(url, part, room, progress).run(complete if expected else None)
+            try:
+                verify(part)
+            except ValueError:
+                part.unlink()
+                if expected is None or (pieces == 1 and not resumed):
+                    raise
+                # The pieces belonged to different files: once more from the start.
+                _Download(url, part, room, progress).run(complete)
+                verify(part)
+            put_in_place(part, target)
+        except BaseException as error:
+            if expected is None or not held or isinstance(error, ValueError):
+                part.unlink(missing_ok=True)
+            raise
     return path
 
 
@@ -105,50 +119,183 @@ def _checksum(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def _receive(url: str, part: Path, room: float, progress: bool) -> None:
-    """Download to the end of `part`, as often as the connection breaks off and more has arrived."""
-    while True:
-        have = part.stat().st_size if part.is_file() else 0
+class _Busy(Exception):
+    """The server has no time now."""
+
+    def __init__(self, answer: requests.Response):
+        super().__init__(f"{answer.status_code} {answer.reason}")
+        self.after = answer.headers.get("Retry-After", "").strip()
+
+    def seconds(self, tries: int) -> float:
+        """Return how long to wait: what the server says, in seconds or as a date, or twice as long after each try."""
+        if self.after.isdigit():
+            return int(self.after)
         try:
-            if _receive_some(url, part, have, room, progress):
-                return
-            reason = "the connection broke off"
-        except requests.HTTPError as error:
-            raise _failed(url, str(error)) from error
-        except requests.RequestException as error:
-            reason = str(error)
-        if not part.is_file() or part.stat().st_size <= have:
-            raise _failed(url, reason)
+            return max(0.0, (parsedate_to_datetime(self.after) - datetime.now(UTC)).total_seconds())
+        except (TypeError, ValueError):
+            return 2**tries
 
 
-def _receive_some(url: str, part: Path, have: int, room: float, progress: bool) -> bool:
-    """Make one request for what is missing. Return whether the file is complete after it."""
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-        if answer.status_code == 416:  # there is no more: the part is complete, or belongs to another file
-            complete = answer.headers.get("Content-Range", "").endswith(f"/{have}")
-            if not complete:
-                part.unlink()
-                return _receive_some(url, part, 0, room, progress)
-            return True
-        answer.raise_for_status()
-        if answer.status_code != 206:  # the whole file, whatever was asked for
-            have = 0
+class _Changed(Exception):
+    """The server sends something that does not go on where the part ends."""
+
+
+class _Download:
+    """The download of one file, in as many requests as it takes.
+
+    Args:
+        url: address of the file.
+        part: file that the bytes are appended to, as the server sends them.
+        room: free space needed, in sizes of the file.
+        progress: whether to show a bar.
+    """
+
+    def __init__(self, url: str, part: Path, room: float, progress: bool):
+        self.url, self.part, self.room, self.progress = url, part, room, progress
+        self.total: int | None = None
+        self.validators: dict[str, str] = {}  # that tell this version of the file from another one
+        self.encoding = "identity"
+
+    def run(self, right: Callable[[Path], bool] | None) -> int:
+        """Download all, and return in how many pieces it came.
+
+        Args:
+            right: function that tells whether a file has the right checksum, or None if that is not known. Then pieces are only put
+                together if the server says that they are of one version of the file.
+        """
+        waited = begun = pieces = 0
+        while True:
+            have = self._size()
+            pieces += 1
+            try:
+                if self._receive(have, known=right is not None):
+                    break
+                reason = "the connection broke off"
+            except _Busy as busy:
+                waited += 1
+                seconds = busy.seconds(waited)
+                if waited > TRIES or seconds > LONGEST_WAIT:
+                    raise _failed(self.url, f"{busy}; it asks to wait for {seconds:.0f} s") from busy
+                pieces -= 1
+                say(f"{self.url} is busy ({busy}): waiting for {seconds:.0f} s", sys.stderr)
+                time.sleep(seconds)
+                continue
+            except _Changed as change:
+                begun += 1
+                if begun > TRIES:
+                    raise _failed(self.url, str(change)) from change
+                self.part.unlink(missing_ok=True)
+                self.total, self.validators = None, {}
+                continue
+            except requests.HTTPError as error:
+                raise _failed(self.url, str(error)) from error
+            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+                reason = str(error)
+            if self._size() <= have:
+                raise _failed(self.url, reason)
+        self._decode(right)
+        return pieces
+
+    def _size(self) -> int:
+        return self.part.stat().st_size if self.part.is_file() else 0
+
+    def _receive(self, have: int, *, known: bool) -> bool:
+        """Make one request for what is missing. Return whether the file is complete after it."""
+        with requests.get(self.url, headers=self._headers(have, known=known), stream=True, timeout=TIMEOUT) as answer:
+            if answer.status_code in BUSY:
+                raise _Busy(answer)
+            if have and answer.status_code == 416:  # there is no more: the part is complete, or belongs to another file
+                total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+                if total == str(have) or (not total.isdigit() and known):
+                    return True
+                raise _Changed("the server has no such part of the file")
+            answer.raise_for_status()
+            if answer.status_code == 206:
+                self._check_goes_on(answer, have, known=known)
+            else:  # the whole file, whatever was asked for
+                have, self.total = 0, None
+            self._remember(answer, have)
+            self._write(answer, have)
+        if self.total is not None and self._size() > self.total:
+            raise _Changed("it is larger than the server says")
+        return self.total is None or self._size() == self.total
+
+    def _headers(self, have: int, *, known: bool) -> dict[str, str]:
+        headers = {"Accept-Encoding": "identity"}
+        # Without any way to tell whether two pieces belong together, the file is fetched from its start.
+        if have and (known or self.validators):
+            headers["Range"] = f"bytes={have}-"
+            strong = [v for v in self.validators.values() if not v.startswith("W/")]
+            headers |= {"If-Range": strong[0]} if strong and not known else {}
+        return headers
+
+    def _check_goes_on(self, answer: requests.Response, have: int, *, known: bool) -> None:
+        """Raise _Changed if a part of the file is not the one that was asked for, or is one of another version of it."""
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", "").strip())
         length = answer.headers.get("Content-Length", "")
-        total = have + int(length) if length.isdigit() else None
-        if total is not None:
-            check_room(part.parent, round(room * total) - have, url)
-        bar = tqdm(
-            total=total, initial=have, unit="B", unit_scale=True, desc=part.name.removeprefix(".part-"), disable=not progress
-        )
-        with bar, open(part, "ab" if have else "wb") as file:
-            for chunk in answer.iter_content(CHUNK):
-                with readable_when_full(part.parent):
+        if found:
+            right = int(found[1]) == have and (self.total is None or found[2] in (str(self.total), "*"))
+        else:
+            right = self.total is not None and length.isdigit() and have + int(length) == self.total
+        # Servers of one name may disagree about validators. A checksum tells more.
+        new = _validators(answer)
+        same = known or all(new.get(name) == value for name, value in self.validators.items())
+        if not (have and right and same):
+            raise _Changed("the server sends another part than it was asked for, or the file has changed there")
+        if found and found[2] != "*":
+            self.total = int(found[2])
+
+    def _remember(self, answer: requests.Response, have: int) -> None:
+        """Note the size of the file, how it is encoded, and what tells it from another version."""
+        length = answer.headers.get("Content-Length", "")
+        if self.total is None and length.isdigit():
+            self.total = have + int(length)
+        self.validators = _validators(answer)
+        self.encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
+
+    def _write(self, answer: requests.Response, have: int) -> None:
+        """Append the bytes to the part."""
+        if self.total is not None:
+            check_room(self.part.parent, round(self.room * self.total) - have, self.url)
+        name = self.part.name.removeprefix(".part-")
+        bar = tqdm(total=self.total, initial=have, unit="B", unit_scale=True, desc=name, disable=not self.progress)
+        with bar, open(self.part, "ab" if have else "wb") as file:
+            for chunk in answer.raw.stream(CHUNK, decode_content=False):
+                with readable_when_full(self.part.parent):
                     file.write(chunk)
                 bar.update(len(chunk))
-            with readable_when_full(part.parent):
+            with readable_when_full(self.part.parent):
                 file.flush()
-    return total is None or part.stat().st_size >= total
+
+    def _decode(self, right: Callable[[Path], bool] | None) -> None:
+        """Unpack a file that the server has compressed on the way, though it was asked not to.
+
+        Some servers call a `.gz` file that they send as it is compressed, too. So the bytes are kept where they are right already:
+        by the checksum, or because the name ends in `.gz` and there is no second gzip inside.
+        """
+        if self.encoding in ("identity", "") or (right is not None and right(self.part)):
+            return
+        if self.encoding not in ("gzip", "x-gzip", "deflate"):
+            raise ValueError(
+                f"{self.url} arrived compressed by {self.encoding!r}; expected the file as it is: try another network"
+            )
+        plain = unique_beside(self.part, ".part")
+        try:
+            with readable_when_full(self.part.parent):
+                unpack_stream(self.part, plain)
+            with open(plain, "rb") as file:
+                twice = file.read(2) == b"\x1f\x8b"
+            if right is not None or twice or self.part.suffix.lower() not in (".gz", ".tgz"):
+                os.replace(plain, self.part)
+        except (zlib.error, EOFError) as error:
+            raise ValueError(f"{self.url} arrived compressed and cannot be unpacked ({error}); try again") from error
+        finally:
+            plain.unlink(missing_ok=True)
+
+
+def _validators(answer: requests.Response) -> dict[str, str]:
+    """Return what tells one version of a file from another."""
+    return {name: answer.headers[name] for name in ("ETag", "Last-Modified") if name in answer.headers}
 
 
 def _failed(url: str, reason: str) -> ConnectionError:
@@ -183,21 +330,6 @@ def readable_when_full(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_content(url: str, path: Path) -> None:
-    """Raise ValueError if what arrived is empty, a web page or a Git-LFS pointer."""
-    with open(path, "rb") as file:
-        start = file.read(512).lstrip().lower()
-    if not start:
-        raise ValueError(f"{url} answered with an empty file; try again later")
-    if start.startswith((b"<!doctype html", b"<html")):
-        raise ValueError(
-            f"{url} answered with a web page instead of the file (a login, proxy or error page); "
-            "open the address in a browser to see what it says"
-        )
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{url} answered with a Git-LFS pointer instead of the file; clone its repository with git-lfs")
-
-
 # ------------------------------------------------------------------------------------------------------------ archives
 
 
@@ -214,16 +346,20 @@ def fetch_archive(url: str, folder: Path, *, md5: str, ready: Callable[[Path], b
         FileExistsError: `folder` holds something else.
         ConnectionError, OSError, ValueError: see `fetch` and `unpack`.
     """
-    if ready(folder):
+    place = Path(os.path.abspath(folder))  # with a name, even if it was given as "."
+    if ready(place):
         return folder
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(
-            f"{folder} exists and is not this data set, or not all of it; remove it, or choose another with --folder"
-        )
-    archive = folder.with_name(folder.name + "".join(PurePosixPath(url).suffixes[-1:]))
-    fetch(url, archive, md5=md5, room=2, progress=True)
-    unpack(archive, folder, progress=True)
-    archive.unlink()
+    with alone(place):
+        if ready(place):  # another process was faster
+            return folder
+        if place.exists() and any(place.iterdir()):
+            raise FileExistsError(
+                f"{folder} exists and is not this data set, or not all of it; remove it, or choose another with --folder"
+            )
+        archive = place.with_name(place.name + "".join(PurePosixPath(url).suffixes[-1:]))
+        fetch(url, archive, md5=md5, room=2, progress=True)
+        unpack(archive, place, progress=True)
+        archive.unlink(missing_ok=True)
     return folder
 
 
@@ -237,8 +373,8 @@ def unpack(archive: Path, folder: Path, *, progress: bool = False) -> None:
         ValueError: the file is no archive, is damaged, or holds a link, a device, or a name that leads outside.
         OSError: the disk is full, or will be.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".part-{folder.name}-"))
+    temporary = unique_beside(folder, ".part")
+    temporary.mkdir(parents=True)
     try:
         with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive) as file:
             options = {}
@@ -253,10 +389,9 @@ def unpack(archive: Path, folder: Path, *, progress: bool = False) -> None:
                     file.extract(member, temporary, **options)
         inside = list(temporary.iterdir())
         top = inside[0] if len(inside) == 1 and inside[0].is_dir() else temporary
-        top.chmod(0o755)
         if folder.is_dir():
             folder.rmdir()
-        os.replace(top, folder)
+        replace(top, folder)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{archive} is damaged or not a tar or zip archive ({error}); download it again") from error
     finally:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -14,10 +16,11 @@ from tqdm import tqdm
 
 from .. import transforms
 from ..engine.stored import SUFFIX, StoredCase, write
+from ..paths import file_for, say
 from ..volume import Case
-from ._cohort import Cohort, choose, describe
+from ._cohort import Cohort, choose, describe, some
 
-VERSION = 1  # raised when a reader or a normalisation of this package gives another result than before
+VERSION = 2  # raised when a reader or a normalisation of this package gives another result than before
 
 
 def store(
@@ -25,7 +28,7 @@ def store(
     folder: str | Path,
     *,
     normalise: Callable[[Case], Case] | None = transforms.standardise,
-    dtype: str = "float16",
+    dtype: str | None = None,
     progress: bool = True,
 ) -> Cohort:
     """Write every case of a cohort to `folder`, normalised, and return the stored cohort.
@@ -45,17 +48,19 @@ def store(
         folder: folder for one file per case, `<name>.safetensors`. The names must differ.
         normalise: function of a case that returns what the network sees, or None for the case as it is. It may also crop the case
             or add channels. It counts as changed if its source text changes, or the arguments in a `functools.partial`.
-        dtype: type of the stored image, "float16" (3 decimal digits) or "float32". Blocks are float32 when they are read.
-        progress: True shows a progress bar.
+        dtype: type of the stored image, "float16" (3 decimal digits) or "float32". None takes float16 for each case for which it is
+            enough, as for standardised images, and float32 for the others, as for raw intensities of a wide range (the rule is
+            `engine.stored.choose_dtype`). Blocks are float32 when they are read.
+        progress: True shows a progress bar, and says which type was chosen.
 
     Returns:
         A cohort whose cases are read from disk block by block.
 
     Raises:
-        ValueError: two cases have one name, a name contains a slash, or a case has a defect.
+        ValueError: two cases have one name, a name cannot be that of a file on every system, or a case has a defect.
         OSError: the disk is full. Complete cases are kept.
     """
-    folder, paths = Path(folder), {}
+    folder, paths, alike, written = Path(folder), {}, {}, []
     settings = {"normalise": describe(normalise), "dtype": dtype}
     with tqdm(total=len(cases), desc=f"storing in {folder.name}", disable=not progress, dynamic_ncols=True) as bar:
         for number in range(len(cases)):
@@ -65,16 +70,42 @@ def store(
             else:
                 case = cases[number]
                 name, origin = case.name, _content(case)
-            if name in paths:
-                raise ValueError(f"two cases are called {name}; their files would overwrite each other: rename one")
-            path = paths[name] = _path(folder, name)
+            path = file_for(folder, name, SUFFIX)
+            twin = alike.setdefault(unicodedata.normalize("NFC", name).casefold(), path)
+            _check_own_file(path, name, twin, taken=name in paths)
+            paths[name] = path
             key = hashlib.sha256(json.dumps([VERSION, origin, settings], sort_keys=True).encode()).hexdigest()
             if _key(path) != key:
                 case = cases[number] if case is None else case
                 case = case if normalise is None else normalise(case)
                 write(path, case.replace(name=name), dtype=dtype, origin={"key": key, "settings": settings})
+                written.append(name)
             bar.update()
-    return _cohort(paths)
+    cohort = _cohort(paths)
+    if dtype is None and progress:
+        _say_types(folder, [cohort[name] for name in written])
+    return cohort
+
+
+def _check_own_file(path: Path, name: str, twin: Path, *, taken: bool) -> None:
+    """Raise ValueError if the file of a case is that of another one, as of "p1" and "P1" on Windows and macOS."""
+    if taken:
+        raise ValueError(f"two cases are called {name}; their files would overwrite each other: rename one")
+    if path != twin and path.exists() and path.samefile(twin):
+        raise ValueError(
+            f"{path.name} and {twin.name} are one file on this disk; the cases would overwrite each other: rename one"
+        )
+
+
+def _say_types(folder: Path, cases: Sequence[StoredCase]) -> None:
+    """Print which cases needed float32."""
+    wide = [case.name for case in cases if case.dtype != "float16"]
+    if wide:
+        say(
+            f"{folder}: {len(wide)} of {len(cases)} cases were stored as float32 ({some(wide)}), because float16 would lose digits "
+            "of their intensities; standardised images take half the room",
+            sys.stderr,
+        )
 
 
 def stored(folder: str | Path, *, cases: Iterable[str] | None = None) -> Cohort:
@@ -105,12 +136,6 @@ def stored(folder: str | Path, *, cases: Iterable[str] | None = None) -> Cohort:
 def _cohort(paths: dict[str, Path]) -> Cohort:
     opened = {name: StoredCase(path) for name, path in paths.items()}
     return Cohort({name: partial(opened.__getitem__, name) for name in opened})
-
-
-def _path(folder: Path, name: str) -> Path:
-    if name != Path(name).name or name.startswith(".") or "\\" in name:
-        raise ValueError(f"a case is called {name!r}; a name that becomes a file must have no slashes, nor begin with a dot")
-    return folder / f"{name}{SUFFIX}"
 
 
 def _key(path: Path) -> str | None:

@@ -20,6 +20,7 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from ..paths import atomic_write, real_data
 from ..phantoms.em import CLASSES, PIXEL, THICKNESS
 from ..volume import Case
+from ._alone import alone
 from ._download import fetch
 
 URL = "https://downloads.imagej.net/ISBI-2012-challenge.zip"
@@ -92,22 +93,29 @@ def download_isbi2012(folder: str | Path | None = None, *, unverified: bool = Fa
     """
     folder = Path(folder) if folder is not None else real_data("isbi2012")
     wanted = [name for files in FILES.values() for name in files if name]
-    if all((folder / name).is_file() for name in wanted):
+
+    def complete() -> bool:
+        return all((folder / name).is_file() for name in wanted)
+
+    if complete():
         return folder
     if not unverified:
         raise ValueError(
             f"the checksum of {URL} is not known, so a download cannot be verified; pass unverified=True to fetch it all "
             "the same"
         )
-    archive = fetch(URL, folder / ARCHIVE, sha256=None, check=_members)
-    for name, member in _members(archive).items():
-        if (folder / name).is_file():
-            continue
-        with atomic_write(folder / name) as temporary:
-            with zipfile.ZipFile(archive) as file:
-                temporary.write_bytes(file.read(member))
-            _read(temporary)
-    archive.unlink()
+    with alone(folder / "stacks"):
+        if complete():  # another process was faster
+            return folder
+        archive = fetch(URL, folder / ARCHIVE, sha256=None, check=_members)
+        for name, member in _members(archive).items():
+            if (folder / name).is_file():
+                continue
+            with atomic_write(folder / name) as temporary:
+                with zipfile.ZipFile(archive) as file:
+                    temporary.write_bytes(file.read(member))
+                _read(temporary)
+        archive.unlink()
     return folder
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import losses
+from ..paths import say
 from . import distributed
 from .precision import autocast, number_type
 from .random_state import random_state, set_random_state
@@ -215,7 +216,7 @@ class Gradients:
             self.parts = min(2 * self.parts, largest)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            print(
+            say(
                 f"out of memory with {-(-largest * 2 // self.parts)} samples at a time: going on with at most "
                 f"{-(-largest // self.parts)}, at the same result and some more time"
             )
@@ -265,7 +266,7 @@ class _Compiled(nn.Module):
                     raise
                 self.works = False
                 reason = next((line for line in str(error).splitlines() if line.strip()), "").strip()
-                print(f"torch.compile failed, so the network runs as it is ({type(error).__name__}: {reason})")
+                say(f"torch.compile failed, so the network runs as it is ({type(error).__name__}: {reason})")
         return self.run[0](x) if self.works else self.network(x)
 
 

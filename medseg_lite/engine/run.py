@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..models import save as save_network
 from ..optimizers import Schedule
-from ..paths import atomic_write
+from ..paths import atomic_write, say
 from . import distributed
 from .identity import describe, find_differences
 from .random_state import own_random_numbers, random_state, set_random_state
@@ -96,7 +96,7 @@ class Run:
                 self.schedule.begin_at(self.saved)
             changes = find_differences(state["plan"], self.plan)
             if changes and self.saved < steps and distributed.rank() == 0:
-                print(f"{self.path}: going on from update {self.saved}; {'; '.join(changes)}")
+                say(f"{self.path}: going on from update {self.saved}; {'; '.join(changes)}")
         if self.saved > steps:
             raise ValueError(
                 f"{self.path} has {self.saved} updates already, more than the {steps} asked for; use another folder"
@@ -267,7 +267,7 @@ class Reports:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            print("tensorboard is not installed (pip install tensorboard); the history goes to history.csv alone")
+            say("tensorboard is not installed (pip install tensorboard); the history goes to history.csv alone")
             return None
         return SummaryWriter(str(self.run.path.parent / "tensorboard"), purge_step=self.run.saved + 1)
 

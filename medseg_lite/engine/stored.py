@@ -36,6 +36,7 @@ from ..volume import Case, bounding_box, group_voxels, mirrored_region
 
 FORMAT = 1  # raised when earlier files can no longer be read
 SUFFIX = ".safetensors"
+_LARGEST16 = float(np.finfo(np.float16).max)
 _TYPES = {"F16": "<f2", "F32": "<f4", "U8": "u1", "U32": "<u4"}
 
 
@@ -65,7 +66,8 @@ class StoredCase(Case):
             with _open(self.path) as file, safe_open(self.path, "np") as checked:  # safetensors checks that the file is whole
                 self._state = _state(file)
                 facts = json.loads(checked.metadata()["case"])
-                self._arrays = _read_places(file)
+                head = _read_head(file)
+                self._head, self._arrays = zlib.crc32(head), _find_places(head)
             if facts["format"] != FORMAT:
                 raise ValueError(f"it has format {facts['format']}, this version reads {FORMAT}")
             if "image" not in self._arrays:
@@ -125,11 +127,14 @@ class StoredCase(Case):
         return self._std
 
     @property
+    def dtype(self) -> str:
+        """The type in which the image is stored, "float16" or "float32". Blocks are float32 when they are read."""
+        return np.dtype(self._arrays["image"][0]).name
+
+    @property
     def header(self) -> nibabel.Nifti1Header | None:
-        """The NIfTI header of the file that the case was read from."""
-        if self._header is None:
-            return None
-        return nibabel.Nifti1Header(base64.b64decode(self._header), check=False)
+        """The NIfTI header of the file that the case was read from, with its extensions."""
+        return None if self._header is None else _unpack_header(self._header)
 
     def replace(self, **changes) -> Case:
         """Return a case in memory, with some attributes changed."""
@@ -159,15 +164,29 @@ class StoredCase(Case):
         grow with the voxels seen so far. Mapping the file again costs some 50 µs; a DeepMedic segment costs half a millisecond.
         """
         with _open(self.path) as file:
-            if _state(file) != self._state:
+            if not self._unchanged(file):
                 raise ValueError(f"{self.path} was written anew since it was opened; open the cohort again")
-            return Opened(self, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            try:
+                return Opened(self, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            except OSError as error:
+                if error.errno not in (errno.ENODEV, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EACCES):
+                    raise
+                file.seek(0)
+                return Opened(self, file.readall())  # a network drive whose files cannot be mapped
+
+    def _unchanged(self, file: io.FileIO) -> bool:
+        """Return whether a file is the one that was opened first.
+
+        Some network drives give a file another inode each time. There the header decides, which describes all the content.
+        """
+        state = _state(file)
+        return state == self._state or (state[1:] == self._state[1:] and zlib.crc32(_read_head(file)) == self._head)
 
 
 class Opened:
     """A reader of the blocks and single voxels of a stored case. Each is read without the rest."""
 
-    def __init__(self, case: StoredCase, view: mmap.mmap):
+    def __init__(self, case: StoredCase, view: mmap.mmap | bytes):
         self._case, self._view = case, view
 
     def array(self, name: str) -> np.ndarray:
@@ -216,13 +235,14 @@ class Opened:
         return mirrored_region(read, self._case.shape, start, stop)
 
 
-def write(path: str | Path, case: Case, *, dtype: str = "float16", origin: object = None) -> Path:
+def write(path: str | Path, case: Case, *, dtype: str | None = None, origin: object = None) -> Path:
     """Write a case as a file for `StoredCase`. The file appears only when it is complete.
 
     Args:
         path: file name that ends in ".safetensors".
         case: case to write.
-        dtype: type of the stored image, "float16" (3 decimal digits, enough for standardised images) or "float32".
+        dtype: type of the stored image, "float16" (3 decimal digits) or "float32". None takes float16 where it is enough, as for
+            standardised images, and float32 otherwise, as for raw intensities of a wide range: see `choose_dtype`.
         origin: what the case was made from, and how: anything that JSON can hold. `StoredCase.stored_as` returns it.
 
     Raises:
@@ -255,7 +275,7 @@ def write(path: str | Path, case: Case, *, dtype: str = "float16", origin: objec
         "affine": case.affine.tolist(),
         "native_axes": case.native_axes,
         "masked": case.mask is not None,
-        "header": None if case.header is None else base64.b64encode(case.header.binaryblock).decode(),
+        "header": None if case.header is None else _pack_header(case.header),
         "std": case.image[:, mask].std(axis=1, dtype=np.float64).tolist() if mask.any() else [0.0] * len(image),
         "counts": counts,
         "info": case.info,
@@ -276,18 +296,51 @@ def write(path: str | Path, case: Case, *, dtype: str = "float16", origin: objec
     return path
 
 
-def _stored_image(path: Path, case: Case, dtype: str) -> np.ndarray:
+def _stored_image(path: Path, case: Case, dtype: str | None) -> np.ndarray:
     """Return the image in the type in which it is stored, after all checks."""
-    if dtype not in ("float16", "float32"):
-        raise ValueError(f"dtype is {dtype!r}; expected 'float16' or 'float32'")
+    if dtype not in (None, "float16", "float32"):
+        raise ValueError(f"dtype is {dtype!r}; expected 'float16' or 'float32', or None for the one that is enough")
     if path.suffix != SUFFIX:
         raise ValueError(f"{path} must end in {SUFFIX}")
     if case.image.size == 0 or not np.isfinite(case.image).all():
         raise ValueError(f"{case.name} has NaN or infinite voxels, or none; correct them before it is stored")
     largest = float(np.abs(case.image).max())
-    if dtype == "float16" and largest > float(np.finfo(np.float16).max):
+    if dtype == "float16" and largest > _LARGEST16:
         raise ValueError(f"{case.name} has intensities up to {largest:g}, too large for float16; choose dtype='float32'")
-    return case.image.astype(dtype)
+    if largest > np.finfo(np.float32).max:
+        raise ValueError(f"{case.name} has intensities up to {largest:g}, too large for float32; divide them by a factor")
+    return case.image.astype(choose_dtype(case.image) if dtype is None else dtype)
+
+
+def choose_dtype(image: np.ndarray) -> str:
+    """Return "float16" if an image `(C, D, H, W)` can be stored in this type, otherwise "float32".
+
+    float16 has 11 binary digits and ends at 65504. It is taken if it holds every voxel exactly, or if each channel stays below 2048,
+    beyond which float16 does not tell whole numbers apart, and no voxel moves by more than 2^-11 of the channel's range.
+    """
+    for channel in image:
+        low, high = float(channel.min()), float(channel.max())
+        if max(-low, high) > _LARGEST16:
+            return "float32"
+        error = np.abs(to_float32(channel.astype(np.float16)) - channel).max()
+        if error > 0 and (max(-low, high) > 2**11 or error > 2**-11 * (high - low)):
+            return "float32"
+    return "float16"
+
+
+def _pack_header(header: nibabel.Nifti1Header) -> str:
+    """Return a NIfTI header with its extensions as text."""
+    content = io.BytesIO()
+    header.write_to(content)
+    return base64.b64encode(content.getvalue()).decode()
+
+
+def _unpack_header(text: str) -> nibabel.Nifti1Header:
+    """Return the header that `_pack_header` made a text of. Its first number is its size, which tells the version of NIfTI."""
+    content = base64.b64decode(text)
+    sizes = {int.from_bytes(content[:4], order) for order in ("little", "big")}
+    kind = nibabel.Nifti2Header if nibabel.Nifti2Header.sizeof_hdr in sizes else nibabel.Nifti1Header
+    return kind.from_fileobj(io.BytesIO(content), check=False)
 
 
 def _runs(voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -321,16 +374,21 @@ def _state(file: io.FileIO) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _read_places(file: io.FileIO) -> dict[str, tuple[str, tuple[int, ...], int]]:
+def _read_head(file: io.FileIO) -> bytes:
+    """Return the header of a safetensors file, with the eight bytes of its length."""
+    file.seek(0)
+    start = file.read(8)
+    return start + file.read(int.from_bytes(start, "little"))
+
+
+def _find_places(head: bytes) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """Return type, shape and place of each array in the file.
 
     safetensors' own reader does not say where an array lies. It would have to be opened for each segment, which takes half as long
     again for the patches of 2D networks.
     """
-    length = int.from_bytes(file.read(8), "little")
-    entries = json.loads(file.read(length))
     return {
-        name: (_TYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in entries.items()
+        name: (_TYPES[entry["dtype"]], tuple(entry["shape"]), len(head) + entry["data_offsets"][0])
+        for name, entry in json.loads(head[8:]).items()
         if name != "__metadata__"
     }

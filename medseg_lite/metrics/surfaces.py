@@ -26,11 +26,14 @@ def surface_distances(prediction, truth, *, spacing: Sequence[float]) -> tuple[n
 
     Distances run from voxel centre to voxel centre. The result is `(from_prediction, from_truth)`, two 1-D arrays. When
     either object is empty, both arrays are empty.
+
+    Args:
+        prediction, truth: the two objects, bool.
+        spacing: voxel size in mm along each axis. For a grid whose axes are not at right angles, a square matrix whose columns are
+            the steps along the axes, `case.affine[:3, :3]`.
     """
     prediction, truth = as_pair(prediction, truth)
-    spacing = np.asarray(spacing, float)
-    if spacing.shape != (truth.ndim,) or not np.isfinite(spacing).all() or (spacing <= 0).any():
-        raise ValueError(f"spacing is {spacing.tolist()}; expected {truth.ndim} positive voxel sizes in mm, one per axis")
+    spacing = _checked(spacing, truth.ndim)
     if not (prediction.any() and truth.any()):
         return np.empty(0), np.empty(0)
     box = bounding_box(prediction | truth)
@@ -38,8 +41,25 @@ def surface_distances(prediction, truth, *, spacing: Sequence[float]) -> tuple[n
     return distances_to_nearest(p, t, spacing), distances_to_nearest(t, p, spacing)
 
 
+def _checked(spacing: Sequence[float] | np.ndarray, dims: int) -> np.ndarray:
+    """Return voxel sizes `(dims,)`, or the steps of a grid `(dims, dims)`, as an array."""
+    spacing = np.asarray(spacing, float)
+    if spacing.shape not in ((dims,), (dims, dims)) or not np.isfinite(spacing).all():
+        good = False
+    else:
+        good = (spacing > 0).all() if spacing.ndim == 1 else np.linalg.matrix_rank(spacing) == dims
+    if not good:
+        raise ValueError(
+            f"spacing is {spacing.tolist()}; expected {dims} positive voxel sizes in mm, one per axis, or a {dims}×{dims} matrix of "
+            "the steps along the axes"
+        )
+    return spacing
+
+
 def distances_to_nearest(a: np.ndarray, b: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Return the distance from each True voxel of `a` to the nearest True voxel of `b`."""
+    """Return the distance from each True voxel of `a` to the nearest True voxel of `b`; `spacing` as in `surface_distances`."""
+    if spacing.ndim == 2:
+        return cKDTree(np.argwhere(b) @ spacing.T).query(np.argwhere(a) @ spacing.T)[0]
     # Both ways are exact; the choice is for speed only. A real surface has few voxels, so a search tree is faster. A network's
     # first noisy guess has very many, and then the distance transform of the whole box is faster.
     if 20 * (np.count_nonzero(a) + np.count_nonzero(b)) < a.size:

@@ -50,7 +50,8 @@ def evaluate(
         prediction: class of each voxel, integers.
         truth: true class of each voxel, of the same shape.
         regions: "brats2015", "brats2017", or label numbers by region, `{"tumour": {1, 4}, "oedema": 2}`.
-        spacing: voxel size in mm along each axis (`case.spacing`). Only surface metrics need it.
+        spacing: voxel size in mm along each axis (`case.spacing`), or the steps of a sheared grid (`case.affine[:3, :3]`). Only
+            surface metrics need it.
         mask: voxels that count, for example those inside the brain, bool. The others are background in both arrays.
         metrics: columns to compute, among dice, jaccard, precision, sensitivity, specificity, assd, boundary_distance,
             hausdorff, hausdorff95 (mm) and volume_difference (%).
@@ -122,7 +123,7 @@ def evaluate_cohort(predictions: Iterable, cases: Iterable[Case], *, use_mask: b
             raise ValueError(f"{case.name} has no mask; pass use_mask=False")
         try:
             table = evaluate(
-                prediction, case.label, spacing=case.spacing, mask=case.mask if use_mask else None, case=case.name, **options
+                prediction, case.label, spacing=case.steps, mask=case.mask if use_mask else None, case=case.name, **options
             )
         except ValueError as error:
             raise ValueError(f"{case.name}: {error}") from error

@@ -97,7 +97,7 @@ def slices(
     layers = [as_overlays(o, c.shape, c.label) for o, c in zip(given, cases)]
     names = list(dict.fromkeys(o.name for row in layers for o in row))
     titles = list(channels) if columns == "channels" else [channels[0], *names]
-    view_ratio = [(c.shape[view.y] * c.spacing[view.y]) / (c.shape[view.x] * c.spacing[view.x]) for c in cases]
+    view_ratio = [(c.shape[view.y] * c.voxel_size[view.y]) / (c.shape[view.x] * c.voxel_size[view.x]) for c in cases]
     with style():
         figure, grid = _lay_out(titles, view_ratio, size)
         legend: dict[str, Artist] = {}
@@ -115,7 +115,7 @@ def slices(
                 window = (windows or {}).get(channel) or default_window(volume, case.mask)
                 filled = [o for o in on if o.style not in OUTLINES]
                 pixels = paint(cut(volume, view, index), window, filled, opacity, named)
-                axes.imshow(pixels, aspect=case.spacing[view.y] / case.spacing[view.x], interpolation="antialiased")
+                axes.imshow(pixels, aspect=case.voxel_size[view.y] / case.voxel_size[view.x], interpolation="antialiased")
                 for overlay in on:
                     if overlay.style in OUTLINES:
                         outline(axes, overlay.array, colour=overlay.colour, style=overlay.style)

@@ -20,7 +20,7 @@ from ..engine import distributed
 from ..engine.identity import describe, find_differences
 from ..files import write_nifti
 from ..models import Network
-from ..paths import atomic_write
+from ..paths import atomic_write, file_for, say
 from ..training import BEST
 from ..volume import Case
 from .named import find_recipe
@@ -102,7 +102,7 @@ def cross_validate(
     if distributed.rank() == 0:
         _write(out / "evaluation.csv", table)
         if progress:
-            print(report(table, recipe))
+            say(report(table, recipe))
     distributed.barrier()
     return table
 
@@ -156,9 +156,8 @@ class _Run:
             plane=recipe.plane,
             scores=scores,
         )
-        dtype = "float16" if recipe.normalise == "standardise" else "float32"  # raw intensities may be too large
         first = distributed.rank() == 0
-        store = partial(datasets.store, self.cases, folder, normalise=prepare, dtype=dtype, progress=self.progress and first)
+        store = partial(datasets.store, self.cases, folder, normalise=prepare, progress=self.progress and first)
         found = store() if first else None
         distributed.barrier()
         return found or store()
@@ -219,8 +218,8 @@ def segment_case(model: Network, case: Case, original: Case, recipe: Recipe, fol
         labels = inference.predict(model, case, progress=False)
         if recipe.postprocess == "largest":
             labels = postprocess.largest_component(labels)
-        table = metrics.evaluate(labels, case.label, regions=recipe.regions, spacing=case.spacing, case=case.name)
-    write_nifti(folder / f"{case.name}.nii.gz", context.facing_back(labels, recipe.plane), original)
+        table = metrics.evaluate(labels, case.label, regions=recipe.regions, spacing=case.steps, case=case.name)
+    write_nifti(file_for(folder, case.name, ".nii.gz"), context.facing_back(labels, recipe.plane), original)
     return table
 
 

@@ -175,7 +175,7 @@ class CaseWidget(Widget):
             "title": case.name,
             "start": [s.start for s in box],
             "shape": self._shape,
-            "spacing": case.spacing,
+            "spacing": case.voxel_size,
             "planes": [p._asdict() for p in plotting.PLANES],
             "sequences": sequences,
         }

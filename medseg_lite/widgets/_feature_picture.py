@@ -97,7 +97,7 @@ class Panel:
 
 def draw(explorer: CaseWidget, panels: Sequence[Panel]) -> Figure:
     """Draw the panels of a feature explorer below each other: the picture on the left, the channels on the right."""
-    shape, spacing, plane = explorer._shape, explorer._case.spacing, plotting.find_plane(explorer.plane)
+    shape, spacing, plane = explorer._shape, explorer._case.voxel_size, plotting.find_plane(explorer.plane)
     tall = shape[plane.y] * spacing[plane.y] > 1.4 * shape[plane.x] * spacing[plane.x]
     with plotting.style():
         figure = Figure(figsize=(9.4, (4.6 if tall else 3.5) * len(panels)), dpi=100, layout="constrained")
@@ -122,7 +122,7 @@ def _picture(axes: Axes, panel: Panel) -> AxesImage:
     case, box, shape, start = explorer._case, explorer._box, explorer._shape, explorer._scene["start"]
     number, index = case.channels.index(explorer.sequence), explorer.position[plane.cut] - start[plane.cut]
     black, white = explorer._scene["sequences"][number]["window"]
-    aspect, place = case.spacing[plane.y] / case.spacing[plane.x], panel.extent(start, (1, 1, 1), shape)
+    aspect, place = case.voxel_size[plane.y] / case.voxel_size[plane.x], panel.extent(start, (1, 1, 1), shape)
     grey = plotting.cut(case.image[number][box], plane, index)
     axes.imshow(grey, cmap="gray", vmin=black, vmax=white, extent=place, aspect=aspect)
     low, high = panel.span(panel.channel)
@@ -166,7 +166,7 @@ def _sheet(axes: Axes, panel: Panel) -> None:
     sheet = np.ones((lines * (high + gap) - gap, columns * (wide + gap) - gap, 3))
     for (x, y), tile in zip(corners, tiles):
         sheet[y : y + high, x : x + wide] = tile
-    spacing, stride = explorer._case.spacing, panel.maps.stride
+    spacing, stride = explorer._case.voxel_size, panel.maps.stride
     stretch = spacing[plane.y] * stride[plane.y] / (spacing[plane.x] * stride[plane.x])
     axes.imshow(sheet, aspect=stretch, interpolation="nearest")
     for (x, y), channel in zip(corners, order):

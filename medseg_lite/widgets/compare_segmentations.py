@@ -148,7 +148,7 @@ class CompareSegmentations(CaseWidget):
         plane, scores = plotting.find_plane(self.plane), self._scores()
         rows, columns = -(-len(self._predictions) // 3), min(3, len(self._predictions))
         side, x, y = 9.4 / max(columns, 2), plane.x, plane.y
-        shape, spacing = self._scene["shape"], self._case.spacing
+        shape, spacing = self._scene["shape"], self._case.voxel_size
         high = side * shape[y] / shape[x] * (spacing[y] / spacing[x])
         with plotting.style():
             figure = Figure(figsize=(side * columns, (high + 0.3) * rows + 0.4), dpi=100, layout="constrained")
@@ -173,7 +173,7 @@ class CompareSegmentations(CaseWidget):
         found, truth = np.isin(cut(prediction), labels), np.isin(cut(self._case.label), labels)
         for where, colour in zip((found & truth, ~found & truth, found & ~truth), OUTCOMES.values()):
             picture = plotting.blend(picture, plotting.rgb(colour), where * self.opacity)
-        spacing = self._case.spacing
+        spacing = self._case.voxel_size
         axes.imshow(np.rint(picture).astype(np.uint8), aspect=spacing[plane.y] / spacing[plane.x])
 
     # --------------------------------------------------------------------------------------------------------- checks

@@ -187,7 +187,7 @@ class CRFExplorer(Pictured, ipywidgets.VBox):
         changes = [("kept", before & after, KEPT), ("removed", before & ~after, REMOVED), ("added", after & ~before, ADDED)]
         legend = [(f"{text} {where.sum()}", colour) for text, where, colour in changes]
         panels.append((_headline("after the CRF", after, truth), _tint(grey, [(w, c) for _, w, c in changes]), legend))
-        spacing = self._case.spacing
+        spacing = self._case.voxel_size
         aspect = spacing[self._plane.y] / spacing[self._plane.x]
         self._sheet = _draw_sheet(panels, aspect, (self.row, self.column))
         self._picture.value = self.snapshot()

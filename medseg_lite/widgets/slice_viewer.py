@@ -170,7 +170,7 @@ class SliceViewer(CaseWidget):
     def _describe(self, windows: Mapping[str, tuple[float, float]]) -> dict[str, object]:
         channels = [{"name": n, "low": low, "high": high, "window": windows[n]} for n, (low, high) in self._limits.items()]
         case, planes = self._case, [p._asdict() for p in self._planes]
-        return {"title": case.name, "shape": case.shape, "spacing": case.spacing, "planes": planes, "channels": channels}
+        return {"title": case.name, "shape": case.shape, "spacing": case.voxel_size, "planes": planes, "channels": channels}
 
     def _pack_layers(self) -> list[dict]:
         layers = []
@@ -195,7 +195,7 @@ class SliceViewer(CaseWidget):
     def _draw(self) -> Image.Image:
         """Draw the planes in one row at one scale, as the browser shows them, with a legend below."""
         case, gap = self._case, 12
-        extents = [(case.shape[p.x] * case.spacing[p.x], case.shape[p.y] * case.spacing[p.y]) for p in self._planes]
+        extents = [(case.shape[p.x] * case.voxel_size[p.x], case.shape[p.y] * case.voxel_size[p.y]) for p in self._planes]
         scale = min(860 / sum(w for w, _ in extents), 380 / max(h for _, h in extents))
         sizes = [(max(1, round(w * scale)), max(1, round(h * scale))) for w, h in extents]
         width = max(sum(w for w, _ in sizes) + gap * (len(sizes) - 1), 240)

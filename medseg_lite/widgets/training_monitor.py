@@ -94,7 +94,7 @@ class TrainingMonitor(Widget):
             _scene={
                 "title": case.name,
                 "size": (rows, columns),
-                "aspect": case.spacing[view.y] / case.spacing[view.x],
+                "aspect": case.voxel_size[view.y] / case.voxel_size[view.x],
                 "grey": {"low": low, "high": high, "window": self._window},
                 "image": pack(to_bytes(plotting.cut(image, view, index), low, high)),
                 "truth": None if truth is None else pack(truth),
