@@ -7,6 +7,7 @@ another orientation is turned when it is read. A result is turned back when it i
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 
 import nibabel
 import numpy as np
+import torch
 
 from .moved import forward
 
@@ -24,12 +26,16 @@ BRATS_CLASSES = ("background", "necrosis", "oedema", "non-enhancing tumour", "en
 class Case:
     """The images of one subject, with label and mask.
 
+    Arrays may be given as any kind of numbers, also as tensors or lists. The constructor, `replace` and every later assignment turn
+    them into the kinds below, or raise a ValueError, so that all functions of a case may rely on these kinds. An array that has its
+    kind already is shared, not copied.
+
     Attributes:
-        image: `(C, D, H, W)` intensities, one channel per sequence.
-        channels: name of each channel, for example `("flair", "t1c")`.
+        image: `(C, D, H, W)` intensities, one channel per sequence, float32 and finite.
+        channels: name of each channel, for example `("flair", "t1c")`. No two are the same.
         name: name of the case in messages, plots and result files.
-        label: `(D, H, W)` uint8 class of each voxel. None if the classes are not known.
-        mask: `(D, H, W)` bool, True inside the brain or organ. None for the whole volume.
+        label: `(D, H, W)` uint8 class of each voxel, see `as_label`. None if the classes are not known.
+        mask: `(D, H, W)` bool, True inside the brain or organ, see `as_mask`. None for the whole volume.
         affine: `(4, 4)` matrix from voxel indices to RAS+ world millimetres.
         native_axes: orientation of the file that the case was read from, such as "LPS". `write_nifti` turns results back to it.
         header: NIfTI header of that file, kept for writing.
@@ -52,24 +58,59 @@ class Case:
     info: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.channels = tuple(self.channels)
-        self.affine = np.asarray(self.affine, np.float64)
+        self._settle([f.name for f in dataclasses.fields(Case)])
+
+    def __setattr__(self, attribute: str, value: object) -> None:
+        complete = self.in_memory and "info" in vars(self)  # the last attribute that the constructor sets
+        if complete and attribute in ("image", "channels", "name", "label", "mask", "affine", "extra"):
+            value = vars(self.replace(**{attribute: value}))[attribute]
+        super().__setattr__(attribute, value)
+
+    def _settle(self, changed: Iterable[str]) -> None:
+        """Turn the attributes that changed into their kinds, and check that all fit each other."""
+        own = vars(self)
+        own["name"], own["channels"] = str(self.name), as_names(self.channels)
+        own["affine"] = np.asarray(self.affine, np.float64)
+        for what, settle in {"image": as_image, "label": as_label, "mask": as_mask}.items():
+            if what in changed and (what == "image" or own[what] is not None):
+                own[what] = settle(own[what], source=f"{self.name}: the {what}")
+        if "extra" in changed:
+            own["extra"] = {key: None if v is None else as_array(v, f"{self.name}: {key}") for key, v in self.extra.items()}
+        self._check_fit()
+        if "image" in changed:
+            self._check_finite()
+
+    def _check_fit(self) -> None:
         if self.image.ndim != 4:
             raise ValueError(
                 f"{self.name}: the image has shape {self.image.shape}; expected (channels, D, H, W). "
                 "For a single 2-D slice use image[None, :, :, None]"
             )
         if len(self.channels) != self.image.shape[0]:
-            raise ValueError(f"{self.name}: {self.image.shape[0]} channels but {len(self.channels)} names {self.channels}")
-        if self.affine.shape != (4, 4):
-            raise ValueError(f"{self.name}: the affine has shape {self.affine.shape}; expected (4, 4)")
-        for what in ("label", "mask"):
-            array = getattr(self, what)
+            raise ValueError(
+                f"{self.name}: {self.image.shape[0]} channels but {len(self.channels)} names {self.channels}; give one name for "
+                "each, in one call: replace(image=..., channels=...)"
+            )
+        twice = [c for c in self.channels if self.channels.count(c) > 1]
+        if twice:
+            raise ValueError(f"{self.name}: {len(twice)} channels are called {twice[0]!r}; give each channel a name of its own")
+        if self.affine.shape != (4, 4) or not np.isfinite(self.affine).all():
+            found = f"has shape {self.affine.shape}" if self.affine.shape != (4, 4) else "holds NaN or infinite values"
+            raise ValueError(f"{self.name}: the affine {found}; expected (4, 4) finite numbers")
+        for what, array in {"label": self.label, "mask": self.mask, **self.extra}.items():
             if array is not None and array.shape != self.shape:
                 raise ValueError(
                     f"{self.name}: the {what} is {size_text(array.shape)} but the image is {size_text(self.shape)}; "
-                    "image, label and mask of one case must share one grid"
+                    "image, label and mask of one case must share one grid: change them in one call of replace"
                 )
+
+    def _check_finite(self) -> None:
+        if not np.isfinite(self.image).all():
+            counts = {c: np.count_nonzero(~np.isfinite(i)) for c, i in zip(self.channels, self.image)}
+            channel, count = next((c, n) for c, n in counts.items() if n)
+            raise ValueError(
+                f"{self.name}, {channel} has {count} NaN or infinite voxels; replace them, for example with numpy.nan_to_num"
+            )
 
     def __repr__(self) -> str:
         parts = [
@@ -113,7 +154,13 @@ class Case:
 
     def replace(self, **changes) -> Case:
         """Return a copy with some attributes changed. The other arrays are shared, not copied."""
-        return dataclasses.replace(self, **changes)
+        unknown = changes.keys() - {f.name for f in dataclasses.fields(Case)}
+        if unknown:
+            raise TypeError(f"a case has no {', '.join(sorted(unknown))}")
+        case = copy.copy(self)
+        vars(case).update(changes)
+        case._settle(changes)  # only what is new is looked at: a replaced name costs microseconds
+        return case
 
     def select(self, channels: Iterable[str]) -> Case:
         """Return a copy with only these channels, in this order."""
@@ -253,8 +300,65 @@ def label_table(mapping: Mapping[int, int]) -> np.ndarray:
     return table
 
 
-def as_label(array: np.ndarray, labels: Iterable[int] | None = None, source: object = "the label") -> np.ndarray:
-    """Check class numbers and return them as uint8.
+def as_array(values: object, source: object = "the array") -> np.ndarray:
+    """Return numbers as an array of this machine's byte order that PyTorch can take. It is a view where that is possible.
+
+    Args:
+        values: array of any memory layout, tensor on any device, or list.
+        source: name of the values in error messages.
+    """
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.dtype == torch.bfloat16 else values).resolve_conj().resolve_neg().numpy()
+    if np.ma.is_masked(values):
+        raise ValueError(f"{source} is a masked array; fill the masked voxels first: array.filled(0)")
+    array = np.asarray(values)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if any(step < 0 or step % max(array.itemsize, 1) for step in array.strides):
+        array = np.ascontiguousarray(array)
+    return array
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """Return the tensor of an array. They share memory, unless the array is read-only, which no tensor is."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def as_names(names: str | Iterable[object]) -> tuple[str, ...]:
+    """Return names as texts. A single text is one name."""
+    return (str(names),) if isinstance(names, str) else tuple(str(name) for name in names)
+
+
+def as_image(array: object, source: object = "the image") -> np.ndarray:
+    """Return intensities as float32. Raise ValueError for what is no real number."""
+    array = as_array(array, source)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{source} holds {array.dtype}; expected real numbers")
+    with np.errstate(over="ignore"):  # what becomes infinite is refused as such
+        return array.astype(np.float32, copy=False)
+
+
+def as_mask(array: object, source: object = "the mask") -> np.ndarray:
+    """Return a mask as bool. Raise ValueError unless its values are 0 and 1, or 0 and 255, give or take a thousandth."""
+    array = as_array(array, source)
+    if array.dtype == bool:
+        return array
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{source} holds {array.dtype}; expected 0 and 1, or a bool array")
+    top = 255 if array.max(initial=0) > 2 else 1
+    inside = array > top / 2
+    right = np.where(inside, np.abs(array - np.float64(top)), np.abs(array.astype(np.float64))) <= 1e-3 * top
+    if not right.all():
+        raise ValueError(
+            f"{source} holds {array[~right].flat[0]:g}; expected 0 and 1, or 0 and 255, or a bool array. "
+            "Compare it first, for example mask > 0.5"
+        )
+    return inside
+
+
+def as_label(array: object, labels: Iterable[int] | None = None, source: object = "the label") -> np.ndarray:
+    """Check class numbers and return them as uint8. An array of uint8 is not copied.
 
     Args:
         array: class numbers, integers or floats.
@@ -264,6 +368,9 @@ def as_label(array: np.ndarray, labels: Iterable[int] | None = None, source: obj
     Raises:
         ValueError: a value is not finite, not whole, or not among `labels`.
     """
+    array = as_array(array, source)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{source} holds {array.dtype}; expected whole class numbers")
     if array.dtype.kind == "f":
         whole = np.rint(array)
         if not np.isfinite(array).all():
@@ -274,18 +381,18 @@ def as_label(array: np.ndarray, labels: Iterable[int] | None = None, source: obj
                 f"{source} holds {odd:g}, not a whole class number; it was interpolated: resample labels with nearest neighbour"
             )
         array = whole
-    found = np.unique(array)
-    if found.size and (found[0] < 0 or found[-1] > 255):
-        raise ValueError(f"{source} holds classes {found[0]:g} to {found[-1]:g}; expected 0 to 255")
+    if array.dtype not in (np.uint8, bool) and array.size and (array.min() < 0 or array.max() > 255):
+        raise ValueError(f"{source} holds classes {array.min():g} to {array.max():g}; expected 0 to 255")
+    array = array.astype(np.uint8, copy=False)
     if labels is not None:
         labels = tuple(labels)
-        wrong = sorted(set(found.astype(int).tolist()) - set(labels))
+        wrong = sorted(set(np.flatnonzero(np.bincount(array.ravel())).tolist()) - set(labels))
         if wrong:
             raise ValueError(
                 f"{source} holds label {', '.join(map(str, wrong))}; expected only {', '.join(map(str, labels))}. "
                 "Map its labels first, or say which ones you use"
             )
-    return array.astype(np.uint8)
+    return array
 
 
 def size_text(numbers: Iterable[float]) -> str:
