@@ -346,24 +346,27 @@ class VolumeSampler(Sampler):
         return as_tensor(image).to(self.device), torch.from_numpy(label).to(self.device)
 
 
-def check_label(name: str, label: int, classes: int) -> None:
+def check_label(name: str, label: int, classes: int | None) -> None:
     """Raise ValueError if a network of so many classes cannot learn a label of a case.
 
     Args:
         name: name of the case.
         label: highest class in its label.
-        classes: number of the network's output classes. With one, for a sigmoid, labels are 0 and 1.
+        classes: number of the network's output classes. With one, for a sigmoid, labels are 0 and 1. None accepts all labels that
+            are likely to be classes.
     """
-    fewest = max(classes, 2)
+    highest = 254 if classes is None else max(classes, 2) - 1
+    if label <= highest:
+        return
+    expected = "" if classes is None else f"; with classes={classes} labels are 0 to {highest}"
     if label == 255:
         remedy = (
-            "if 255 marks voxels to ignore, give them a class or leave them out of the mask, for here every voxel of a segment "
-            "counts; if it is the object of a mask of 0 and 255, use case.relabelled({255: 1})"
+            "if 255 marks voxels to ignore, give them a class, because here every voxel of a segment counts; "
+            "if it is the object of a mask of 0 and 255, use case.relabelled({255: 1})"
         )
     else:
         remedy = f"set classes={label + 1}, or renumber the classes with case.relabelled or a recipe's label_map"
-    if label >= fewest:
-        raise ValueError(f"{name} has label {label}; with classes={classes} labels are 0 to {fewest - 1}: {remedy}")
+    raise ValueError(f"{name} has label {label}{expected}: {remedy}")
 
 
 def _check_cases(cases: Sequence[Case]) -> tuple[int, str]:
