@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import as_tensor
 from .engine.identity import describe
 from .engine.stored import StoredCase, to_float32
-from .volume import Case, array_code, as_tensor, bounding_box, group_voxels, padded_region, size_text
+from .volume import Case, array_code, bounding_box, group_voxels, padded_region, size_text
 
 SCHEMES = ("foreground", "uniform", "equal")
 Augment = Callable[..., tuple[Tensor, Tensor]]

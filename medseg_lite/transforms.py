@@ -11,7 +11,8 @@ from skimage import exposure
 from torch import Tensor
 from torch.nn import functional as F
 
-from .volume import Case, as_array
+from .arrays import as_array
+from .volume import Case
 
 
 def normalise(case: Case, how: str) -> Case:

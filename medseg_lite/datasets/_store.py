@@ -17,7 +17,7 @@ from ..engine.stored import SUFFIX, StoredCase, write
 from ..volume import Case
 from ._cohort import Cohort, choose, describe
 
-VERSION = 1  # raised when a reader or a normalisation of this package gives another result than before
+VERSION = 2  # raised when a reader or a normalisation of this package gives another result than before
 
 
 def store(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..volume import as_array
+from ..arrays import as_array
 
 
 def as_voxels(array, what: str) -> np.ndarray:

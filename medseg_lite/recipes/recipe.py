@@ -14,7 +14,7 @@ from .. import models, optimizers, training
 from ..datasets import case_names
 from ..models import Network
 from ..sampling import SegmentSampler, check_label
-from ..volume import Case
+from ..volume import Case, new_name
 
 OptimizerMaker = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 ScheduleMaker = Callable[[torch.optim.Optimizer], optimizers.Schedule]
@@ -227,7 +227,7 @@ def train(
     machine = {option.name for option in dataclasses.fields(training.Engine)}
     engine = dict(engine or {})
     how |= {
-        "facts": {"validation": {case.name: case.code() for case in validation}} | dict(made_from or {}),
+        "facts": {"validation": _case_codes(validation)} | dict(made_from or {}),
         "steps": steps,
         "validate_every": min(validate_every, steps),
         "validate": make_validation(validation, model.classes),
@@ -244,6 +244,13 @@ def train(
         "device": str(next(model.parameters()).device),
     } | dict(facts or {})
     return model
+
+
+def _case_codes(cases: Sequence[Case]) -> dict[str, str]:
+    codes: dict[str, str] = {}
+    for case in cases:
+        codes[new_name(case.name, codes)] = case.code()
+    return codes
 
 
 def make_validation(cases: Sequence[Case], classes: int) -> Callable | None:
