@@ -242,7 +242,7 @@ def strongest_patches(
         if not 0 <= channel < len(maps.data):
             raise ValueError(f"channel={channel}; layer {layer!r} has channels 0 to {len(maps.data) - 1}")
         if size is not None:
-            side = [size] * 3 if isinstance(size, int) else list(size)
+            side = [int(n) for n in ([size] * 3 if np.ndim(size) == 0 else size)]
         else:
             field = maps.field.side if maps.field else (33,) * contract(model).spatial_dims
             side = [*field, *[1] * (3 - len(field))]

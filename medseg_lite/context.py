@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from . import inference
+from .arrays import as_tensor
 from .models.network import Network
 from .paths import atomic_write, file_for
 from .volume import Case, mirrored
@@ -148,7 +149,7 @@ def influence(
                 f"the patch around {tuple(voxel)} reaches from {s.start} to {s.stop} along {what}, out of {case.name} of {n} voxels; "
                 "choose a voxel nearer to the middle"
             )
-    image = torch.from_numpy(case.image)
+    image = as_tensor(case.image)
     with torch.no_grad():
         scores = [_slice_scores(net, plane, image, patch)[0] for plane, net in networks.items()]
     x = torch.cat([image[(slice(None), *patch)], *scores])[None].requires_grad_()

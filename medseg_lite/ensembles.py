@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .arrays import as_array
 from .models.network import Network
 
 
@@ -79,7 +80,7 @@ def hierarchical_vote(
     """
     if len(predictions) == 0:
         raise ValueError("a vote needs at least one prediction")
-    stack = np.stack([np.asarray(p) for p in predictions])
+    stack = np.stack([as_array(p) for p in predictions])
     odd = np.setdiff1d(stack, [0, *labels])
     if odd.size or len(set(labels)) != 3 or 0 in labels:
         raise ValueError(

@@ -22,6 +22,7 @@ import torch
 from sklearn.ensemble import RandomForestClassifier
 from tqdm import tqdm
 
+from .arrays import as_array
 from .volume import Case, bounding_box
 
 SLAB = 2**17  # voxels of a volume that are computed at a time, few enough for the processor's cache
@@ -160,7 +161,7 @@ class BoxFeatures:
             A table `(N, count)`, float32.
         """
         integrals = self._integrals(case)
-        voxels = np.asarray(voxels)
+        voxels = as_array(voxels, "voxels")
         if voxels.ndim != 2 or voxels.shape[1] != 3 or voxels.dtype.kind not in "iu":
             raise ValueError(
                 f"voxels has shape {voxels.shape} and type {voxels.dtype}; expected whole numbers (N, 3), as np.argwhere gives"
@@ -232,9 +233,11 @@ class RandomForest:
             raise ValueError(f"trees={trees}, depth={depth}; both must be at least 1")
         if jobs is not None and jobs < 1:
             raise ValueError(f"jobs={jobs}; expected 1 or more threads, or None")
-        self.features, self.seed = features, seed
+        self.features, self.seed = features, int(seed)
         self.jobs = jobs or torch.get_num_threads()
-        self.classifier = RandomForestClassifier(trees, max_depth=depth, max_features=max_features, random_state=seed)
+        self.classifier = RandomForestClassifier(
+            int(trees), max_depth=int(depth), max_features=max_features, random_state=self.seed
+        )
         self.channels: tuple[str, ...] = ()
         self.classes = 0
 

@@ -29,7 +29,7 @@ def cross_entropy(
     sections 4.1 and 5.2 (class weights).
     Taught in notebooks 03 and 06.
     """
-    _check(logits, target)
+    target = _check(logits, target)
     weights = None
     if class_weights is not None:
         weights = torch.as_tensor(class_weights, dtype=logits.dtype, device=logits.device)
@@ -63,7 +63,7 @@ def balanced_cross_entropy(logits: Tensor, target: Tensor, *, target_weights: Se
     here, because the weights already sum to 1.
     Taught in notebooks 09 and 10.
     """
-    _check(logits, target)
+    target = _check(logits, target)
     weights = torch.as_tensor(target_weights, dtype=torch.float32, device=logits.device)
     if weights.shape != logits.shape[1:2] or bool((weights < 0).any()) or abs(float(weights.sum()) - 1) > 1e-4:
         raise ValueError(f"target_weights={target_weights}; expected {logits.shape[1]} numbers, none negative, that sum to 1")
@@ -112,7 +112,7 @@ def jaccard_distance(logits: Tensor, target: Tensor, *, per_class: bool = False)
     Source: Kayalibay et al. 2017, eq. 3 and 4.
     Taught in notebook 06.
     """
-    _check(logits, target)
+    target = _check(logits, target)
     if logits.dtype != torch.float64:
         logits = logits.float()
     with torch.autocast(logits.device.type, enabled=False):
@@ -156,7 +156,7 @@ def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1.0) -> Tensor:
     Source: Drozdzal et al. 2018, section 3.3.
     Taught in notebook 08.
     """
-    _check(logits, target)
+    target = _check(logits, target)
     if logits.dtype != torch.float64:
         logits = logits.float()
     if logits.shape[1] == 1:
@@ -184,10 +184,14 @@ def weight_penalty(model: nn.Module, *, l1: float = 0.0, l2: float = 0.0) -> Ten
     return total
 
 
-def _check(logits: Tensor, target: Tensor) -> None:
+def _check(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the target as PyTorch's losses take it, int64, after checking its shape and kind."""
     expected = (logits.shape[0], *logits.shape[2:])
     if tuple(target.shape) != expected:
         raise ValueError(
             f"logits {tuple(logits.shape)} predict {expected} voxels but the target is {tuple(target.shape)}; "
             "a network of valid convolutions loses `model.margin` voxels on each side: crop the label alike"
         )
+    if target.is_floating_point() or target.is_complex():
+        raise ValueError(f"the target holds {target.dtype}; expected class numbers, whole numbers of any integer type")
+    return target.long()

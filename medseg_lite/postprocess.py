@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
+from .arrays import as_array
 from .volume import Case
 
 
@@ -36,7 +37,7 @@ def remove_flat_components(
     Source: Havaei et al. 2017, section 3 (flat blobs near the skull, by connected components); the three limits are ours.
     Taught in notebook 02.
     """
-    label = np.asarray(label)
+    label = as_array(label, "the label")
     if label.shape != case.shape:
         raise ValueError(f"the label is {label.shape} but {case.name} is {case.shape}; they must share one grid")
     if case.mask is None or case.mask.all():
@@ -73,7 +74,7 @@ def largest_component(label: np.ndarray) -> np.ndarray:
     Source: Drozdzal et al. 2018, section 4.3.
     Taught in notebook 08.
     """
-    label = np.asarray(label)
+    label = as_array(label, "the label")
     pieces, count = ndimage.label(label > 0)
     if count < 2:
         return label.copy()

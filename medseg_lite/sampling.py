@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import as_tensor
 from .engine.identity import describe
 from .engine.stored import StoredCase, to_float32
 from .volume import Case, array_code, bounding_box, group_voxels, padded_region, size_text
@@ -95,9 +96,17 @@ def _widened(start: Sequence[int], stop: Sequence[int], margin: Sequence[int]) -
 
 
 class Sampler:
-    """The base class of our samplers, which can say what their batches are made of."""
+    """The base class of our samplers, which can say what their batches are made of.
 
-    settings: tuple[str, ...] = ()  # attributes that decide what a batch holds
+    Attributes:
+        settings: names of the attributes that decide what a batch holds.
+        highest_label: the highest class in the labels of all cases.
+        labelled_highest: name of a case that has it.
+    """
+
+    settings: tuple[str, ...] = ()
+    highest_label: int = 0
+    labelled_highest: str = ""
 
     def describe(self) -> dict:
         """Return a plain description of the sampler: its settings, and a code of the content of every case."""
@@ -169,7 +178,8 @@ class SegmentSampler(Sampler):
             raise ValueError(f"scheme={scheme!r}; expected one of {', '.join(SCHEMES)}")
         if output < 1 or batch_size < 1:
             raise ValueError(f"output={output}, batch_size={batch_size}; both must be at least 1")
-        _check_cases(cases)
+        output, margin, batch_size, seed = int(output), int(margin), int(batch_size), int(seed)
+        self.highest_label, self.labelled_highest = _check_cases(cases)
         self.output = (output,) * spatial_dims + (1,) * (3 - spatial_dims)
         self.margin = (margin,) * spatial_dims + (0,) * (3 - spatial_dims)
         self.cut = cut or (lambda patch: (patch,))
@@ -178,7 +188,7 @@ class SegmentSampler(Sampler):
         self._groups = {
             "foreground": ["labelled", "background"],
             "uniform": ["mask"],
-            "equal": ["background", *(f"class {c}" for c in range(1, 1 + max(c.highest_label for c in cases)))],
+            "equal": ["background", *(f"class {c}" for c in range(1, 1 + self.highest_label))],
         }[scheme]
         self.channels = cases[0].channels
         self._cases = [self._prepare(case) for case in cases]
@@ -281,8 +291,9 @@ class VolumeSampler(Sampler):
     ):
         if batch_size < 1 or multiple < 1:
             raise ValueError(f"batch_size={batch_size}, multiple={multiple}; both must be at least 1")
-        _check_cases(cases)
-        self.crop = None if crop is None else (crop,) * 3 if isinstance(crop, int) else tuple(crop)
+        batch_size, multiple, seed = int(batch_size), int(multiple), int(seed)
+        self.highest_label, self.labelled_highest = _check_cases(cases)
+        self.crop = None if crop is None else (int(crop),) * 3 if np.ndim(crop) == 0 else tuple(int(n) for n in crop)
         if self.crop is not None:
             if len(self.crop) != 3 or any(n < 1 or n % multiple for n in self.crop):
                 raise ValueError(f"crop={crop}; expected one number of voxels, or three, each a multiple of {multiple}")
@@ -333,11 +344,34 @@ class VolumeSampler(Sampler):
         """Return a part of image and label, mirrored beyond the border, on the device."""
         image = np.ascontiguousarray(case.block(start, stop), np.float32)
         label = np.ascontiguousarray(case.label_block(start, stop), np.int64)
-        return torch.from_numpy(image).to(self.device), torch.from_numpy(label).to(self.device)
+        return as_tensor(image).to(self.device), torch.from_numpy(label).to(self.device)
 
 
-def _check_cases(cases: Sequence[Case]) -> None:
-    """Raise ValueError unless there are cases, all labelled and of the same channels."""
+def check_label(name: str, label: int, classes: int | None) -> None:
+    """Raise ValueError if a network of so many classes cannot learn a label of a case.
+
+    Args:
+        name: name of the case.
+        label: highest class in its label.
+        classes: number of the network's output classes. With one, for a sigmoid, labels are 0 and 1. None accepts all labels that
+            are likely to be classes.
+    """
+    highest = 254 if classes is None else max(classes, 2) - 1
+    if label <= highest:
+        return
+    expected = "" if classes is None else f"; with classes={classes} labels are 0 to {highest}"
+    if label == 255:
+        remedy = (
+            "if 255 marks voxels to ignore, give them a class, because here every voxel of a segment counts; "
+            "if it is the object of a mask of 0 and 255, use case.relabelled({255: 1})"
+        )
+    else:
+        remedy = f"set classes={label + 1}, or renumber the classes with case.relabelled or a recipe's label_map"
+    raise ValueError(f"{name} has label {label}{expected}: {remedy}")
+
+
+def _check_cases(cases: Sequence[Case]) -> tuple[int, str]:
+    """Return the highest label and the name of its case. Raise ValueError unless all have a label and the same channels."""
     if not cases:
         raise ValueError("no cases to sample from; give at least one labelled case")
     for case in cases:
@@ -345,3 +379,4 @@ def _check_cases(cases: Sequence[Case]) -> None:
             raise ValueError(f"{case.name} has no label; training needs one")
         if case.channels != cases[0].channels:
             raise ValueError(f"{case.name} has channels {case.channels} but {cases[0].name} has {cases[0].channels}")
+    return max((case.highest_label, case.name) for case in cases)

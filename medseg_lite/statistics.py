@@ -4,6 +4,7 @@ compared at once."""
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -11,6 +12,8 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 from scipy import stats
+
+from .arrays import as_array
 
 ALTERNATIVES = ("two-sided", "greater", "less")
 
@@ -68,7 +71,7 @@ def paired_t_test(a: Sequence[float], b: Sequence[float], *, alternative: str = 
         raise ValueError(f"alternative is {alternative!r}; expected one of {', '.join(map(repr, ALTERNATIVES))}")
     if nan not in ("raise", "omit"):
         raise ValueError(f"nan is {nan!r}; expected 'raise' or 'omit'")
-    a, b = np.asarray(a, float), np.asarray(b, float)
+    a, b = _as_numbers(a), _as_numbers(b)
     if a.ndim != 1 or a.shape != b.shape:
         raise ValueError(f"a has shape {a.shape} and b {b.shape}; expected one value per case in each, the same cases")
     missing = np.isnan(a) | np.isnan(b)
@@ -114,13 +117,29 @@ def summary(table: pd.DataFrame, *, by: str | Sequence[str] = "region", decimals
     missing = [column for column in by if column not in table.columns]
     if missing:
         raise ValueError(f"the table has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
-    values = table.select_dtypes("number").columns.difference([*by, "case"], sort=False)
+    values = [c for c in table.columns.unique() if c not in (*by, "case") and _holds_numbers(table[c])]
     if not len(values) or not len(table):
         raise ValueError("the table has no column of numbers to summarise" if len(table) else "the table has no rows")
-    groups = table.groupby(by, sort=False)
-    result = groups[list(values)].agg(lambda column: _mean_sd(column, decimals))
+    table = table.assign(**{c: _as_numbers(table[c]) for c in values})
+    groups = table.groupby(by, sort=False, dropna=False)
+    result = groups[values].agg(lambda column: _mean_sd(column, decimals))
     result.insert(0, "n", groups.size())
     return result
+
+
+def _holds_numbers(column: pd.Series) -> bool:
+    """Return whether a column has numbers only, NaN aside, whatever its type says: joined tables often have columns of objects."""
+    if column.dtype != object:
+        return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+    known = column.dropna()
+    return len(known) > 0 and all(isinstance(v, numbers.Number) and not isinstance(v, (bool, np.bool_)) for v in known)
+
+
+def _as_numbers(values: Sequence[float]) -> np.ndarray:
+    """Return numbers of any type as float64, missing ones as NaN."""
+    if isinstance(values, pd.Series):
+        return pd.to_numeric(values).to_numpy(float, na_value=np.nan)
+    return as_array(values).astype(float)
 
 
 def _mean_sd(column: pd.Series, decimals: int) -> str:
@@ -176,7 +195,7 @@ def pairwise(scores: pd.DataFrame, *, nan: str = "raise") -> pd.DataFrame:
         raise ValueError(
             f"scores has the columns {', '.join(map(str, scores.columns))}; expected a column each for two methods or more"
         )
-    rows = []
+    scores, rows = scores.apply(_as_numbers), []
     for a, b in combinations(scores.columns, 2):
         test, difference = paired_t_test(scores[a], scores[b], nan=nan), scores[a] - scores[b]
         wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
@@ -221,7 +240,7 @@ def ranks(scores: pd.DataFrame, *, higher_is_better: bool = True, level: float =
     count, methods = scores.shape
     if methods < 3 or count < 2:
         raise ValueError(f"scores has {count} cases and {methods} methods; expected at least 2 and 3")
-    values = scores.to_numpy(float)
+    values = scores.apply(_as_numbers).to_numpy(float)
     if np.isnan(values).any():
         worst = scores.index[np.isnan(values).any(axis=1)][0]
         raise ValueError(f"scores has NaN, first in case {worst}; ranks need all methods of a case: leave it out")

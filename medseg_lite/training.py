@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from .engine import distributed
 from .engine.gradients import Engine, Gradients
 from .engine.random_state import own_random_numbers
 from .engine.run import BEST, STATE, Interruptible, Reports, Run, made_ahead
+from .models import Network
 from .optimizers import Schedule
-from .sampling import describe_sampler
+from .sampling import Sampler, check_label, describe_sampler
 from .volume import Case
 
 __all__ = ["BEST", "STATE", "Engine", "fit", "running_average", "validate_on"]
@@ -89,6 +91,7 @@ def fit(
     _check_settings(
         patience, validate, steps=steps, validate_every=validate_every, accumulate=accumulate, workers=engine.workers
     )
+    _check_labels(model, sampler, loss)
     schedule = schedule or Schedule(optimizer)
     gradients = Gradients(model, loss, forward=forward, accumulate=accumulate, l1=l1, l2=l2, seed=seed, engine=engine)
     identity = {"sampler": describe_sampler(sampler), "loss": loss, "forward": forward, "accumulate": accumulate}
@@ -121,6 +124,15 @@ def fit(
     model.eval()
     distributed.barrier()  # for what the first process has written
     return pd.DataFrame(run.history)
+
+
+def _check_labels(model: nn.Module, sampler, loss: Callable) -> None:
+    """Raise ValueError where a case of our samplers has a label beyond the classes, which our losses would fail on in some batch."""
+    while isinstance(loss, partial):
+        loss = loss.func
+    ours = isinstance(model, Network) and isinstance(sampler, Sampler) and loss.__module__ == losses.__name__
+    if ours and model.classes > 1:
+        check_label(sampler.labelled_highest, sampler.highest_label, model.classes)
 
 
 def _check_settings(patience: int | None, validate: Callable | None, **counts: int) -> None:

@@ -11,6 +11,7 @@ from skimage import exposure
 from torch import Tensor
 from torch.nn import functional as F
 
+from .arrays import as_array
 from .volume import Case
 
 
@@ -150,6 +151,7 @@ def mirror_healthy(case: Case, *, midline: np.ndarray | None = None) -> Case:
         raise ValueError(f"{case.name} has no mask to find the midline by; give midline=, negative on the left")
     if midline is None:
         midline = np.broadcast_to(_offset_from_symmetry_plane(case.mask)[:, None, None], case.shape)
+    midline = as_array(midline, "midline")
     if midline.shape != case.shape:
         raise ValueError(f"midline has shape {midline.shape}; expected that of {case.name}, {case.shape}")
     on_left, on_right = (int(np.count_nonzero(case.label[half])) for half in (midline < 0, midline >= 0))
@@ -183,6 +185,7 @@ def mirror_hemisphere(array: np.ndarray, midline: np.ndarray, side: float) -> np
         midline: `(D, H, W)`, negative left of the midline.
         side: negative replaces the left hemisphere, otherwise the right one is replaced.
     """
+    array, midline = as_array(array), as_array(midline, "midline")
     left = np.count_nonzero(midline < 0, axis=0)  # (H, W): the midline lies between voxels left - 1 and left
     twin = 2 * left - 1 - np.arange(array.shape[0])[:, None, None]
     known = (twin >= 0) & (twin < array.shape[0])

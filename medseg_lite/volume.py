@@ -7,15 +7,17 @@ another orientation is turned when it is read. A result is turned back when it i
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import nibabel
 import numpy as np
 
+from .arrays import as_array, as_image, as_label, as_mask, as_names
 from .moved import forward
 
 SHEAR = 2e-3  # cosine between two voxel axes above which a grid is sheared
@@ -26,12 +28,16 @@ BRATS_CLASSES = ("background", "necrosis", "oedema", "non-enhancing tumour", "en
 class Case:
     """The images of one subject, with label and mask.
 
+    Arrays may be given as any kind of numbers, also as tensors or lists. The constructor, `replace` and every later assignment turn
+    them into the kinds below, or raise a ValueError, so that all functions of a case may rely on these kinds. An array that has its
+    kind already is shared, not copied.
+
     Attributes:
-        image: `(C, D, H, W)` intensities, one channel per sequence.
-        channels: name of each channel, for example `("flair", "t1c")`.
+        image: `(C, D, H, W)` intensities, one channel per sequence, float32 and finite.
+        channels: name of each channel, for example `("flair", "t1c")`. No two are the same.
         name: name of the case in messages, plots and result files.
-        label: `(D, H, W)` uint8 class of each voxel. None if the classes are not known.
-        mask: `(D, H, W)` bool, True inside the brain or organ. None for the whole volume.
+        label: `(D, H, W)` uint8 class of each voxel, see `as_label`. None if the classes are not known.
+        mask: `(D, H, W)` bool, True inside the brain or organ, see `as_mask`. None for the whole volume.
         affine: `(4, 4)` matrix from voxel indices to RAS+ world millimetres.
         native_axes: orientation of the file that the case was read from, such as "LPS". `write_nifti` turns results back to it.
         header: NIfTI header of that file, kept for writing.
@@ -54,24 +60,61 @@ class Case:
     info: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.channels = tuple(self.channels)
-        self.affine = np.asarray(self.affine, np.float64)
+        self._settle([f.name for f in dataclasses.fields(Case)])
+
+    def __setattr__(self, attribute: str, value: object) -> None:
+        complete = self.in_memory and "info" in vars(self)  # the last attribute that the constructor sets
+        if complete and attribute in ("image", "channels", "name", "label", "mask", "affine", "extra"):
+            value = vars(self.replace(**{attribute: value}))[attribute]
+        super().__setattr__(attribute, value)
+
+    def _settle(self, changed: Iterable[str]) -> None:
+        """Turn the attributes that changed into their kinds, and check that all fit each other."""
+        own = vars(self)
+        own["name"], own["channels"] = str(self.name), as_names(self.channels)
+        own["affine"] = np.asarray(self.affine, np.float64)
+        for what, settle in {"image": as_image, "label": as_label, "mask": as_mask}.items():
+            if what in changed and (what == "image" or own[what] is not None):
+                own[what] = settle(own[what], source=f"{self.name}: the {what}")
+        if "extra" in changed:
+            own["extra"] = {key: None if v is None else as_array(v, f"{self.name}: {key}") for key, v in self.extra.items()}
+        self._check_fit()
+        if "image" in changed:
+            self._check_finite()
+
+    def _check_fit(self) -> None:
         if self.image.ndim != 4:
             raise ValueError(
                 f"{self.name}: the image has shape {self.image.shape}; expected (channels, D, H, W). "
                 "For a single 2-D slice use image[None, :, :, None]"
             )
         if len(self.channels) != self.image.shape[0]:
-            raise ValueError(f"{self.name}: {self.image.shape[0]} channels but {len(self.channels)} names {self.channels}")
-        if self.affine.shape != (4, 4):
-            raise ValueError(f"{self.name}: the affine has shape {self.affine.shape}; expected (4, 4)")
-        for what in ("label", "mask"):
-            array = getattr(self, what)
+            raise ValueError(
+                f"{self.name}: {self.image.shape[0]} channels but {len(self.channels)} names {self.channels}; give one name for "
+                "each, in one call: replace(image=..., channels=...)"
+            )
+        if not all(c.strip() for c in self.channels):
+            raise ValueError(f"{self.name}: the channels are called {self.channels}; give each a name")
+        twice = [c for c in self.channels if self.channels.count(c) > 1]
+        if twice:
+            raise ValueError(f"{self.name}: {len(twice)} channels are called {twice[0]!r}; give each channel a name of its own")
+        if self.affine.shape != (4, 4) or not np.isfinite(self.affine).all():
+            found = f"has shape {self.affine.shape}" if self.affine.shape != (4, 4) else "holds NaN or infinite values"
+            raise ValueError(f"{self.name}: the affine {found}; expected (4, 4) finite numbers")
+        for what, array in {"label": self.label, "mask": self.mask, **self.extra}.items():
             if array is not None and array.shape != self.shape:
                 raise ValueError(
                     f"{self.name}: the {what} is {size_text(array.shape)} but the image is {size_text(self.shape)}; "
-                    "image, label and mask of one case must share one grid"
+                    "image, label and mask of one case must share one grid: change them in one call of replace"
                 )
+
+    def _check_finite(self) -> None:
+        if not np.isfinite(self.image).all():
+            counts = {c: np.count_nonzero(~np.isfinite(i)) for c, i in zip(self.channels, self.image)}
+            channel, count = next((c, n) for c, n in counts.items() if n)
+            raise ValueError(
+                f"{self.name}, {channel} has {count} NaN or infinite voxels; replace them, for example with numpy.nan_to_num"
+            )
 
     def __repr__(self) -> str:
         parts = [
@@ -139,7 +182,13 @@ class Case:
 
     def replace(self, **changes) -> Case:
         """Return a copy with some attributes changed. The other arrays are shared, not copied."""
-        return dataclasses.replace(self, **changes)
+        unknown = changes.keys() - {f.name for f in dataclasses.fields(Case)}
+        if unknown:
+            raise TypeError(f"a case has no {', '.join(sorted(unknown))}")
+        case = copy.copy(self)
+        vars(case).update(changes)
+        case._settle(changes)  # only what is new is looked at: a replaced name costs microseconds
+        return case
 
     def select(self, channels: Iterable[str]) -> Case:
         """Return a copy with only these channels, in this order."""
@@ -300,39 +349,10 @@ def label_table(mapping: Mapping[int, int]) -> np.ndarray:
     return table
 
 
-def as_label(array: np.ndarray, labels: Iterable[int] | None = None, source: object = "the label") -> np.ndarray:
-    """Check class numbers and return them as uint8.
-
-    Args:
-        array: class numbers, integers or floats.
-        labels: classes that are allowed. None allows 0 to 255.
-        source: name of the array's file in error messages.
-
-    Raises:
-        ValueError: a value is not finite, not whole, or not among `labels`.
-    """
-    if array.dtype.kind == "f":
-        whole = np.rint(array)
-        if not np.isfinite(array).all():
-            raise ValueError(f"{source} has NaN or infinite values; a label holds whole class numbers")
-        if np.abs(array - whole).max(initial=0) > 1e-3:
-            odd = float(array[np.abs(array - whole) > 1e-3].flat[0])
-            raise ValueError(
-                f"{source} holds {odd:g}, not a whole class number; it was interpolated: resample labels with nearest neighbour"
-            )
-        array = whole
-    found = np.unique(array)
-    if found.size and (found[0] < 0 or found[-1] > 255):
-        raise ValueError(f"{source} holds classes {found[0]:g} to {found[-1]:g}; expected 0 to 255")
-    if labels is not None:
-        labels = tuple(labels)
-        wrong = sorted(set(found.astype(int).tolist()) - set(labels))
-        if wrong:
-            raise ValueError(
-                f"{source} holds label {', '.join(map(str, wrong))}; expected only {', '.join(map(str, labels))}. "
-                "Map its labels first, or say which ones you use"
-            )
-    return array.astype(np.uint8)
+def new_name(name: str, taken: Container[str]) -> str:
+    """Return a name that is not taken: the name itself, or the name with the first number from 2 on that makes it new."""
+    numbered = (f"{name} {n}" for n in itertools.count(2))
+    return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
 def size_text(numbers: Iterable[float]) -> str:

@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
-
 from .. import context, datasets, phantoms, transforms
 from ..engine import distributed
-from ..paths import atomic_write
-from ..volume import Case
+from ..recipes import Recipe, load_cases
+from ..volume import Case, new_name
 
 # Names that --data accepts in place of a folder: `datasets` looks for these by itself.
 LOADERS = {
@@ -82,16 +80,29 @@ def open_cohort(options, *, label: bool) -> Sequence[Case]:
         return phantoms.brain_cohort(options.count, spacing=options.spacing, progress=distributed.rank() == 0)
     if not options.channels:
         raise ValueError("--channels is needed to read a folder, for example --channels flair t1c or 'flair=*flair.nii.gz'")
-    pairs = (c.split("=", 1) if "=" in c else (c, f"{c}.nii.gz") for c in options.channels)
+    channels: dict[str, str] = {}
+    for name, pattern in (c.split("=", 1) if "=" in c else (c, f"{c}.nii.gz") for c in options.channels):
+        if name in channels:
+            raise ValueError(
+                f"--channels names {name} twice; give each file a channel of its own, as in {name}={channels[name]} "
+                f"{new_name(name, channels).replace(' ', '')}={pattern}"
+            )
+        channels[name] = pattern
     folder = Path(options.data)
     return datasets.nifti_folder(
         folder,
-        channels=dict(pairs),
+        channels=channels,
         label=(options.label or "label.nii.gz") if label else None,
         mask=options.mask or ("mask.nii.gz" if any(folder.glob("*/mask.nii.gz")) else None),
         labels=range(options.classes) if label and options.classes else None,
         cases=options.cases or None,
     )
+
+
+def open_recipe_cohort(options, recipe: Recipe) -> Sequence[Case]:
+    """Return the cases of a named recipe, by the reader of its data set unless --channels says how the files are named."""
+    own = options.channels or options.data in ("brats2013_deepmedic", "phantoms")
+    return open_cohort(options, label=True) if own else load_cases(recipe.name, options.data, cases=options.cases)
 
 
 def read_cases(options, *, label: bool, normalise: str, shared: bool = False, stored: str | None = None) -> Iterator[Case]:
@@ -120,9 +131,3 @@ def read_cases(options, *, label: bool, normalise: str, shared: bool = False, st
 
 def _make_ready(case: Case, *, channels: Sequence[str] | None, normalise: str) -> Case:
     return transforms.normalise(case.select(channels) if channels else case, normalise)
-
-
-def save_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table to a CSV file."""
-    with atomic_write(path) as temporary:
-        table.to_csv(temporary, index=False)

@@ -1,5 +1,5 @@
 """Segment cases with a trained network, or with the average of several. Writes one NIfTI file of classes per case, on the grid of the
-case's own files. Images are normalised as the network's card says.
+case's own files. Images are normalised as the network's card says, and classes have the numbers of the data that it was trained on.
 """
 
 from __future__ import annotations
@@ -7,10 +7,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 from .. import context, ensembles, inference, models
 from ..engine import distributed
 from ..files import write_nifti
 from ..paths import file_for
+from ..recipes import find_numbers
 from ._data import add_data, add_device, is_name, positive, read_cases
 
 
@@ -25,6 +28,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_device(command)
 
 
+def _find_numbers(network: models.Network) -> np.ndarray:
+    """Return the number of each class in the data that a network was trained on, as its card says."""
+    label_map = {int(old): new for old, new in network.card.get("label_map", {}).items()}
+    return np.array(network.card.get("data_labels") or find_numbers(label_map, network.classes))
+
+
 def run(options) -> None:
     """Segment the cases and write the predictions."""
     members = [models.load(path).to(options.device) for path in options.model]
@@ -35,6 +44,11 @@ def run(options) -> None:
         raise ValueError("the networks of the ensemble were trained on differently normalised images")
     if any(c.get("plane", "axial") != plane for c in cards):
         raise ValueError("the networks of the ensemble were trained on slices of different planes; segment with each")
+    numbers = [_find_numbers(member) for member in members]
+    if any(n.tolist() != numbers[0].tolist() for n in numbers):
+        raise ValueError(
+            f"the networks of the ensemble were trained on data with other class numbers: {[n.tolist() for n in numbers]}"
+        )
     channels = card.get("channels")
     if options.channels is None and not is_name(options.data):
         options.channels = channels
@@ -49,5 +63,6 @@ def run(options) -> None:
         prediction = context.facing_back(inference.predict(model, context.facing(case, plane), output=output, **how), plane)
         if options.probabilities:
             write_nifti(probabilities, prediction, case)
-            prediction = prediction.argmax(0).astype("uint8")
+            prediction = prediction.argmax(0)
+        prediction = numbers[0][prediction].astype(np.uint8)
         print(f"wrote {write_nifti(path, prediction, case)}")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from .. import context, inference, metrics, models, training
 from ..engine import distributed
-from ..recipes import RECIPES, Recipe, cross_validate, find_recipe, load_cases, recipe_for, regions_for
+from ..recipes import RECIPES, Recipe, cross_validate, find_recipe, recipe_for, regions_for
 from ..recipes.crossvalidation import save_with_card
 from ..volume import Case
-from ._data import add_data, add_device, open_cohort, positive, read_cases, save_table
+from ._data import add_data, add_device, open_cohort, open_recipe_cohort, positive, read_cases
 
 # Arguments of the papers' recipes that have an option of the same name. Not every recipe has every one of them.
 SETTINGS = {
@@ -162,8 +162,7 @@ def _train_folds(options) -> None:
         if options.plane:
             raise ValueError("--plane is a part of the recipe's name")
         recipe = find_recipe(options.network)
-        own = options.channels or options.data in ("brats2013_deepmedic", "phantoms")
-        cases = open_cohort(options, label=True) if own else load_cases(recipe.name, options.data, cases=options.cases)
+        cases = open_recipe_cohort(options, recipe)
     else:
         if not options.classes:
             raise ValueError("--folds of a network by itself needs --classes, the number of classes with the background")
@@ -217,7 +216,7 @@ def _score_held_out(model: models.Network, held: list[Case], folder: Path) -> No
     if held:
         predictions = [inference.predict(model, c) for c in held]
         table = metrics.evaluate_cohort(predictions, held, regions=regions_for(model.classes))
-        save_table(folder / "held_out.csv", table)
+        metrics.write_table(folder / "held_out.csv", table)
         print(table.round(3).to_string(index=False))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arrays import as_image, as_tensor
 from ..volume import Case
 from .gaussian import GridGaussian
 from .permutohedral import Permutohedral
@@ -75,9 +76,9 @@ class DenseCRF(nn.Module):
         learn = (learn,) if isinstance(learn, str) else tuple(learn)
         for name in learn:
             _one_of("learn", name, ("weights", "compatibility", "sigmas"))
-        if not isinstance(iterations, int) or iterations < 0:
+        if np.ndim(iterations) or iterations != int(iterations) or iterations < 0:
             raise ValueError(f"iterations={iterations!r}; expected a whole number from 0")
-        self.iterations, self.units, self.normalization = iterations, units, normalization
+        self.iterations, self.units, self.normalization = int(iterations), units, normalization
 
         def parameter(value, group: str) -> nn.Parameter:
             return nn.Parameter(torch.as_tensor(value, dtype=torch.float32).clone(), requires_grad=group in learn)
@@ -120,6 +121,7 @@ class DenseCRF(nn.Module):
             log Q `(B, K, *space)`, of the logits' type; its softmax is Q. It is computed in float64 if the image is float64, and
             in float32 otherwise. Outside the mask the logits are unchanged.
         """
+        logits = logits if logits.is_floating_point() else logits.float()
         _check_shapes(logits, image, mask)
         if prepared is None:
             prepared = [self.prepare(x, None if mask is None else mask[b], spacing=spacing) for b, x in enumerate(image)]
@@ -152,13 +154,13 @@ class DenseCRF(nn.Module):
             The refined probabilities, `(K, D, H, W)` float32.
         """
         device = self.smoothness_weight.device
-        values = torch.as_tensor(np.asarray(probabilities))
+        values = as_tensor(as_image(probabilities, "probabilities"))
         if tuple(values.shape[1:]) != case.shape:
             raise ValueError(f"probabilities have shape {tuple(values.shape)}; {case.name} needs (classes, *{case.shape})")
         if prepared is None:
-            mask = torch.from_numpy(case.mask) if inside_mask and case.mask is not None else None
+            mask = as_tensor(case.mask) if inside_mask and case.mask is not None else None
             spacing = case.spacing if self.units == "mm" else None
-            prepared = self.prepare(torch.from_numpy(case.image).to(device), mask, spacing=spacing)
+            prepared = self.prepare(as_tensor(case.image).to(device), mask, spacing=spacing)
         _check_grid(prepared, case.shape)
         index = prepared.index.to("cpu")
         inside = torch.index_select(values.flatten(1), 1, index).to(device, torch.float32)
@@ -174,7 +176,8 @@ class DenseCRF(nn.Module):
     def prepare(self, image: Tensor, mask: Tensor | None = None, *, spacing: Sequence[float] | None = None) -> Prepared:
         """Build both kernels of one image `(C, *space)`; they do not depend on the segmentation, the weights or μ."""
         self._check_values()
-        image = image.detach()  # no gradient flows to it
+        kind = torch.float64 if image.dtype == torch.float64 else torch.float32
+        image = image.detach().to(kind)  # no gradient flows to it
         dims = image.ndim - 1
         scale = image.new_ones(dims, dtype=torch.float32)
         if self.units == "mm":
@@ -183,12 +186,11 @@ class DenseCRF(nn.Module):
             scale = torch.as_tensor(spacing, dtype=torch.float32, device=image.device)
             if scale.shape != (dims,) or not (scale > 0).all():
                 raise ValueError(f"spacing={tuple(spacing)}; expected {dims} positive numbers")
-        kind = torch.float64 if image.dtype == torch.float64 else torch.float32
         inside = torch.ones(image.shape[1:], dtype=torch.bool) if mask is None else mask.bool()
         index = inside.flatten().nonzero()[:, 0].to(image.device)
         if not tuple(inside.shape) == tuple(image.shape[1:]):
             raise ValueError(f"mask has shape {tuple(inside.shape)}; expected {tuple(image.shape[1:])}, as the image")
-        intensities = torch.index_select(image.flatten(1), 1, index).to(kind)
+        intensities = torch.index_select(image.flatten(1), 1, index)
         _check_finite("image", intensities)
         sigmas = [
             _expand("smoothness_sigma", self.smoothness_sigma, dims, "spatial axes").to(kind) / scale,
@@ -398,7 +400,7 @@ def whole_tumour(crf: DenseCRF, probabilities: np.ndarray, case: Case, *, prepar
     Source: Kamnitsas et al. 2017, section 4.2.2.
     Taught in notebook 05.
     """
-    probabilities = np.asarray(probabilities)
+    probabilities = as_image(probabilities, "probabilities")
     background = probabilities[0]
     refined = crf.refine(np.stack([background, 1 - background]), case, prepared=prepared)
     tumour = (1 + probabilities[1:].argmax(0)).astype(np.uint8)

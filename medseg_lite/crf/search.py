@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
+from ..arrays import as_array, as_tensor
 from ..metrics import dice
 from ..paths import atomic_write
+from ..plain import make_plain
 from ..statistics import TTest, paired_t_test
 from ..volume import Case
 from .dense import DenseCRF, whole_tumour
@@ -91,15 +92,16 @@ def search(
     """
     _check(cases, probabilities, trials, weights_per_lattice, space, fixed)
     names = [case.name for case in cases]
-    base_scores = [_dice(np.asarray(p).argmax(0) > 0, case) for case, p in zip(cases, probabilities)]
+    base_scores = [_dice(as_array(p).argmax(0) > 0, case) for case, p in zip(cases, probabilities)]
     question = {
         "cases": names,
-        "inputs": [_checksum(c.image, c.mask, c.label, c.voxel_size, p) for c, p in zip(cases, probabilities)],
+        "inputs": [_checksum(c.image, c.mask, c.label, c.voxel_size, as_array(p)) for c, p in zip(cases, probabilities)],
         "space": {k: list(map(float, v)) for k, v in space.items()},
         "seed": seed,
         "weights_per_lattice": weights_per_lattice,
-        "fixed": {k: repr(v) for k, v in sorted(fixed.items())},
+        "fixed": {k: repr(make_plain(v, k)) for k, v in sorted(fixed.items())},
     }
+    question = make_plain(question, "question")
     file = None if folder is None else _file_for(question, Path(folder))
     done = {} if file is None else _load(file)
     drawn = [_draw(space, seed, t, weights_per_lattice) for t in range(trials)]
@@ -128,8 +130,8 @@ def _score(crfs: Sequence[DenseCRF], cases: Sequence[Case], probabilities: Seque
     """Return the Dice of every case for each of several CRFs, which have the same sigmas and so share a lattice per case."""
     scores = [[] for _ in crfs]
     for case, p in zip(cases, probabilities):
-        mask = None if case.mask is None else torch.from_numpy(case.mask)
-        prepared = crfs[0].prepare(torch.from_numpy(case.image), mask, spacing=case.spacing if crfs[0].units == "mm" else None)
+        mask = None if case.mask is None else as_tensor(case.mask)
+        prepared = crfs[0].prepare(as_tensor(case.image), mask, spacing=case.spacing if crfs[0].units == "mm" else None)
         for row, crf in zip(scores, crfs):
             if len(p) > 2:
                 found = whole_tumour(crf, p, case, prepared=prepared)

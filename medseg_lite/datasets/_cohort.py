@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path, PurePath
 
 import numpy as np
+import torch
 
 from ..files import is_nifti
 from ..volume import Case
@@ -54,6 +55,16 @@ class Cohort(Sequence):
 def case_names(cases: Sequence[Case]) -> list[str]:
     """Return the names of cases. Those of a cohort are known without reading it."""
     return cases.names if isinstance(cases, Cohort) else [case.name for case in cases]
+
+
+def add_found(found: dict[str, object], name: str, what: object) -> None:
+    """Add a case to those found. Raise ValueError if another one has its name."""
+    if found.setdefault(name, what) != what:
+        raise ValueError(f"two cases are called {name}: {_where(found[name])} and {_where(what)}; rename one, or move it away")
+
+
+def _where(what: object) -> str:
+    return str(what[0] if isinstance(what, tuple) else what)
 
 
 def choose(found: Mapping[str, object], cases: Iterable[str] | None, folder: Path) -> dict:
@@ -133,6 +144,8 @@ def describe(value: object) -> object:
         return [describe(v) for v in value]
     if inspect.isfunction(value):
         return _describe_function(value)
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        return value.tolist()
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from ..files import is_nifti, read_case
 from ..paths import real_data
 from ..volume import BRATS_CLASSES, Case
-from ._cohort import Cohort, choose, contents, nonzero_mask, some, stem, visible, visible_images
+from ._cohort import Cohort, add_found, choose, contents, nonzero_mask, some, stem, visible, visible_images
 
 CHANNELS = ("flair", "t1", "t1c", "t2")
 CLASSES_2017 = ("background", "necrosis and non-enhancing tumour", "oedema", "class 3", "enhancing tumour")
@@ -59,7 +59,7 @@ def brats2015(
     found = {}
     for grade in grades:
         for place in _folders(root / grade) if (root / grade).is_dir() else ():
-            found[place.name] = (place, grade)
+            add_found(found, place.name, (place, grade))
     if not any((root / grade).is_dir() for grade in ("HGG", "LGG")):
         found = {place.name: (place, None) for place in _folders(root) if len(visible(place, "**/*.MR_*.mha")) > 1}
     if not found:
@@ -98,7 +98,7 @@ def brats2017(root: str | Path | None = None, *, label_optional: bool = False, c
     for path in (*visible(root, "**/*_flair.nii*"), *visible(root, "**/*-t2f.nii*")):
         # Some archives hold a folder that is called like the file, with the file in it.
         place = path.parent.parent if is_nifti(path.parent) else path.parent
-        found[place.name] = (place, ENDINGS[stem(path).endswith("-t2f")])
+        add_found(found, place.name, (place, ENDINGS[stem(path).endswith("-t2f")]))
     if not found:
         raise FileNotFoundError(
             f"{root} has no CASE_flair.nii.gz (2017 to 2021) and no CASE-t2f.nii.gz (from 2023 on); it holds {contents(root)}"

@@ -15,7 +15,7 @@ import numpy as np
 from ..files import read_case
 from ..paths import real_data
 from ..volume import Case
-from ._cohort import Cohort, choose, contents, stem, visible
+from ._cohort import Cohort, add_found, choose, contents, stem, visible
 
 CLASSES = ("background", "liver", "lesion")
 
@@ -38,10 +38,10 @@ def lits(root: str | Path | None = None, *, cases: Iterable[str] | None = None, 
         FileNotFoundError, ValueError: no case is found. Reading a case with a defect raises them too.
     """
     root = Path(root) if root is not None else real_data("lits")
-    images, labels = (
-        {stem(p): p for ending in ("nii", "nii.gz") for p in visible(root, f"**/{kind}-*.{ending}")}
-        for kind in ("volume", "segmentation")
-    )
+    images, labels = {}, {}
+    for kind, files in (("volume", images), ("segmentation", labels)):
+        for path in (p for ending in ("nii", "nii.gz") for p in visible(root, f"**/{kind}-*.{ending}")):
+            add_found(files, stem(path), path)
     if not images:
         raise FileNotFoundError(f"{root} has no volume-N.nii; it holds {contents(root)}. Unpack the training batches there")
     in_order = {name: images[name] for name in sorted(images, key=lambda name: (len(name), name))}

@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 
 from ..files import read_case
 from ..paths import real_data
-from ..volume import Case
-from ._cohort import Cohort, choose, contents, nonzero_mask, stem
+from ..volume import Case, new_name
+from ._cohort import Cohort, add_found, choose, contents, nonzero_mask, stem
 from ._download import fetch_archive
 from .brats import CHANNELS, CLASSES_2017
 
@@ -44,7 +44,8 @@ def msd(root: str | Path, *, split: str = "training", as_brats: bool = False, ca
         cases: names of the cases to return, such as "prostate_00", in that order. None returns all that dataset.json lists.
 
     Returns:
-        Cases with the channels and classes that dataset.json names, channels in lower case ("t2" and "adc" for Task05). Task01
+        Cases with the channels and classes that dataset.json names, channels in lower case ("t2" and "adc" for Task05). Channels of
+        one name are numbered: "ct" and "ct 2". Task01
         has the classes 1 oedema, 2 non-enhancing and 3 enhancing tumour, which are not the numbers of BRATS. Test cases have no
         label.
 
@@ -77,13 +78,18 @@ def _read_description(path: Path, split: str) -> tuple[tuple[str, ...], dict[int
     """Return the channels, the classes and their names, and image and label of each case that dataset.json lists."""
     try:
         content = json.loads(path.read_text("utf-8"))
-        channels = tuple(str(content["modality"][k]).lower() for k in sorted(content["modality"], key=int))
+        channels: tuple[str, ...] = ()
+        for key in sorted(content["modality"], key=int):
+            channels += (new_name(str(content["modality"][key]).lower(), channels),)
         classes = {int(k): str(name) for k, name in content["labels"].items()}
         if not 0 <= min(classes) <= max(classes) <= 255:
             raise ValueError(f"labels {sorted(classes)}")
         entries = [(e["image"], e["label"]) if split == "training" else (e, None) for e in content[split]]
         # macOS left `._name.nii.gz` beside the images of some archives, and lists may have been made from them.
-        listed = {name: (image, label) for image, label in entries if not (name := stem(image)).startswith("._")}
+        listed: dict[str, tuple[str, str | None]] = {}
+        for image, label in entries:
+            if not (name := stem(image)).startswith("._"):
+                add_found(listed, name, (image, label))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a description of a Decathlon task ({type(error).__name__}: {error}); expected JSON with modality, "

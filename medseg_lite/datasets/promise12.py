@@ -14,7 +14,7 @@ from pathlib import Path
 from ..files import read_case
 from ..paths import real_data
 from ..volume import Case
-from ._cohort import Cohort, choose, contents, visible
+from ._cohort import Cohort, add_found, choose, contents, visible
 from ._download import fetch_archive
 
 URL = "https://zenodo.org/records/8026660/files/training_data.zip"  # 324 MB
@@ -37,7 +37,9 @@ def promise12(root: str | Path | None = None, *, cases: Iterable[str] | None = N
         FileNotFoundError, ValueError: no case is found. Reading a case with a defect raises them too.
     """
     root = Path(root) if root is not None else real_data("promise12")
-    files = {p.stem: p for p in sorted(visible(root, "**/Case*.mhd"), key=lambda p: p.name)}
+    files: dict[str, Path] = {}
+    for path in sorted(visible(root, "**/Case*.mhd"), key=lambda path: path.name):
+        add_found(files, path.stem, path)
     found = {name: path for name, path in files.items() if not name.endswith("_segmentation")}
     if not found:
         raise FileNotFoundError(

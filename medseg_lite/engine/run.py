@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..models import save as save_network
 from ..optimizers import Schedule
 from ..paths import atomic_write, say
+from ..plain import make_plain
 from . import distributed
 from .identity import describe, find_differences
 from .random_state import own_random_numbers, random_state, set_random_state
@@ -65,6 +66,8 @@ class Run:
         )
         self.plan = {"learning_rate": describe(schedule.rates), "schedule": describe(schedule.describe())}
         self.path = Path(folder) / STATE if folder else None
+        if self.path is not None:
+            self._plain_parts()  # what cannot be stored is said now, and not after the first hour
         self.validate_every = validate_every
         self.history: list[dict[str, float]] = []
         self.saved = 0
@@ -197,10 +200,12 @@ class Run:
         if self.path is None:
             return
         self.check_weights(step)
+        for row in self.history[max(self.saved - 1, 0) :]:  # the reader's function of an update may have changed it
+            row.update(make_plain(row, "history"))
         self.saved = step
         if distributed.rank() > 0:
             return
-        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state = self._plain_parts()
         if self.best is not None:
             state["best"] = self.best
         state |= {"identity": self.identity, "plan": self.plan, "rng": random_state(self.device), "history": self.history}
@@ -208,6 +213,9 @@ class Run:
             torch.save(state, temporary)
         with atomic_write(self.path.with_name("history.csv")) as temporary:
             pd.DataFrame(self.history).to_csv(temporary, index=False)
+
+    def _plain_parts(self) -> dict[str, object]:
+        return {name: make_plain(part.state_dict(), name, tensors=True) for name, part in self.parts.items()}
 
     def stop(self, step: int) -> None:
         """Save the state and stop, as the reader asked with Ctrl-C."""

@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..paths import atomic_write
+from ..plain import make_plain
 from ..volume import Case, bounding_box, group_voxels, mirrored_region
 
 FORMAT = 1  # raised when earlier files can no longer be read
@@ -278,7 +279,7 @@ def write(path: str | Path, case: Case, *, dtype: str | None = None, origin: obj
         "header": None if case.header is None else _pack_header(case.header),
         "std": case.image[:, mask].std(axis=1, dtype=np.float64).tolist() if mask.any() else [0.0] * len(image),
         "counts": counts,
-        "info": case.info,
+        "info": make_plain(case.info, "info"),
         "origin": origin,
     }
     try:

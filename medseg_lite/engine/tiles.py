@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arrays import as_tensor
 from ..models.layers import convolutions
 from ..models.network import Network
 from ..volume import Case, padded_region
@@ -144,7 +145,7 @@ def plan(
         border=tuple(math.ceil(n / g) * g for n, g in zip(shape, grid)) if pads else None,
     )
     if tile is not None:
-        wanted = [tile] * 3 if isinstance(tile, int) else list(tile)
+        wanted = [int(n) for n in ([tile] * 3 if np.ndim(tile) == 0 else tile)]
         if len(wanted) != 3 or min(wanted) < 1:
             raise ValueError(f"tile={tile}; expected a positive number of voxels, or three of them")
         size = (min(max(w // g, 1) * g, b - a) for w, g, a, b in zip(wanted, grid, tiling.start, tiling.stop))
@@ -172,7 +173,7 @@ def workspace(device: torch.device, most: float) -> float:
 def load_patch(image: np.ndarray, tile: Tile, network: Network, device: torch.device) -> Tensor:
     """Return the patch of a tile as a batch; axial slices are the batch of a 2-D network."""
     patch = padded_region(image, tile.first, tile.last)
-    x = torch.from_numpy(np.ascontiguousarray(patch, np.float32)).to(device)
+    x = as_tensor(np.ascontiguousarray(patch, np.float32)).to(device)
     return x.permute(3, 0, 1, 2) if network.spatial_dims == 2 else x[None]
 
 

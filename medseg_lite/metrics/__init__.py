@@ -21,7 +21,7 @@ one cannot be compared with averages made with the other.
 from .overlap import dice, jaccard, precision, sensitivity, specificity, volume_difference
 from .partitions import v_info, v_rand
 from .surfaces import assd, boundary_distance, count_borders, hausdorff, slice_inconsistency, surface, surface_distances
-from .tables import DEFAULT_METRICS, as_regions, evaluate, evaluate_cohort, regions
+from .tables import DEFAULT_METRICS, as_regions, evaluate, evaluate_cohort, read_table, regions, write_table
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -35,6 +35,7 @@ __all__ = [
     "hausdorff",
     "jaccard",
     "precision",
+    "read_table",
     "regions",
     "sensitivity",
     "slice_inconsistency",
@@ -44,4 +45,5 @@ __all__ = [
     "v_info",
     "v_rand",
     "volume_difference",
+    "write_table",
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
+
+from ..arrays import as_array
 
 
-def as_array(array, what: str) -> np.ndarray:
+def as_voxels(array, what: str) -> np.ndarray:
     """Return voxels as a NumPy array; `what` names them in errors."""
-    array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+    array = as_array(array, f"the {what}")
     if array.size == 0 or array.ndim == 0:
         raise ValueError(f"the {what} has shape {array.shape}; expected an array of voxels")
     return array
@@ -16,7 +17,7 @@ def as_array(array, what: str) -> np.ndarray:
 
 def as_binary(array, what: str) -> np.ndarray:
     """Return an array of 0 and 1 as bool."""
-    array = as_array(array, what)
+    array = as_voxels(array, what)
     if array.dtype == bool:
         return array
     inside = array != 0
@@ -31,7 +32,7 @@ def as_binary(array, what: str) -> np.ndarray:
 
 def as_labels(array, what: str) -> np.ndarray:
     """Return an array of class numbers as uint8."""
-    array = as_array(array, what)
+    array = as_voxels(array, what)
     if array.dtype.kind not in "bui":
         raise ValueError(f"the {what} is {array.dtype}; expected integer class numbers (of logits, take the argmax)")
     if array.dtype != np.uint8:

@@ -6,7 +6,7 @@ import numpy as np
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from .arrays import as_array, as_binary, check_same_shape
+from .arrays import as_binary, as_voxels, check_same_shape
 
 THRESHOLDS = tuple(np.arange(11) / 10)
 
@@ -42,11 +42,13 @@ def v_info(prediction, truth) -> float:
 
 def _partition_scores(prediction, truth) -> list[tuple[float, float]]:
     """Return V_rand and V_info for every threshold."""
-    prediction, truth = as_array(prediction, "prediction"), as_binary(truth, "truth")
+    prediction, truth = as_voxels(prediction, "prediction"), as_binary(truth, "truth")
     check_same_shape(prediction, truth)
     if truth.ndim not in (2, 3):
         raise ValueError(f"the truth has shape {truth.shape}; expected one slice (H, W) or a stack of them")
     thresholds = (0.0,) if prediction.dtype == bool else THRESHOLDS
+    if prediction.dtype.kind not in "biuf":
+        raise ValueError(f"the prediction holds {prediction.dtype}; expected probabilities from 0 to 1")
     if not np.isfinite(prediction).all() or prediction.min() < 0 or prediction.max() > 1:
         raise ValueError(f"the prediction reaches from {prediction.min()} to {prediction.max()}; expected 0 to 1")
     slices = [(prediction, truth)] if truth.ndim == 2 else list(zip(np.moveaxis(prediction, -1, 0), np.moveaxis(truth, -1, 0)))

@@ -18,6 +18,7 @@ def surface(mask: np.ndarray) -> np.ndarray:
     Voxels beyond the border of the array count as outside. In 2D these are the pixels with one of their four neighbours
     outside, in 3D the voxels with one of six.
     """
+    mask = as_binary(mask, "mask")
     return mask & ~ndimage.binary_erosion(mask)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..volume import Case
+from ..paths import atomic_write
+from ..volume import Case, new_name
 from .arrays import as_binary, as_labels, check_same_shape
 from .overlap import dice, jaccard, precision, sensitivity, specificity, volume_difference
 from .surfaces import largest_distance, mean_distance, surface_distances
@@ -62,7 +66,7 @@ def evaluate(
         A DataFrame with the columns case, region and one per metric. `pandas.concat` joins the tables of several cases, and
         `evaluate_cohort` makes them at once.
     """
-    known = [*OVERLAP, *SURFACE, "volume_difference"]
+    known, metrics = [*OVERLAP, *SURFACE, "volume_difference"], tuple(dict.fromkeys(metrics))
     unknown = [m for m in metrics if m not in known]
     if unknown:
         raise ValueError(f"metrics holds {', '.join(map(repr, unknown))}; expected some of {', '.join(known)}")
@@ -102,7 +106,7 @@ def evaluate(
 def evaluate_cohort(predictions: Iterable, cases: Iterable[Case], *, use_mask: bool = False, **options) -> pd.DataFrame:
     """Apply `evaluate` to a cohort and return one row per case and region.
 
-    `statistics.summary` turns the result into means and standard deviations.
+    `statistics.summary` turns the result into means and standard deviations. Cases of one name are numbered: "case", "case 2".
 
     Args:
         predictions: class maps `(D, H, W)`, one per case, in the order of `cases`.
@@ -110,7 +114,7 @@ def evaluate_cohort(predictions: Iterable, cases: Iterable[Case], *, use_mask: b
         use_mask: whether to count only the voxels inside each case's mask.
         options: further arguments of `evaluate`.
     """
-    tables = []
+    tables, names = [], set()
     for prediction, case in zip_longest(predictions, cases):
         if prediction is None or case is None:
             raise ValueError(
@@ -121,10 +125,10 @@ def evaluate_cohort(predictions: Iterable, cases: Iterable[Case], *, use_mask: b
             raise ValueError(f"{case.name} has no label to compare with; leave it out of the evaluation")
         if use_mask and case.mask is None:
             raise ValueError(f"{case.name} has no mask; pass use_mask=False")
+        name, mask = new_name(case.name, names), case.mask if use_mask else None
+        names.add(name)
         try:
-            table = evaluate(
-                prediction, case.label, spacing=case.steps, mask=case.mask if use_mask else None, case=case.name, **options
-            )
+            table = evaluate(prediction, case.label, spacing=case.steps, mask=mask, case=name, **options)
         except ValueError as error:
             raise ValueError(f"{case.name}: {error}") from error
         tables.append(table)
@@ -133,17 +137,48 @@ def evaluate_cohort(predictions: Iterable, cases: Iterable[Case], *, use_mask: b
     return pd.concat(tables, ignore_index=True)
 
 
+def write_table(path: str | Path, table: pd.DataFrame) -> Path:
+    """Write a table as a CSV file, complete or not at all. `read_table` reads it."""
+    path = Path(path)
+    texts = table.select_dtypes(exclude="number")
+    # The writer does not put a text into quotes for a carriage return, which would end the row when it is read.
+    odd = any("\r" in str(text) for column in texts.columns for text in texts[column])
+    with atomic_write(path) as temporary:
+        table.to_csv(temporary, index=False, quoting=csv.QUOTE_NONNUMERIC if odd else csv.QUOTE_MINIMAL)
+    return path
+
+
+def read_table(path: str | Path, *, text: Sequence[str] = ("case", "region")) -> pd.DataFrame:
+    """Read a table of scores from a CSV file.
+
+    pandas by itself would take a case called 001 for the number 1, and one called NA for a missing value.
+
+    Args:
+        path: file that `write_table`, or the command line, wrote.
+        text: columns of names. They are read as they are. The others hold numbers, and what is empty there is NaN.
+    """
+    table = pd.read_csv(path, converters=dict.fromkeys(text, str))
+    return table.astype({name: str for name in text if name in table})
+
+
 def as_regions(wanted: str | Mapping[str, Iterable[int] | int]) -> dict[str, list[int]]:
     """Return the label numbers of each region, for the name of a scheme in `regions` or for label numbers by region."""
     if isinstance(wanted, str):
         if wanted not in regions:
             raise ValueError(f"regions is {wanted!r}; expected {' or '.join(map(repr, regions))} or labels by name")
         wanted = regions[wanted]
-    named = {name: [labels] if isinstance(labels, int) else sorted(labels) for name, labels in wanted.items()}
+    named = {name: _as_numbers(labels) for name, labels in wanted.items()}
     for name, labels in named.items():
         if not labels or min(labels) < 0 or max(labels) > 255:
             raise ValueError(f"region {name!r} has the labels {labels}; expected one or more from 0 to 255")
     return named
+
+
+def _as_numbers(labels: Iterable[int] | int) -> list[int]:
+    try:
+        return [operator.index(labels)]
+    except TypeError:
+        return sorted(operator.index(label) for label in labels)
 
 
 def _check_covered(array: np.ndarray, what: str, named: dict[str, list[int]], scheme: str) -> None:

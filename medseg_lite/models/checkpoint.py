@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..paths import atomic_write
+from ..plain import make_plain
 from .network import BUILDERS, Network
 
 # Statistics of the last training batches: needed to go on training, not to use the network.
 _TRAINING_ONLY = ("recent", "batches")
 
 
-def save(path: str | Path, model: Network, card: dict, *, half: bool = False) -> Path:
+def save(path: str | Path, model: Network, card: Mapping[str, object], *, half: bool = False) -> Path:
     """Write the weights of a network, the call that builds it again, and its card.
 
     Args:
@@ -24,6 +27,10 @@ def save(path: str | Path, model: Network, card: dict, *, half: bool = False) ->
         card: facts that a user must know: channels, classes, normalisation, data, steps, seed, command, scores. JSON values.
         half: True writes kernels as float16, for a file of half the size. All else stays as it is, because statistics of batch
             normalisation may exceed the range of float16. `load` gives float32 in either case.
+
+    Raises:
+        ValueError: the network has no builder, or a weight is not finite.
+        TypeError: the card, or an option of the builder, holds what JSON cannot hold.
     """
     path = Path(path)
     if not isinstance(model, Network) or model.config is None:
@@ -31,10 +38,13 @@ def save(path: str | Path, model: Network, card: dict, *, half: bool = False) ->
             f"{type(model).__name__} was not made by a builder, so it could not be rebuilt from the file; write a function that "
             "returns the network, put @models.builder above it, and make the network with that function"
         )
+    if not isinstance(card, Mapping):
+        raise TypeError(f"the card is of type {type(card).__name__}; expected a dictionary of facts")
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not _training_only(k)}
     if half:
         tensors = {k: v.half() if v.ndim > 1 and v.is_floating_point() else v for k, v in tensors.items()}
-    metadata = {"config": json.dumps(model.config), "card": json.dumps(card)}
+    _check_finite(tensors)
+    metadata = {"config": json.dumps(make_plain(model.config, "config")), "card": json.dumps(make_plain(card, "card"))}
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
     return path
@@ -56,7 +66,8 @@ def load(path: str | Path) -> Network:
         raise ValueError(f"{path} is not a safetensors file ({error}); download or export it again") from error
     if "config" not in metadata:
         raise ValueError(f"{path} holds no network description; expected a file written by medseg_lite.models.save")
-    model = _rebuild(path, json.loads(metadata["config"]))
+    config, card = (_read_facts(path, metadata, name) for name in ("config", "card"))
+    model = _rebuild(path, config)
     expected = {k: v.shape for k, v in model.state_dict().items() if not _training_only(k)}
     wrong = sorted(k for k in expected.keys() | tensors.keys() if k not in tensors or tensors[k].shape != expected.get(k))
     if wrong:
@@ -65,8 +76,31 @@ def load(path: str | Path) -> Network:
             f"({', '.join(wrong[:3])}, …)"
         )
     model.load_state_dict(tensors, strict=False)
-    model.card = json.loads(metadata.get("card", "{}"))
+    model.card = card
     return model.eval()
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise ValueError(
+                f"{name} has {count} NaN or infinite values of {tensor.numel()}; such a network is of no use: go back to an earlier "
+                "state, or train it again with a lower learning rate"
+            )
+
+
+def _read_facts(path: Path, metadata: Mapping[str, str], name: str) -> dict:
+    """Return the config or the card of a file."""
+    try:
+        facts = json.loads(metadata.get(name, "{}"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the {name} of {path} is not JSON ({error}); download or export the file again") from None
+    if not isinstance(facts, dict):
+        raise ValueError(
+            f"the {name} of {path} is {str(facts)[:60]!r}; expected a dictionary, as medseg_lite.models.save writes it"
+        )
+    return facts
 
 
 def _rebuild(path: Path, config: dict) -> Network:

@@ -7,8 +7,9 @@ import inspect
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from torch import Tensor, nn
+
+from ..plain import make_plain
 
 BUILDERS: dict[str, Callable[..., Network]] = {}
 
@@ -159,7 +160,7 @@ def builder(function: Callable[..., Network]) -> Callable[..., Network]:
     @functools.wraps(function)
     def build(**options) -> Network:
         network = function(**options)
-        noted = {option: _plain(value) for option, value in (defaults | options).items() if option != "first"}
+        noted = {option: _plain(value, option) for option, value in (defaults | options).items() if option != "first"}
         network.config = {"builder": name, **noted}
         return network
 
@@ -167,10 +168,9 @@ def builder(function: Callable[..., Network]) -> Callable[..., Network]:
     return build
 
 
-def _plain(value):
-    """Return the value with Python's numbers in place of NumPy's and PyTorch's: it is stored with weights and training states."""
-    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
-        return value.tolist()
-    if isinstance(value, (tuple, list)):
-        return [_plain(part) for part in value]
-    return value
+def _plain(value: object, option: str) -> object:
+    """Return an option as a checkpoint holds it; as it is, if none can hold it, so that `save` may say so."""
+    try:
+        return make_plain(value, option)
+    except TypeError:
+        return value

@@ -33,6 +33,7 @@ from .havaei import havaei
 from .kayalibay import kayalibay
 from .mlynarski import mlynarski, pretrain_subnetwork
 from .named import RECIPES, find_recipe, load_cases
+from .numbers import find_numbers, regions_in_data
 from .papers import find_settings, recipe_for
 from .recipe import Recipe, regions_for
 
@@ -46,6 +47,7 @@ __all__ = [
     "cross_validate",
     "deepmedic",
     "drozdzal",
+    "find_numbers",
     "find_recipe",
     "find_settings",
     "havaei",
@@ -55,5 +57,6 @@ __all__ = [
     "pretrain_subnetwork",
     "recipe_for",
     "regions_for",
+    "regions_in_data",
     "split_folds",
 ]

@@ -21,13 +21,15 @@ from ..engine.identity import describe, find_differences
 from ..files import write_nifti
 from ..models import Network
 from ..paths import atomic_write, file_for, say
+from ..plain import make_plain
 from ..training import BEST
 from ..volume import Case
 from .named import find_recipe
+from .numbers import find_numbers, name_numbers
 from .papers import recipe_for
-from .recipe import Recipe
+from .recipe import Recipe, check_labels
 
-RUN = "run.json"
+RUN, CLASSES = "run.json", "classes.json"
 
 
 def cross_validate(
@@ -58,7 +60,8 @@ def cross_validate(
             than memory.
         out: folder that gets `run.json` (recipe, folds, settings, command), for each fold `fold0/model.safetensors`,
             `best.safetensors` where there was a validation, `history.csv` and `evaluation.csv`; `predictions/CASE.nii.gz` on the grid
-            of the case's own files, for any viewer; and `evaluation.csv` of all folds that are done.
+            of the case's own files and in the class numbers of the data, for any viewer; `classes.json`, which says what these numbers
+            stand for, where those of the network differ; and `evaluation.csv` of all folds that are done.
         folds: number of folds, by default the recipe's; 1 trains on all cases and scores none.
         fold: number of one fold to run alone, 0 to `folds` − 1.
         stored: folder of the prepared cases; by default `out/cases`.
@@ -98,9 +101,9 @@ def cross_validate(
         return pd.DataFrame()
     distributed.barrier()
     done = [out / f"fold{number}" / "evaluation.csv" for number in range(len(parts))]
-    table = pd.concat([pd.read_csv(path) for path in done if path.exists()], ignore_index=True)
+    table = pd.concat([metrics.read_table(path) for path in done if path.exists()], ignore_index=True)
     if distributed.rank() == 0:
-        _write(out / "evaluation.csv", table)
+        metrics.write_table(out / "evaluation.csv", table)
         if progress:
             say(report(table, recipe))
     distributed.barrier()
@@ -126,21 +129,23 @@ class _Run:
     def fold(self, number: int, held_out: list[str], folder: Path) -> None:
         """Train the networks of one fold, segment the cases that they have not seen, and write the scores."""
         recipe, seen = self.recipe, self._store(number)
+        check_labels(seen, recipe.classes)
+        numbers = self._find_numbers(seen)
         parts = _split(self.names, held_out, recipe.validation, self.seed)
         training, validation = ([seen[name] for name in part] for part in parts)
         networks = []
         for member in range(recipe.members):
             place = folder / f"member{member}" if recipe.members > 1 else folder
-            networks.append(self._train_member(number, held_out, training, validation, place, self.seed + member))
+            networks.append(self._train_member(number, held_out, training, validation, place, self.seed + member, numbers))
         model = ensembles.Ensemble(networks) if recipe.members > 1 else networks[0]
         rows = []
         for name in held_out[distributed.rank() :: distributed.world_size()]:
             original = self.cases[self.names.index(name)] if recipe.plane != "axial" else seen[name]
-            rows.append(segment_case(model, seen[name], original, recipe, self.out / "predictions"))
+            rows.append(segment_case(model, seen[name], original, recipe, self.out / "predictions", numbers))
         tables = [t for some in distributed.all_gather([row.to_dict("list") for row in rows]) for t in some]
         if tables and distributed.rank() == 0:
             table = pd.concat([pd.DataFrame(t) for t in tables]).assign(fold=number)
-            _write(folder / "evaluation.csv", table.sort_values("case", kind="stable"))
+            metrics.write_table(folder / "evaluation.csv", table.sort_values("case", kind="stable"))
 
     def _store(self, number: int) -> datasets.Cohort:
         """Return the cases as the network sees them, on disk. The first process writes them, where they are not there yet."""
@@ -162,8 +167,25 @@ class _Run:
         distributed.barrier()
         return found or store()
 
+    def _find_numbers(self, seen: datasets.Cohort) -> list[int]:
+        """Return the number of each class in the data. Where they differ, the first process writes down what they stand for."""
+        recipe = self.recipe
+        present = set().union(*(case.info.get("data_labels", ()) for case in seen))
+        numbers = find_numbers(recipe.label_map, recipe.classes, present)
+        if recipe.label_map and distributed.rank() == 0:
+            names = name_numbers(numbers, recipe.label_map, present, seen[0].info.get("classes"))
+            _write_json(self.out / CLASSES, names)
+        return numbers
+
     def _train_member(
-        self, number: int, held_out: list[str], training: list[Case], validation: list[Case], folder: Path, seed: int
+        self,
+        number: int,
+        held_out: list[str],
+        training: list[Case],
+        validation: list[Case],
+        folder: Path,
+        seed: int,
+        numbers: list[int],
     ) -> Network:
         """Train one network and save it with its card."""
         recipe = self.recipe
@@ -188,6 +210,7 @@ class _Run:
             "normalise": recipe.normalise,
             "plane": recipe.plane,
             "label_map": {str(old): new for old, new in recipe.label_map.items()},
+            "data_labels": numbers if recipe.label_map else None,
         }
         model.card |= {name: value for name, value in facts.items() if value} | {"recipe": recipe.name}
         save_with_card(model, folder)
@@ -206,8 +229,10 @@ def save_with_card(model: Network, folder: Path) -> Path:
     return path
 
 
-def segment_case(model: Network, case: Case, original: Case, recipe: Recipe, folder: Path) -> pd.DataFrame:
-    """Segment and score one case, and write the prediction on the grid of its own files."""
+def segment_case(
+    model: Network, case: Case, original: Case, recipe: Recipe, folder: Path, numbers: Sequence[int]
+) -> pd.DataFrame:
+    """Segment and score one case, and write the prediction on the grid of its own files, in the class numbers of the data."""
     if recipe.regions == "cells":
         probabilities = inference.predict(model, case, output="probabilities", progress=False)
         labels, inside = probabilities.argmax(0).astype(np.uint8), probabilities[0]
@@ -219,6 +244,7 @@ def segment_case(model: Network, case: Case, original: Case, recipe: Recipe, fol
         if recipe.postprocess == "largest":
             labels = postprocess.largest_component(labels)
         table = metrics.evaluate(labels, case.label, regions=recipe.regions, spacing=case.steps, case=case.name)
+    labels = np.asarray(numbers, np.uint8)[labels]
     write_nifti(file_for(folder, case.name, ".nii.gz"), context.facing_back(labels, recipe.plane), original)
     return table
 
@@ -251,10 +277,14 @@ def prepare_case(
     plane: str = "axial",
     scores: str | None = None,
 ) -> Case:
-    """Return a case as a recipe's network sees it: channels in order, normalised, labels renumbered, turned to a plane."""
+    """Return a case as a recipe's network sees it: channels in order, normalised, labels renumbered, turned to a plane.
+
+    `info["data_labels"]` says which labels the case had before.
+    """
     case = case.select(channels)
     if label_map and case.label is not None:
-        case = case.relabelled(label_map)
+        labels = np.flatnonzero(np.bincount(case.label.ravel())).tolist()
+        case = case.relabelled(label_map).replace(info=case.info | {"data_labels": labels})
     case = transforms.normalise(case, normalise)
     if scores is not None:
         case = context.with_scores(case, scores)
@@ -309,7 +339,7 @@ def _check_same_run(out: Path, recipe: Recipe, parts: list[list[str]], seed: int
         "settings": recipe.settings,
         "folds": parts,
     }
-    facts = json.loads(json.dumps(describe(facts)))
+    facts = make_plain(describe(facts), RUN)
     path = out / RUN
     if path.exists():
         before = json.loads(path.read_text("utf-8"))
@@ -323,10 +353,9 @@ def _check_same_run(out: Path, recipe: Recipe, parts: list[list[str]], seed: int
     facts |= {name: value for name, value in about.items() if value}
     facts |= {"command": command, "version": __version__, "torch": torch.__version__}
     facts |= {"machine": platform.machine(), "date": str(date.today())}
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(facts, indent=1, ensure_ascii=False), "utf-8")
+    _write_json(path, facts)
 
 
-def _write(path: Path, table: pd.DataFrame) -> None:
+def _write_json(path: Path, facts: Mapping[str, object]) -> None:
     with atomic_write(path) as temporary:
-        table.to_csv(temporary, index=False)
+        temporary.write_text(json.dumps(make_plain(facts, path.name), indent=1, ensure_ascii=False), "utf-8")

@@ -102,7 +102,8 @@ def deepmedic(
     Taught in notebooks 03 and 04.
     """
     options |= {"conv_dropout": conv_dropout} if conv_dropout else {}
-    model = prepare_network(network, cases, models.DEEPMEDIC, classes=classes, width=width, seed=seed, device=device, **options)
+    build = {"classes": classes, "width": width, "seed": seed, "device": device, "validation": validation, **options}
+    model = prepare_network(network, cases, models.DEEPMEDIC, **build)
     if start is not None:
         load_start(start, model, ignore=["dropout", "conv_dropout"])
     name, flat = network_name(model), model.spatial_dims == 2

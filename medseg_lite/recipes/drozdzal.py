@@ -97,7 +97,8 @@ def drozdzal(
     Taught in notebook 08.
     """
     names = [name for name in models.DROZDZAL if name != "fcn_preprocessor"]
-    model = prepare_network(network, cases, names, classes=classes, width=width, seed=seed, device=device, **options)
+    build = {"classes": classes, "width": width, "seed": seed, "device": device, "validation": validation, **options}
+    model = prepare_network(network, cases, names, **build)
     if crop % model.multiple:
         raise ValueError(f"crop={crop}; {network} needs a multiple of {model.multiple}")
     distort = partial(transforms.distort, shear=shear, angle=angle, warp=warp)

@@ -105,7 +105,8 @@ def havaei(
         raise ValueError(f"phase2_steps={phase2_steps}; expected 0 or more")
     if isinstance(network, str):
         options |= {"init": init, **_first_network(network, first)}
-    model = prepare_network(network, cases, models.HAVAEI, classes=classes, width=width, seed=seed, device=device, **options)
+    build = {"classes": classes, "width": width, "seed": seed, "device": device, "validation": validation, **options}
+    model = prepare_network(network, cases, models.HAVAEI, **build)
     rate = 0.005 if init == "uniform" else 1e-4 / width
 
     run = {"validation": validation, "validate_every": validate_every, "seed": seed, "progress": progress, "engine": engine}

@@ -77,7 +77,8 @@ def kayalibay(
     """
     if isinstance(loss, str) and loss not in LOSSES:
         raise ValueError(f"loss={loss!r}; expected one of {', '.join(LOSSES)}, or a function")
-    model = prepare_network(network, cases, models.KAYALIBAY, classes=classes, width=width, seed=seed, device=device, **options)
+    build = {"classes": classes, "width": width, "seed": seed, "device": device, "validation": validation, **options}
+    model = prepare_network(network, cases, models.KAYALIBAY, **build)
     sampler = VolumeSampler(
         cases,
         crop=crop,

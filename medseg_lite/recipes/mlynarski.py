@@ -110,11 +110,12 @@ def mlynarski(
     Source: Mlynarski et al. 2019, sections 2.4 and 3. Squares and their number are our choice: the paper has whole slices.
     Taught in notebooks 09 and 10.
     """
-    model = _prepare(network, cases, classes=classes, width=width, seed=seed, device=device, options=options)
+    build = {"classes": classes, "width": width, "seed": seed, "device": device, "validation": validation, **options}
+    model = _prepare(network, cases, **build)
     flat = isinstance(model, Mlynarski2d)
     _check_2d_only(flat, incomplete=incomplete, pretrain_steps=pretrain_steps, drop=drop)
     samples, accumulate = _choose_samples(model, accumulate, output=output, batch_size=batch_size, scheme=scheme)
-    weights = target_weights or class_weights(model.classes, 0.7 if model.spatial_dims == 2 else 0.4)
+    weights = _choose_weights(model, target_weights)
     if pretrain_steps:
         how = samples | {"target_weights": weights, "window": window, "accumulate": accumulate, "flip": flip, "seed": seed}
         _pretrain_subnetworks(model, cases, incomplete, pretrain_steps, learning_rate, folder, progress=progress, **how)
@@ -124,7 +125,7 @@ def mlynarski(
     optimizer = prepare_optimizer(model, optimizer, learning_rate, optimizers.NormalizedSGD, 0.25)
     slow = partial(optimizers.HalveOnSlowLoss, window=window)
     run = {"steps": steps, "validation": validation, "validate_every": validate_every, "patience": patience, "folder": folder}
-    run |= {"seed": seed, "progress": progress, "engine": engine}
+    run |= {"accumulate": accumulate, "seed": seed, "progress": progress, "engine": engine}
     return train(
         model,
         sampler,
@@ -132,26 +133,23 @@ def mlynarski(
         optimizer=optimizer,
         loss=partial(losses.deep_supervision, loss=loss) if flat else loss,
         forward=model.with_auxiliary if flat else None,
-        accumulate=accumulate,
         schedule=prepare_schedule(optimizer, schedule, halvings, steps, paper=slow),
         **run,
         facts={"pretrained_on": [c.name for c in incomplete], "pretrain_steps": pretrain_steps} if pretrain_steps else None,
     )
 
 
-def _prepare(network: str | Network, cases: Sequence[Case], *, classes, width, seed, device, options: dict) -> Network:
+def _prepare(network: str | Network, cases: Sequence[Case], **build) -> Network:
     """Build the network, told how many of the channels are scores of 2D networks."""
     channels = None
     if isinstance(network, str) and cases:
         features = sum(channel.split()[0] in context.PLANES for channel in cases[0].channels)  # of context.with_scores
         if network == "mlynarski_3d":
-            options = {"features": features, "variant": "a" if features else "standard"} | options
+            build = {"features": features, "variant": "a" if features else "standard"} | build
         elif features:
             raise ValueError(f"{cases[0].name} has scores of 2D networks among its channels; those are for mlynarski_3d")
         channels = len(cases[0].channels) - features
-    return prepare_network(
-        network, cases, models.MLYNARSKI, classes=classes, width=width, seed=seed, device=device, channels=channels, **options
-    )
+    return prepare_network(network, cases, models.MLYNARSKI, channels=channels, **build)
 
 
 def _check_2d_only(flat: bool, *, incomplete: Sequence[Case], pretrain_steps: int, drop: float) -> None:
@@ -166,6 +164,11 @@ def _choose_samples(model: Network, accumulate: int | None, **given) -> tuple[di
     samples = dict(SAMPLES_2D if model.spatial_dims == 2 else SAMPLES_3D)
     usual = samples.pop("accumulate")
     return {name: value if given.get(name) is None else given[name] for name, value in samples.items()}, accumulate or usual
+
+
+def _choose_weights(model: Network, given: Sequence[float] | None) -> Sequence[float]:
+    """Return the weight of each class in a batch; by default the paper's for networks of that dimension."""
+    return class_weights(model.classes, 0.7 if model.spatial_dims == 2 else 0.4) if given is None else given
 
 
 def _pretrain_subnetworks(model: Mlynarski2d, complete, incomplete, steps, learning_rate, folder, **how) -> None:
@@ -230,7 +233,7 @@ def pretrain_subnetwork(
     if not having:
         raise ValueError(f"none of the {len(cases)} cases has {channel}, so its subnetwork has nothing to learn from")
     subnetwork = model.subnetwork(channels.index(channel))
-    weights = target_weights or class_weights(model.classes, 0.7)
+    weights = _choose_weights(model, target_weights)
     sampler = make_segments(having, subnetwork, output=output, batch_size=batch_size, scheme=scheme, flip=flip, seed=seed)
     optimizer = optimizers.NormalizedSGD(subnetwork.parameters(), lr=learning_rate)
     return training.fit(

@@ -13,8 +13,8 @@ from torch import nn
 from .. import models, optimizers, training
 from ..datasets import case_names
 from ..models import Network
-from ..sampling import SegmentSampler
-from ..volume import Case
+from ..sampling import SegmentSampler, check_label
+from ..volume import Case, new_name
 
 OptimizerMaker = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 ScheduleMaker = Callable[[torch.optim.Optimizer], optimizers.Schedule]
@@ -81,6 +81,7 @@ def prepare_network(
     width: float,
     seed: int,
     device: str | torch.device,
+    validation: Sequence[Case] = (),
     channels: int | None = None,
     **options,
 ) -> Network:
@@ -94,16 +95,24 @@ def prepare_network(
         width, options: options of the builder.
         seed: seed of the weights.
         device: device of the training.
+        validation: labelled cases for the validation.
         channels: number of channels of the image, by default those of the first case.
 
     Raises:
-        ValueError: there are no cases, one has no label, or the network is unknown or does not fit what else was given.
+        ValueError: there are no cases, one has no label, other channels or a label beyond the classes, or the network is unknown or
+            does not fit what else was given.
     """
     if not cases:
         raise ValueError("no cases to train on; give at least one labelled case")
-    for case in cases:
+    everyone = [*cases, *validation]
+    for case in everyone:
         if not case.labelled:
             raise ValueError(f"{case.name} has no label; training needs one")
+    for case in validation:
+        if case.channels != cases[0].channels:
+            raise ValueError(
+                f"{case.name}, for the validation, has channels {case.channels} but {cases[0].name} has {cases[0].channels}"
+            )
     if isinstance(network, nn.Module):
         if not isinstance(network, Network):
             raise ValueError(f"network is a {type(network).__name__}; expected a models.Network: wrap it in models.Adapter")
@@ -111,17 +120,26 @@ def prepare_network(
         if any(given.values()):
             names = ", ".join(name for name, is_given in given.items() if is_given)
             raise ValueError(f"{names}: the network is built already; give these options to its builder")
+        check_labels(everyone, network.classes)
         return network.to(device)
     if network not in names:
         raise ValueError(f"network={network!r}; expected one of {', '.join(names)}, or a built network")
+    check_labels(everyone if classes else cases, classes)
     if classes is None:
         classes = 1 + max(case.highest_label for case in cases)
+        check_labels(validation, classes)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         model = models.BUILDERS[network](
             in_channels=channels or len(cases[0].channels), classes=classes, width=width, **options
         )
     return model.to(device)
+
+
+def check_labels(cases: Sequence[Case], classes: int | None) -> None:
+    """Raise ValueError where a label is beyond the classes of a network, see `sampling.check_label`. Stored cases are not read."""
+    for case in cases:
+        check_label(case.name, case.highest_label, classes)
 
 
 def network_name(model: Network) -> str:
@@ -209,7 +227,7 @@ def train(
     machine = {option.name for option in dataclasses.fields(training.Engine)}
     engine = dict(engine or {})
     how |= {
-        "facts": {"validation": {case.name: case.code() for case in validation}} | dict(made_from or {}),
+        "facts": {"validation": _case_codes(validation)} | dict(made_from or {}),
         "steps": steps,
         "validate_every": min(validate_every, steps),
         "validate": make_validation(validation, model.classes),
@@ -226,6 +244,13 @@ def train(
         "device": str(next(model.parameters()).device),
     } | dict(facts or {})
     return model
+
+
+def _case_codes(cases: Sequence[Case]) -> dict[str, str]:
+    codes: dict[str, str] = {}
+    for case in cases:
+        codes[new_name(case.name, codes)] = case.code()
+    return codes
 
 
 def make_validation(cases: Sequence[Case], classes: int) -> Callable | None:

@@ -248,7 +248,7 @@ def find_limits(image: np.ndarray, limits: tuple[float, float] | None = None) ->
     if limits is not None:
         return check_pair(limits, "limits")
     low, high = float(image.min()), float(image.max())
-    if image.dtype.kind in "iu" and high - low <= 255:
+    if high - low <= 255 and (image == np.rint(image)).all():
         return low, low + 255.0
     sample = image.reshape(-1)[:: max(1, image.size // 1_000_000)]
     cut_low, cut_high = (float(v) for v in np.percentile(sample, (0.1, 99.9)))
