@@ -324,3 +324,17 @@ def test_show_writes_the_alt_text_that_nbconvert_puts_on_the_image(monkeypatch):
 def test_show_needs_alt_text(alt):
     with pytest.raises(ValueError, match="alt is empty; describe"):
         plotting.show(Figure(), alt)
+
+
+@pytest.mark.parametrize("shape", [(1024, 1024, 20), (1000, 1000, 3), (7, 1000, 1000), (1 << 21,)])
+def test_display_ranges_come_from_the_whole_volume(shape):
+    """Slices grow brighter along the last axis; where every n-th voxel lies in one slice, it is no sample."""
+    ramp = np.linspace(0.02, 1, shape[-1], dtype=np.float32)
+    volume = np.random.default_rng(0).normal(100, 20, shape).astype(np.float32) * ramp
+    low, high = plotting.default_window(volume)
+    right = np.percentile(volume, (0.5, 99.5))
+    assert low == pytest.approx(right[0], abs=0.2) and high == pytest.approx(right[1], rel=0.02)
+    sample = plotting.draw_sample(volume, 10_000)
+    assert sample.shape == (10_000,) and np.array_equal(sample, plotting.draw_sample(volume, 10_000))
+    small = np.arange(24.0).reshape(2, 3, 4)
+    assert np.array_equal(plotting.draw_sample(small), small.reshape(-1))

@@ -74,11 +74,20 @@ def check_position(position: Sequence[int], shape: tuple[int, int, int]) -> tupl
     return tuple(int(min(max(p, 0), n - 1)) for p, n in zip(numbers, shape))
 
 
+def draw_sample(values: np.ndarray, count: int = 1_000_000) -> np.ndarray:
+    """Return at most `count` numbers of an array, which are enough for its percentiles, as a flat array.
+
+    They are drawn at random from the whole array, always the same ones. Every n-th number would be no sample: where n is the number of
+    slices it is one slice alone.
+    """
+    flat = values.reshape(-1)
+    return flat if flat.size <= count else flat[np.random.default_rng(0).integers(flat.size, size=count)]
+
+
 def default_window(volume: np.ndarray, mask: np.ndarray | None = None) -> tuple[float, float]:
     """Return the intensities shown as black and as white: the 0.5 and 99.5 percentiles, inside the mask if there is one."""
     values = volume[mask] if mask is not None and mask.any() else volume
-    values = values.reshape(-1)[:: max(1, values.size // 1_000_000)]  # a million voxels are enough for percentiles
-    low, high = (float(v) for v in np.percentile(values, (0.5, 99.5)))
+    low, high = (float(v) for v in np.percentile(draw_sample(values), (0.5, 99.5)))
     if low == high:
         low, high = float(volume.min()), float(volume.max())
     return (low, high) if low < high else (low, low + 1.0)

@@ -250,8 +250,7 @@ def find_limits(image: np.ndarray, limits: tuple[float, float] | None = None) ->
     low, high = float(image.min()), float(image.max())
     if high - low <= 255 and (image == np.rint(image)).all():
         return low, low + 255.0
-    sample = image.reshape(-1)[:: max(1, image.size // 1_000_000)]
-    cut_low, cut_high = (float(v) for v in np.percentile(sample, (0.1, 99.9)))
+    cut_low, cut_high = (float(v) for v in np.percentile(plotting.draw_sample(image), (0.1, 99.9)))
     if cut_low < cut_high:
         low, high = cut_low, cut_high
     return (low, high) if low < high else (low, low + 1.0)

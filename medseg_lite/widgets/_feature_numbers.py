@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from .. import plotting
 from ..features import ReceptiveField
 from ._base import pack
 
@@ -61,7 +62,7 @@ def shrink(about: dict, levels: np.ndarray, size: float) -> tuple[dict, bytes]:
 def is_signed(data: np.ndarray) -> bool:
     """Tell whether negative values matter. The small ones behind a leaky rectifier do not."""
     flat = data.reshape(-1)
-    values = flat[:: max(1, flat.size // 500_000)].astype(np.float32)
+    values = plotting.draw_sample(flat, 500_000).astype(np.float32)
     return bool(-values[values < 0].sum() > 0.1 * values[values > 0].sum())
 
 
