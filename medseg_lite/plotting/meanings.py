@@ -14,7 +14,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 
 # Colours of what is drawn. No class has one of them.
 COLOURS = {
-    "found": "#55CC66",
+    "found": "#55D070",
     "missed": "#CC1133",
     "made up": "#7733DD",
     "truth": "#FFFFFF",
