@@ -1,3 +1,4 @@
+import matplotlib as mpl
 import pytest
 
 from medseg_lite import course
@@ -9,6 +10,13 @@ def test_verdict_is_one_line(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 and "ready" in printed and "scale cpu" in printed
     assert machine.pick(cpu=1, gpu=2) == 1
+
+
+def test_start_sets_the_style_of_figures(monkeypatch):
+    monkeypatch.setenv("MEDSEG_SCALE", "cpu")
+    with mpl.rc_context({"legend.frameon": True, "font.size": 7}):
+        course.start()
+        assert mpl.rcParams["legend.frameon"] is False and mpl.rcParams["font.size"] == 10
 
 
 def test_scale_can_be_overridden(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -116,6 +117,29 @@ def test_outline_against_hand_drawn_masks():
     assert outline_pixels(row, "dots")[0].astype(int).tolist() == [1, 0, 0] * 4
 
 
+def test_borders_against_hand_drawn_masks():
+    (square,) = plotting.borders(np.pad(np.ones((2, 3), int), 1))
+    assert sorted(map(tuple, square[:-1].tolist())) == [(0.5, 0.5), (0.5, 2.5), (3.5, 0.5), (3.5, 2.5)]
+    assert (square[0] == square[-1]).all()
+    two = np.array([[1, 2], [1, 2]])
+    assert [line.tolist() for line in plotting.borders(two, inner=True)] == [[[0.5, -0.5], [0.5, 1.5]]]
+    assert plotting.borders(np.zeros((3, 3))) == []
+
+
+def test_borders_take_every_edge_once():
+    classes = np.random.default_rng(0).integers(0, 4, (20, 30))
+    found = [
+        frozenset({tuple(a + (b - a) * i / n), tuple(a + (b - a) * (i + 1) / n)})
+        for line in plotting.borders(classes)
+        for a, b in pairwise(line)
+        for n in [int(np.abs(b - a).sum())]
+        for i in range(n)
+    ]
+    padded = np.pad(classes, 1)
+    edges = (padded[1:, 1:-1] != padded[:-1, 1:-1]).sum() + (padded[1:-1, 1:] != padded[1:-1, :-1]).sum()
+    assert len(set(found)) == len(found) == edges
+
+
 def test_as_overlays_gives_every_overlay_its_style():
     truth = np.zeros((2, 2, 2), np.uint8)
     given = {"a": truth, "b": truth > 0, "c": truth.astype(int), "d": truth + 7.0, "p": truth + 0.5}
@@ -128,6 +152,8 @@ def test_as_overlays_gives_every_overlay_its_style():
         ("d", "dots"),
         ("p", "probability"),
     ]
+    lines = [o.colour for o in found if o.style in ("line", "dashes", "dots")]
+    assert len(set(lines[:3])) == 3 and found[0].colour == ""  # a colour for each overlay, not for each class
     assert found[2].array.dtype == np.uint8 and found[4].array.max() == 7
     assert [o.name for o in as_overlays(truth, (2, 2, 2))] == ["prediction"]
     assert as_overlays(None, (2, 2, 2)) == []
@@ -200,6 +226,44 @@ def test_slices_keep_the_shape_of_voxels_and_take_options():
     assert figure.axes[0].get_aspect() == pytest.approx(3 / 2)
     assert shown(figure)[0].max() <= 5
     figure.canvas.draw()
+
+
+def test_slices_are_packed_and_fit_on_a_page():
+    names = ("flair", "t1c", "t1", "t2", "dwi", "adc")
+    case = make_case()
+    wide = Case(image=np.repeat(case.image[:1], 6, axis=0), channels=names, name="six", label=case.label)
+    figure = plotting.slices([wide, wide])
+    assert figure.get_figwidth() * 110 <= 849
+    figure.canvas.draw()
+    boxes = [axes.get_window_extent() for axes in figure.axes]
+    assert boxes[0].y0 - boxes[6].y1 < 10 > boxes[1].x0 - boxes[0].x1  # pixels between rows and columns
+    (legend,) = figure.legends
+    assert 0 <= boxes[6].y0 - legend.get_window_extent().y1 < 20
+    assert all(text.get_fontsize() >= 8 for text in figure.findobj(mpl.text.Text) if text.get_text())
+
+
+def test_slices_say_where_nothing_is_marked():
+    case = make_case()
+    empty = case.replace(label=np.zeros_like(case.label))
+    alone = plotting.slices(empty, overlays={"net": case.label}, columns="overlays", letters=False)
+    assert [[t.get_text() for t in axes.texts] for axes in alone.axes] == [[], ["(none in this slice)"], []]
+    together = plotting.slices(empty, (0, 0, 0), overlays={"net": case.label}, letters=False)
+    assert [t.get_text() for t in together.axes[0].texts] == ["truth: none in this slice\nnet: none in this slice"]
+    assert not together.legends
+
+
+def test_slices_legend_has_an_icon_of_its_own_for_each_thing():
+    case = make_case(info={"classes": {1: "ball"}})
+    figure = plotting.slices(case, overlays={name: case.label for name in ("a", "b", "c")})
+    icons = figure.legends[0].legend_handles
+    assert legend_texts(figure) == ["ball", "a (outline)", "b (dashed outline)", "c (dotted outline)"]
+    lines = [(icon.get_color(), icon.get_linestyle(), icon._dash_pattern) for icon in icons[1:]]
+    assert len({str(line[2]) for line in lines}) == 3 and len({line[0] for line in lines}) == 3
+    drawn = [c.get_edgecolor()[0, :3].round(3).tolist() for c in figure.axes[0].collections if c.get_segments()]
+    for colour, _, _ in lines:
+        assert np.round(mpl.colors.to_rgb(colour), 3).tolist() in drawn
+    probable = {"x": np.full(case.shape, 0.5), "y": np.full(case.shape, 0.2)}
+    assert legend_texts(plotting.slices(case, overlays=probable, columns="overlays")) == ["ball", "probability, 0 to 1"]
 
 
 @pytest.mark.parametrize(
@@ -295,7 +359,117 @@ def test_style_is_local():
     assert not plt.get_fignums()
 
 
+def test_pictures_have_neither_frame_nor_ticks():
+    _, panels = plt.subplots(1, 2)
+    plotting.picture(panels)
+    plotting.picture(panels[0])
+    assert not any(spine.get_visible() for axes in panels for spine in axes.spines.values())
+    assert not any(axes.get_xticks().size for axes in panels)
+    plt.close()
+
+
+# ----------------------------------------------------------------------------------------------------- small drawings
+
+
+@pytest.fixture
+def axes():
+    yield plt.subplots(layout="constrained")[1]
+    plt.gcf().canvas.draw()
+    plt.close()
+
+
+def test_curves_are_told_apart_by_colour_dash_and_marker(axes):
+    gap = pd.Series([1.0, np.nan, 3.0], index=[10, 20, 30])
+    plotting.curves(axes, {"a": gap, "b": ([0, 1], [2, 3])}, colours={"b": "#123456"})
+    a, b = axes.lines
+    assert a.get_xydata().tolist() == [[10, 1], [30, 3]] and b.get_color() == "#123456"
+    assert a.get_marker() != b.get_marker() and a.get_linestyle() != b.get_linestyle()
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_calibration_shows_the_diagonal(axes):
+    plotting.calibration(axes, {"net": ([0.1, 0.9], [0.2, 0.7])})
+    assert [line.get_label() for line in axes.lines] == ["calibrated", "net"]
+    assert axes.get_xlim() == axes.get_ylim() == (0, 1)
+
+
+def test_bars_write_zeros_and_gaps(axes):
+    table = pd.DataFrame({"A": [0.5, 0], "B": [0.25, np.nan]}, index=["core", "oedema"])
+    plotting.bars(axes, table, points={("core", "A"): [0.4, 0.6]})
+    assert sorted(t.get_text() for t in axes.texts) == ["0.00", "0.25", "0.50", "–"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["core", "oedema"]
+    first, second = axes.containers
+    assert first[0].get_hatch() != second[0].get_hatch()
+    assert axes.lines[0].get_ydata().tolist() == [0.4, 0.6]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["A", "B"]
+
+
+def test_maps_have_a_scale_by_their_kind(axes):
+    values = np.array([[-3.0, 1.0]])
+    signed = plotting.map_with_scale(axes, values, "signed", label="weight")
+    assert signed.get_clim() == (-3, 3) and signed.get_cmap() is plotting.SIGNED
+    assert axes.figure.axes[1].get_ylabel() == "weight"
+    plain = dict(scale=False)
+    assert plotting.map_with_scale(axes, values, "unsigned", **plain).get_clim() == (-3, 1)
+    assert plotting.map_with_scale(axes, values + 3, "unsigned", **plain).get_clim() == (0, 4)
+    assert plotting.map_with_scale(axes, values, "signed", limits=2, **plain).get_clim() == (-2, 2)
+    assert plotting.map_with_scale(axes, values / 9, "probability", **plain).get_clim() == (0, 1)
+    assert len(axes.figure.axes) == 2
+    with pytest.raises(ValueError, match="kind='grey'; expected one of probability, signed, unsigned"):
+        plotting.map_with_scale(axes, values, "grey")
+
+
+def test_field_lies_round_its_voxel_and_its_name_outside(axes):
+    plotting.field(axes, (10, 20), 5, text="5²", corner="lower left")
+    (box,), (text,) = axes.patches, axes.texts
+    assert (box.get_xy(), box.get_width(), box.get_height()) == ((7.5, 17.5), 5, 5)
+    assert text.xy == (7.5, 22.5) and text.get_ha() == "right" and text.get_va() == "top"
+
+
+def test_block_diagram_draws_arrows_from_border_to_border(axes):
+    boxes = {"in": (0, 0, "image"), "join": (1, 0, "+"), "out": (2, 0, "classes", "#cfe5f5")}
+    plotting.block_diagram(axes, boxes, [("in", "join"), ("join", "out", "5 maps")])
+    texts = [t.get_text() for t in axes.texts]
+    assert [t for t in texts if t] == ["image", "+", "classes", "5 maps"]
+    axes.figure.canvas.draw()
+    arrow = axes.texts[3].arrow_patch
+    ends = arrow.get_transform().transform(arrow.get_path().vertices)[:-1, 0]
+    image, join = (t.get_bbox_patch().get_window_extent() for t in axes.texts[:2])
+    assert image.x1 <= ends.min() + 3 and ends.max() <= join.x0 + 3
+
+
+def test_class_legend_follows_the_names(axes):
+    legend = plotting.class_legend(axes.figure, ("background", "oedema", "core"))
+    assert [t.get_text() for t in legend.get_texts()] == ["oedema", "core"]
+    colours = [mpl.colors.to_hex(h.get_facecolor()).upper() for h in legend.legend_handles]
+    assert colours == [plotting.class_colour("oedema"), plotting.class_colour("core")]
+
+
+def test_draw_slice_turns_paints_and_outlines(axes):
+    case = make_case()
+    overlays = as_overlays({"net": case.label}, case.shape, case.label)
+    plotting.draw_slice(axes, case.image[0], "axial", 3, overlays=overlays, letters=True, voxel_size=(1, 2, 1))
+    layer = overlays[0]._replace(array=cut(case.label, AXIAL, 3))
+    assert (shown(axes.figure)[0] == paint(cut(case.image[0], AXIAL, 3), plotting.default_window(case.image[0]), [layer])).all()
+    assert axes.get_aspect() == 2 and len(axes.texts) == 4
+    assert [c.get_edgecolor()[0, :3].tolist() for c in axes.collections][1] == list(mpl.colors.to_rgb(overlays[1].colour))
+
+
 # ----------------------------------------------------------------------------------------------------------- showing
+
+
+def test_show_saves_inside_the_style_and_writes_the_caption_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(plotting.figures, "display", lambda data, **options: calls.append(data))
+    found = []
+    figure = Figure()
+    monkeypatch.setattr(figure, "savefig", lambda *a, **k: found.append(mpl.rcParams["legend.frameon"]))
+    with mpl.rc_context({"legend.frameon": True}):
+        plotting.show(figure, "A ball on the left.", caption="A <ball>.")
+    assert found == [False]
+    picture, caption = calls
+    assert set(picture) == {"image/png", "text/plain"} and caption["text/plain"] == "A <ball>."
+    assert caption["text/html"].count("A &lt;ball&gt;.") == 1 and "on the left" not in caption["text/html"]
 
 
 def test_show_writes_the_alt_text_that_nbconvert_puts_on_the_image(monkeypatch):

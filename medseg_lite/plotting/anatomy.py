@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from ..volume import Case
-from .figures import picture, style
+from .figures import WIDEST, picture, style
 from .meanings import CASING, COLOURS, PROBABILITY_COLOUR, class_colour, class_name
 from .painting import Overlay, as_overlays, borders, busiest_position, check_position, cut, default_window, find_plane, paint
 
@@ -23,8 +23,8 @@ from .painting import Overlay, as_overlays, borders, busiest_position, check_pos
 OUTLINE_WIDTH = 1.8 * 72 / 110
 DASHES = {"line": "-", "dashes": (0, (4, 2.5)), "dots": (0, (1.2, 1.6))}
 OUTLINES = {"line": "outline", "dashes": "dashed outline", "dots": "dotted outline"}
-# Inches. A page of JupyterLab is 848 pixels wide; a wider figure is shrunk there, with its letters.
-WIDEST, LEFT, GAP = 848 / 110, 0.42, 0.05
+# Inches: room for the rows' names, and between pictures.
+LEFT, GAP = 0.42, 0.05
 
 
 def outline(axes: Axes, mask: np.ndarray, *, colour: str, dashed: bool = False, style: str | None = None) -> None:
@@ -134,7 +134,8 @@ def slices(
     view, channels = find_plane(plane), tuple(channels or cases[0].channels)
     layers = [as_overlays(o, c.shape, c.label) for o, c in zip(given, cases)]
     names = list(dict.fromkeys(o.name for row in layers for o in row))
-    titles = list(channels) if columns == "channels" else [channels[0], *names]
+    alone = columns == "overlays"
+    titles = list(channels) if not alone else [channels[0], *names]
     view_ratio = [(c.shape[view.y] * c.voxel_size[view.y]) / (c.shape[view.x] * c.voxel_size[view.x]) for c in cases]
     with style():
         figure, grid = _lay_out(titles, view_ratio, size)
@@ -146,15 +147,17 @@ def slices(
             look = {"voxel_size": case.voxel_size, "opacity": opacity, "classes": named, "letters": letters}
             for axes, title in zip(grid[row], titles):
                 channel, on = title, layer
-                if columns == "overlays":  # each overlay stands alone, so its classes can be filled
+                if alone:  # each overlay stands alone, so its classes can be filled
                     channel = channels[0]
                     on = [o if o.style == "probability" else o._replace(style="area") for o in layer if o.name == title]
                 volume = shown.image[channels.index(channel)]
                 window = (windows or {}).get(channel) or default_window(volume, case.mask)
                 draw_slice(axes, volume, plane, index, window=window, overlays=on, **look)
                 on = [o._replace(array=cut(o.array, view, index)) for o in on]
-                if columns == "overlays" or axes is grid[row, 0]:
-                    _write_absent(axes, on, alone=columns == "overlays")
+                if alone or axes is grid[row, 0]:
+                    _write_absent(axes, on, alone=alone)
+                if alone:  # the title names the overlay, so one entry does for all probabilities
+                    on = [o._replace(name="probability") if o.style == "probability" else o for o in on]
                 _add_to_legend(legend, on, named)
             grid[row, 0].set_ylabel(f"{case.name}\n{view.name.lower()} {index}", fontsize=9)
         _draw_legend(figure, legend)
@@ -206,7 +209,8 @@ def _add_to_legend(legend: dict[str, Artist], overlays: Sequence[Overlay], class
     """Add a patch for each class that is filled and for each probability, and a line for each outlined overlay."""
     for overlay in overlays:
         if overlay.style == "probability":
-            legend[overlay.name] = Patch(color=overlay.colour or PROBABILITY_COLOUR, label=f"{overlay.name}, 0 to 1")
+            text = f"{overlay.name}, 0 to 1"
+            legend[text] = Patch(color=overlay.colour or PROBABILITY_COLOUR, label=text)
         elif overlay.style == "area":
             for value in np.unique(overlay.array[overlay.array != 0]).tolist():
                 text = class_name(value, classes)

@@ -18,6 +18,8 @@ from matplotlib.lines import Line2D
 
 from .meanings import class_colour, class_name
 
+# Inches. A page of JupyterLab is 848 pixels wide. It shrinks a wider figure, with its letters.
+WIDEST = 848 / 110
 STYLE = {
     "figure.dpi": 110,
     "figure.facecolor": "white",
@@ -61,8 +63,8 @@ def picture(axes: Axes | Iterable[Axes]) -> None:
 # --------------------------------------------------------------------------------------------------- training curves
 
 
-def history(frame: pd.DataFrame, *, size: float = 3.4) -> Figure:
-    """Draw training curves side by side: the losses, each family of scores, and the learning rate.
+def history(frame: pd.DataFrame, *, size: float = 2.55) -> Figure:
+    """Draw training curves side by side: the losses, each family of scores, and the learning rate. Rows are as wide as a page.
 
     Args:
         frame: a "step" column and any of "loss"/"loss_*", "learning_rate", and scores such as "dice_whole". Columns with the
@@ -81,13 +83,16 @@ def history(frame: pd.DataFrame, *, size: float = 3.4) -> Figure:
     if not panels:
         raise ValueError(f"the history holds no numbers beside 'step': {list(frame.columns)}; train at least one step")
     with style():
-        figure = Figure(figsize=(size * len(panels), 0.75 * size), layout="constrained")
-        for axes, (name, columns) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        rows = int(np.ceil(len(panels) * size / WIDEST))
+        wide = -(-len(panels) // rows)
+        figure = Figure(figsize=(size * wide, 0.75 * size * rows), layout="constrained")
+        for place, (name, columns) in enumerate(panels.items(), start=1):
+            axes = figure.add_subplot(rows, wide, place)
             for column in columns:
                 curve = frame[["step", column]].dropna()
                 label = column.removeprefix(f"{name}_").replace("_", " ")
                 axes.plot(curve["step"], curve[column], label=label, marker="o" if len(curve) <= 25 else None, markersize=3)
-            axes.set(xlabel="step", title=name)
+            axes.set(xlabel="update", title=name)
             if name == "learning rate":
                 axes.set_yscale("log")
             elif name in ("dice", "jaccard", "sensitivity", "precision", "specificity", "accuracy"):
@@ -129,6 +134,7 @@ def intensities(
     for name, values in stages.items():
         if np.shape(values) != label.shape:
             raise ValueError(f"stage {name!r} has shape {np.shape(values)}; expected that of the label, {label.shape}")
+    size = min(size, WIDEST / len(stages))
     with style():
         figure = Figure(figsize=(size * len(stages), 0.62 * size * len(present) + 0.3), layout="constrained")
         grid = figure.subplots(len(present), len(stages), squeeze=False, sharex="col")
@@ -138,7 +144,7 @@ def intensities(
             for row, k in enumerate(present):
                 axes, chosen = grid[row, column], np.asarray(values, np.float64)[label == k]
                 mean, deviation = chosen.mean(), chosen.std()
-                colour = class_colour(k) if k else "#999999"
+                colour = class_colour(k, classes) if k else "#999999"
                 axes.hist(chosen, edges, density=True, color=colour, alpha=0.75, linewidth=0)
                 if deviation > 0:
                     x = np.linspace(low, high, 200)

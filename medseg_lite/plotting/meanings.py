@@ -54,6 +54,7 @@ _ALIASES = {
     "necrosis + non-enhancing": "core",
     "non-enhancing core": "core",
     "tumour core": "core",
+    "tumour": "lesion",
     "contusion": "lesion",
     "stroke": "lesion",
 }
