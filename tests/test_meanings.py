@@ -97,6 +97,11 @@ def test_found_missed_and_made_up_are_told_apart():
     assert plotting.outcomes(truth, prediction).tolist() == [0, 1, 2, 3]
 
 
+def test_what_a_correction_keeps_removes_and_adds_is_told_apart():
+    colours = plotting.class_colour("lesion"), COLOURS["removed"], COLOURS["added"]
+    assert all(distance(a, b) >= 25 for a, b in combinations(colours, 2))
+
+
 def test_colours_stand_out_on_black():
     for name, colour in {**COLOURS, **NAMED_CLASSES}.items():
         assert contrast(colour, "#000000") >= 3, name  # WCAG 2.2, 1.4.11

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -151,7 +152,7 @@ def intensities(
                     curve = np.exp(-0.5 * ((x - mean) / deviation) ** 2) / (deviation * np.sqrt(2 * np.pi))
                     axes.plot(x, curve, color="black", linestyle="--", linewidth=1.3)
                 axes.set(yticks=[], title=name if row == 0 else "")
-                axes.set_ylabel(class_name(k, classes) if column == 0 else "")
+                axes.set_ylabel(textwrap.fill(class_name(k, classes), 20) if column == 0 else "")
                 letter = "abcdefghijklmnopqrstuvwxyz"[row * len(stages) + column]
                 corner = {"transform": axes.transAxes, "va": "top", "fontsize": 9}
                 axes.text(0.02, 0.97, f"({letter})", fontweight="bold", **corner)

@@ -17,6 +17,8 @@ COLOURS = {
     "found": "#55D070",
     "missed": "#CC1133",
     "made up": "#7733DD",
+    "removed": "#AA1199",
+    "added": "#00DDEE",
     "truth": "#FFFFFF",
     "prediction": "#FF99AA",
     "second prediction": "#99DD55",
