@@ -222,9 +222,10 @@ def paper_table(ours: pd.DataFrame, paper: pd.DataFrame, *, ours_on: str, paper_
 def show(figure: Figure, alt: str, *, caption: str | None = None) -> None:
     """Display a figure as a PNG with alternative text, a caption below it, and close it.
 
-    The picture stays an image/png output: every viewer shows one, and GitHub takes pictures out of HTML outputs. The text is
-    stored as `alt` in the picture's metadata. Of nbconvert's HTML templates "classic" writes it on the image; "lab" (as of 7.17),
-    JupyterLab, Colab and VS Code do not. So the caption is an HTML output of its own, which all of them show and read aloud.
+    The picture stays an image/png output, because every viewer shows one, while a picture inside an HTML output may be taken out
+    where HTML is cleaned. The text is stored as `alt` in the picture's metadata. Of nbconvert's HTML templates "classic" writes it
+    on the image; "lab" (as of 7.17) and JupyterLab do not. So the caption is an HTML output of its own, which readers see and
+    screen readers read. It has no picture and no script, so cleaning leaves it as it is, but for its look.
 
     Args:
         figure: figure to show.
