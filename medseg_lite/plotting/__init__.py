@@ -4,11 +4,13 @@ plotting.show(plotting.slices(case), alt="Four sequences of one phantom; the tum
 """
 
 from ..volume import BRATS_CLASSES
-from .anatomy import outline, slices
+from .anatomy import draw_slice, outline, outline_handle, slices
+from .drawing import bars, block_diagram, calibration, class_legend, curves, field, map_with_scale
 from .figures import STYLE, SideBySide, history, intensities, paper_table, picture, set_style, show, style
 from .meanings import (
     CLASS_COLOURS,
     COLOURS,
+    OUTCOMES,
     OVERLAY_COLOURS,
     PROBABILITY,
     PROBABILITY_COLOUR,
@@ -32,6 +34,7 @@ from .painting import (
     cut,
     default_window,
     find_plane,
+    outcomes,
     outline_pixels,
     paint,
 )
@@ -40,6 +43,7 @@ __all__ = [
     "BRATS_CLASSES",
     "CLASS_COLOURS",
     "COLOURS",
+    "OUTCOMES",
     "OVERLAY_COLOURS",
     "PLANES",
     "PROBABILITY",
@@ -52,19 +56,29 @@ __all__ = [
     "Plane",
     "SideBySide",
     "as_overlays",
+    "bars",
     "blend",
+    "block_diagram",
     "borders",
     "busiest_position",
+    "calibration",
     "check_position",
     "class_colour",
     "class_colours",
+    "class_legend",
     "class_name",
+    "curves",
     "cut",
     "default_window",
+    "draw_slice",
+    "field",
     "find_plane",
     "history",
     "intensities",
+    "map_with_scale",
+    "outcomes",
     "outline",
+    "outline_handle",
     "outline_pixels",
     "paint",
     "paper_table",

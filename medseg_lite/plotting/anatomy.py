@@ -16,14 +16,13 @@ from matplotlib.patheffects import withStroke
 
 from ..volume import Case
 from .figures import picture, style
-from .meanings import PROBABILITY_COLOUR, class_colour, class_name
+from .meanings import CASING, COLOURS, PROBABILITY_COLOUR, class_colour, class_name
 from .painting import Overlay, as_overlays, borders, busiest_position, check_position, cut, default_window, find_plane, paint
 
 # Lines of 1.8 pixels at 110 dots per inch. Dashes are given in multiples of the width.
 OUTLINE_WIDTH = 1.8 * 72 / 110
 DASHES = {"line": "-", "dashes": (0, (4, 2.5)), "dots": (0, (1.2, 1.6))}
 OUTLINES = {"line": "outline", "dashes": "dashed outline", "dots": "dotted outline"}
-CASING = "#111111"
 # Inches. A page of JupyterLab is 848 pixels wide; a wider figure is shrunk there, with its letters.
 WIDEST, LEFT, GAP = 848 / 110, 0.42, 0.05
 
@@ -40,14 +39,53 @@ def outline(axes: Axes, mask: np.ndarray, *, colour: str, dashed: bool = False, 
         dashed: draw dashes.
         style: "line", "dashes" or "dots", in place of `dashed`.
     """
-    lines, dash = borders(mask), DASHES[style or ("dashes" if dashed else "line")]
-    common = {"capstyle": "butt", "joinstyle": "miter", "clip_on": False}
-    axes.add_collection(
-        LineCollection(lines, colors=CASING, linewidths=2.2 * OUTLINE_WIDTH, alpha=0.7, **common), autolim=False
-    )
-    axes.add_collection(
-        LineCollection(lines, colors=colour, linewidths=OUTLINE_WIDTH, linestyles=[dash], **common), autolim=False
-    )
+    mask, dash = np.asarray(mask), DASHES[style or ("dashes" if dashed else "line")]
+    around = borders(mask != 0)
+    passes = [(around, CASING, 2.2, "-", 0.7), (around, colour, 1, dash, 1), (borders(mask, inner=True), colour, 0.6, dash, 1)]
+    for lines, paint_with, width, dashes, alpha in passes:
+        look = {"capstyle": "butt", "joinstyle": "miter", "clip_on": False, "linestyles": [dashes], "alpha": alpha}
+        drawn = LineCollection(lines, colors=paint_with, linewidths=width * OUTLINE_WIDTH, **look)
+        axes.add_collection(drawn, autolim=False)
+
+
+def draw_slice(
+    axes: Axes,
+    volume: np.ndarray,
+    plane: str,
+    index: int,
+    *,
+    window: tuple[float, float] | None = None,
+    overlays: Sequence[Overlay] = (),
+    voxel_size: Sequence[float] = (1, 1, 1),
+    opacity: float = 0.5,
+    classes: Sequence[str] | Mapping[int, str] | None = None,
+    letters: bool = False,
+) -> None:
+    """Draw a slice of a volume with its overlays, without frame or ticks.
+
+    Args:
+        axes: axes to draw on.
+        volume: intensities (D, H, W).
+        plane: "axial", "coronal" or "sagittal".
+        index: voxel index along the axis that the plane cuts.
+        window: (black, white) intensities; by default the 0.5 and 99.5 percentiles of the volume.
+        overlays: overlays on the grid of the volume, as `as_overlays` makes them.
+        voxel_size: mm of a voxel along D, H and W.
+        opacity: opacity of filled overlays, 0 to 1.
+        classes: class names, by number. The colours follow them.
+        letters: write the directions (R, L, A, P, S, I) on the edges.
+    """
+    view = find_plane(plane)
+    painted = [o._replace(array=cut(o.array, view, index)) for o in overlays]
+    filled = [o for o in painted if o.style not in OUTLINES]
+    pixels = paint(cut(volume, view, index), window or default_window(volume), filled, opacity, classes)
+    axes.imshow(pixels, aspect=voxel_size[view.y] / voxel_size[view.x], interpolation="antialiased")
+    for overlay in painted:
+        if overlay.style in OUTLINES:
+            outline(axes, overlay.array, colour=overlay.colour or COLOURS["prediction"], style=overlay.style)
+    picture(axes)
+    if letters:
+        _write_letters(axes, view.edges)
 
 
 def slices(
@@ -105,22 +143,16 @@ def slices(
             shown, named = case.select(channels), classes if classes is not None else case.info.get("classes")
             where = position if position is not None else busiest_position(case.label, case.shape)
             index = check_position(where, case.shape)[view.cut]
-            painted = [o._replace(array=cut(o.array, view, index)) for o in layer]
+            look = {"voxel_size": case.voxel_size, "opacity": opacity, "classes": named, "letters": letters}
             for axes, title in zip(grid[row], titles):
-                channel, on = title, painted
+                channel, on = title, layer
                 if columns == "overlays":  # each overlay stands alone, so its classes can be filled
                     channel = channels[0]
-                    on = [o if o.style == "probability" else o._replace(style="area") for o in painted if o.name == title]
+                    on = [o if o.style == "probability" else o._replace(style="area") for o in layer if o.name == title]
                 volume = shown.image[channels.index(channel)]
                 window = (windows or {}).get(channel) or default_window(volume, case.mask)
-                filled = [o for o in on if o.style not in OUTLINES]
-                pixels = paint(cut(volume, view, index), window, filled, opacity, named)
-                axes.imshow(pixels, aspect=case.voxel_size[view.y] / case.voxel_size[view.x], interpolation="antialiased")
-                for overlay in on:
-                    if overlay.style in OUTLINES:
-                        outline(axes, overlay.array, colour=overlay.colour, style=overlay.style)
-                if letters:
-                    _write_letters(axes, view.edges)
+                draw_slice(axes, volume, plane, index, window=window, overlays=on, **look)
+                on = [o._replace(array=cut(o.array, view, index)) for o in on]
                 if columns == "overlays" or axes is grid[row, 0]:
                     _write_absent(axes, on, alone=columns == "overlays")
                 _add_to_legend(legend, on, named)
@@ -165,7 +197,9 @@ def _write_absent(axes: Axes, overlays: Sequence[Overlay], *, alone: bool) -> No
     if absent:
         text = "(none in this slice)" if alone else "\n".join(f"{name}: none in this slice" for name in absent)
         casing = [withStroke(linewidth=2, foreground="black")]
-        axes.text(0.03, 0.97, text, transform=axes.transAxes, va="top", color="white", fontsize=8, path_effects=casing)
+        axes.text(
+            0.5, 0.9, text, transform=axes.transAxes, ha="center", va="top", color="white", fontsize=8, path_effects=casing
+        )
 
 
 def _add_to_legend(legend: dict[str, Artist], overlays: Sequence[Overlay], classes) -> None:

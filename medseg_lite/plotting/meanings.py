@@ -28,6 +28,11 @@ COLOURS = {
 # Colours of overlays that are outlines, in their order. The truth has one of its own.
 OVERLAY_COLOURS = tuple(COLOURS[name] for name in ("prediction", "second prediction", "third prediction"))
 
+# Outcomes as classes: `paint` and `class_legend` take them for class names, `outcomes` gives the numbers.
+OUTCOMES = ("", "found", "missed", "made up")
+# Dark border of lines over pictures.
+CASING = "#111111"
+
 # Colours of the classes that occur in several data sets, by name. "core" is necrosis and non-enhancing tumour in one class.
 NAMED_CLASSES = {
     "necrosis": "#0072B2",
@@ -42,6 +47,7 @@ _ALIASES = {
     "non-enhancing": "non-enhancing tumour",
     "enhancing": "enhancing tumour",
     "necrosis and non-enhancing tumour": "core",
+    "necrosis and non-enhancing": "core",
     "necrosis + non-enhancing": "core",
     "tumour core": "core",
     "contusion": "lesion",
@@ -113,4 +119,4 @@ def rgb(colour: str) -> tuple[int, int, int]:
 
 def _named_colour(name: str) -> str | None:
     name = str(name).lower()
-    return NAMED_CLASSES.get(_ALIASES.get(name, name))
+    return NAMED_CLASSES.get(_ALIASES.get(name, name)) or (COLOURS[name] if name in OUTCOMES[1:] else None)

@@ -162,19 +162,21 @@ def _is_probability(array: np.ndarray, what: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------- painting
 
 
-def borders(classes: np.ndarray) -> list[np.ndarray]:
+def borders(classes: np.ndarray, *, inner: bool = False) -> list[np.ndarray]:
     """Return the borders between classes as lines along the edges of pixels.
 
     Args:
         classes: class numbers, or a mask, (rows, columns).
+        inner: return the borders between two classes only, not those with the background.
 
     Returns:
         Arrays (points, 2) of x and y, in the coordinates of `imshow`: pixel centres are whole numbers. Closed lines end where
         they begin. No edge is drawn twice, so dashes stay dashes.
     """
     padded = np.pad(np.asarray(classes), 1)
-    across = np.argwhere(padded[:-1, 1:-1] != padded[1:, 1:-1])
-    down = np.argwhere(padded[1:-1, :-1] != padded[1:-1, 1:])
+    (above, below), (left, right) = (padded[:-1, 1:-1], padded[1:, 1:-1]), (padded[1:-1, :-1], padded[1:-1, 1:])
+    across = np.argwhere((above != below) & (not inner or (above != 0) & (below != 0)))
+    down = np.argwhere((left != right) & (not inner or (left != 0) & (right != 0)))
     edges = [((r, c), (r, c + 1)) for r, c in across.tolist()] + [((r, c), (r + 1, c)) for r, c in down.tolist()]
     neighbours: dict[tuple[int, int], set[tuple[int, int]]] = {}
     for a, b in edges:
@@ -219,6 +221,12 @@ def outline_pixels(classes: np.ndarray, style: str = "line") -> np.ndarray:
         v, u = np.indices(classes.shape)
         edge &= (u + v) % 6 < 4 if style == "dashes" else (u + v) % 3 < 1
     return edge
+
+
+def outcomes(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Return where a mask was found (1), missed (2) and made up (3). `meanings.OUTCOMES` has the names of these numbers."""
+    truth, prediction = np.asarray(truth) != 0, np.asarray(prediction) != 0
+    return np.uint8(truth & prediction) + 2 * np.uint8(truth & ~prediction) + 3 * np.uint8(~truth & prediction)
 
 
 def blend(picture: np.ndarray, colour, strength: np.ndarray) -> np.ndarray:

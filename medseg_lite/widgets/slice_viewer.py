@@ -174,7 +174,7 @@ class SliceViewer(CaseWidget):
 
     def _pack_layers(self) -> list[dict]:
         layers = []
-        for name, array, style in self._overlays:
+        for name, array, style, _ in self._overlays:
             if style == "probability":
                 data, classes = to_bytes(array, 0, 1), [(255, f"{name}, 0 to 1", plotting.PROBABILITY_COLOUR)]
             else:
