@@ -68,7 +68,7 @@ def bars(
     colours: Mapping[str, str] | None = None,
     points: Mapping[tuple[str, str], Sequence[float]] | None = None,
     digits: int = 2,
-    legend: str = "best",
+    legend: bool = True,
 ) -> None:
     """Draw a group of bars for each row of a table, for example each class, with one bar for each column.
 
@@ -80,7 +80,7 @@ def bars(
         colours: colours by column; by default those of the style.
         points: single values behind a bar, by (row, column), drawn as dots.
         digits: digits after the point; a negative number writes none.
-        legend: place of the legend as in `axes.legend(loc=…)`, or "" for none.
+        legend: draw a legend below the axes.
     """
     width = 0.8 / len(table.columns)
     for n, (name, look, hatch) in enumerate(zip(table.columns, cycle(STYLE["axes.prop_cycle"]), cycle(HATCHES))):
@@ -96,7 +96,7 @@ def bars(
     axes.set_xticks(range(len(table)), [str(row) for row in table.index])
     axes.grid(axis="x", visible=False)
     if legend:
-        axes.legend(loc=legend)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, fontsize=9, columnspacing=1.2)
 
 
 def class_legend(
@@ -158,9 +158,15 @@ def map_with_scale(
 
 
 def field(
-    axes: Axes, centre: tuple[float, float], side: float | tuple[float, float], *, text: str = "", colour: str | None = None
+    axes: Axes,
+    centre: tuple[float, float],
+    side: float | tuple[float, float],
+    *,
+    text: str = "",
+    colour: str | None = None,
+    corner: str = "upper right",
 ) -> None:
-    """Draw the box of a receptive field over a picture, and its name outside the upper right corner.
+    """Draw the box of a receptive field over a picture, and its name outside a corner.
 
     Args:
         axes: axes with the picture.
@@ -168,15 +174,16 @@ def field(
         side: side in pixels, or (width, height).
         text: name, for example "13²".
         colour: colour of the box; by default that of receptive fields.
+        corner: corner of the name, for example "lower left". Boxes round one voxel need different ones.
     """
     (x, y), (width, height) = centre, np.broadcast_to(side, 2)
-    colour = colour or COLOURS["field"]
-    casing = [withStroke(linewidth=3.6, foreground=CASING)]
-    corner = x - width / 2, y - height / 2
-    axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.8, path_effects=casing))
-    place = corner[0] + width, corner[1]
-    look = {"color": colour, "weight": "bold", "fontsize": 9, "path_effects": [withStroke(linewidth=2.5, foreground=CASING)]}
-    axes.annotate(text, place, (3, 1), textcoords="offset points", ha="left", va="bottom", **look)
+    (vertical, horizontal), colour = corner.split(), colour or COLOURS["field"]
+    box = {"fill": False, "edgecolor": colour, "linewidth": 1.8, "path_effects": [withStroke(linewidth=3.4, foreground=CASING)]}
+    axes.add_patch(Rectangle((x - width / 2, y - height / 2), width, height, **box))
+    right, up = (1 if horizontal == "right" else -1), (1 if vertical == "upper" else -1)
+    look = {"ha": "left" if right > 0 else "right", "va": "bottom" if up > 0 else "top", "weight": "bold", "fontsize": 9}
+    look |= {"color": "white", "path_effects": [withStroke(linewidth=2, foreground=CASING)]}
+    axes.annotate(text, (x + right * width / 2, y - up * height / 2), (2 * right, up), textcoords="offset points", **look)
 
 
 def block_diagram(axes: Axes, boxes: Mapping[str, tuple], arrows: Sequence[tuple], *, fontsize: float = 9) -> None:
