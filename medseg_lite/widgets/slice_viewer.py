@@ -195,7 +195,7 @@ class SliceViewer(CaseWidget):
 
     def _alt(self) -> str:
         overlays = f" with {list_names(self.visible)}" if self.visible else ""
-        return f"Slices of {self._case.name}, sequence {self.channel}, through voxel {self.position}{overlays}"
+        return f"Slices of {self._case.name}, {self.channel}, through voxel {self.position}{overlays}"
 
     def _draw(self) -> Image.Image:
         """Draw the planes in one row at one scale, as the browser shows them, with a legend below."""
@@ -242,7 +242,9 @@ class SliceViewer(CaseWidget):
             if overlay.style in DASHES:
                 around, inner = plotting.borders(overlay.array != 0), plotting.borders(overlay.array, inner=True)
                 for lines, width in ((around, 2), (inner, 1)):
-                    _draw_outline(pen, [(line + 0.5) * scale + (left, 22) for line in lines], overlay.colour, overlay.style, width)
+                    _draw_outline(
+                        pen, [(line + 0.5) * scale + (left, 22) for line in lines], overlay.colour, overlay.style, width
+                    )
         u = left + (case.shape[plane.x] - position[plane.x] - 0.5) / case.shape[plane.x] * wide
         v = 22 + (case.shape[plane.y] - position[plane.y] - 0.5) / case.shape[plane.y] * high
         pen.line([(left, v), (left + wide - 1, v)], fill="#a0a0a0")
@@ -333,5 +335,7 @@ def _draw_outline(pen: ImageDraw.ImageDraw, lines: Sequence[np.ndarray], colour:
             for k in range(int(done // period), int((done + length) // period) + 1):
                 start, stop = max(k * period - done, 0), min(k * period + on - done, length)
                 if start < stop:
-                    pen.line([tuple(a + (b - a) * start / length), tuple(a + (b - a) * stop / length)], fill=colour, width=width)
+                    pen.line(
+                        [tuple(a + (b - a) * start / length), tuple(a + (b - a) * stop / length)], fill=colour, width=width
+                    )
             done += length
