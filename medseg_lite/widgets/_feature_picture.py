@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from .. import plotting
@@ -100,7 +101,7 @@ def draw(explorer: CaseWidget, panels: Sequence[Panel]) -> Figure:
     shape, spacing, plane = explorer._shape, explorer._case.voxel_size, plotting.find_plane(explorer.plane)
     tall = shape[plane.y] * spacing[plane.y] > 1.4 * shape[plane.x] * spacing[plane.x]
     with plotting.style():
-        figure = Figure(figsize=(9.4, (4.6 if tall else 3.5) * len(panels)), dpi=100, layout="constrained")
+        figure = Figure(figsize=(9.4, (4.6 if tall else 3.5) * len(panels) + 0.3), dpi=100, layout="constrained")
         rows = figure.subplots(len(panels), 2, squeeze=False, width_ratios=(0.36, 0.64))
         for panel, (left, right) in zip(panels, rows):
             drawn = _picture(left, panel)
@@ -113,7 +114,21 @@ def draw(explorer: CaseWidget, panels: Sequence[Panel]) -> Figure:
                 axes.set(xticks=[], yticks=[])
                 axes.grid(False)
                 axes.spines[:].set_visible(False)
+        _legend(figure, explorer, panels)
     return figure
+
+
+def _legend(figure: Figure, explorer: CaseWidget, panels: Sequence[Panel]) -> None:
+    """Say below the panels what the outlines and the box mean."""
+    meanings = {}
+    if explorer.truth:
+        meanings = {f"truth: {name}": explorer._class_colours[k] for name, k in explorer._classes.items()}
+    sides = ["×".join(map(str, panel.maps.field.side)) for panel in panels if panel.maps.field is not None]
+    if sides:
+        meanings[f"receptive field at the crosshair, {' and '.join(dict.fromkeys(sides))} voxels"] = plotting.COLOURS["field"]
+    handles = [Line2D([], [], color=colour, linestyle="-", linewidth=2, label=text) for text, colour in meanings.items()]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
 
 
 def _picture(axes: Axes, panel: Panel) -> AxesImage:
@@ -132,8 +147,9 @@ def _picture(axes: Axes, panel: Panel) -> AxesImage:
     if explorer.truth and case.label is not None and min(shape[plane.x], shape[plane.y]) > 1:
         label = plotting.cut(case.label[box], plane, index)
         for k in np.unique(label[label > 0]).tolist():
-            columns, lines = (np.arange(n) + 0.5 for n in label.shape[::-1])
-            axes.contour(columns, lines, label == k, [0.5], colors=plotting.class_colour(k), linewidths=1.2)
+            for line in plotting.borders(label == k):
+                for colour, width in (("#111111", 2.4), (explorer._class_colours[k], 1.2)):
+                    axes.plot(*(line.T + 0.5), color=colour, linewidth=width, linestyle="-")
     x, y = (shape[i] - (explorer.position[i] - start[i]) - 0.5 for i in (plane.x, plane.y))
     axes.axhline(y, color="#ffffff", lw=0.6, alpha=0.7)
     axes.axvline(x, color="#ffffff", lw=0.6, alpha=0.7)
@@ -148,7 +164,7 @@ def _field(axes: Axes, panel: Panel) -> None:
     centre, (first, last) = maps.position(maps.index(explorer.position)), offsets(maps.field)
     corner = [explorer._box[axis].stop - (centre[axis] + last[axis] + 1) for axis in (plane.x, plane.y)]
     sides = [last[axis] - first[axis] + 1 for axis in (plane.x, plane.y)]
-    for colour, width in (("#FFFFFF", 3), ("#009E73", 1.6)):
+    for colour, width in (("#FFFFFF", 3), (plotting.COLOURS["field"], 1.6)):
         axes.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=colour, linewidth=width))
 
 

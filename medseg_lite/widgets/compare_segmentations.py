@@ -15,8 +15,7 @@ from .. import metrics, plotting
 from ..volume import Case, as_label, bounding_box
 from ._base import CaseWidget, check_images, check_known, pack, script, styles
 
-# Okabe and Ito's blue, vermilion and yellow: told apart without seeing red or green, and by their lightness.
-OUTCOMES = {"found": "#0072B2", "missed": "#D55E00", "made up": "#F0E442"}
+OUTCOMES = {name: plotting.COLOURS[name] for name in ("found", "missed", "made up")}
 
 
 class CompareSegmentations(CaseWidget):
@@ -27,7 +26,7 @@ class CompareSegmentations(CaseWidget):
         compare.worst("with CRF")        # go to the slice with most wrong voxels
         compare.table                    # Dice, found, missed and made-up voxels of every prediction
 
-    Blue: true positives (found). Vermilion: false negatives (missed). Yellow: false positives (made up). The bars under a
+    Green: true positives (found). Red: false negatives (missed). Violet: false positives (made up). The bars under a
     picture count the wrong voxels of every slice; click one to go there.
 
     Args:
@@ -139,8 +138,8 @@ class CompareSegmentations(CaseWidget):
     def _alt(self) -> str:
         scores = ", ".join(f"{name} {100 * score:.0f} %" for name, score in self._scores().items())
         return (
-            f"{self._case.name}, {self.plane} slice through voxel {self.position}, region {self.region}: voxels found (blue), missed "
-            f"(vermilion) and made up (yellow) by each prediction; Dice of the whole volume: {scores}"
+            f"{self._case.name}, {self.plane} slice of {self.sequence} through voxel {self.position}, region {self.region}: voxels "
+            f"found (green), missed (red) and made up (violet) by each prediction; Dice of the whole volume: {scores}"
         )
 
     def _draw(self) -> Figure:
@@ -151,13 +150,18 @@ class CompareSegmentations(CaseWidget):
         shape, spacing = self._scene["shape"], self._case.voxel_size
         high = side * shape[y] / shape[x] * (spacing[y] / spacing[x])
         with plotting.style():
-            figure = Figure(figsize=(side * columns, (high + 0.3) * rows + 0.4), dpi=100, layout="constrained")
+            figure = Figure(figsize=(side * columns, (high + 0.3) * rows + 0.7), dpi=100, layout="constrained")
             panels = figure.subplots(rows, columns, squeeze=False).ravel()
             for axes in panels:
                 axes.axis("off")
             for axes, (name, prediction) in zip(panels, self._predictions.items()):
                 self._draw_outcomes(axes, plane, prediction)
                 axes.set_title(f"{name}: Dice {100 * scores[name]:.1f} %")
+            index = self.position[plane.cut]
+            figure.suptitle(
+                f"{self._case.name}, region {self.region} over {self.sequence}, {self.plane} slice {index}; Dice of all slices",
+                fontsize="medium",
+            )
             handles = [Patch(color=colour, label=name) for name, colour in OUTCOMES.items()]
             figure.legend(handles=handles, loc="outside lower center", ncols=3)
         return figure
@@ -175,6 +179,10 @@ class CompareSegmentations(CaseWidget):
             picture = plotting.blend(picture, plotting.rgb(colour), where * self.opacity)
         spacing = self._case.voxel_size
         axes.imshow(np.rint(picture).astype(np.uint8), aspect=spacing[plane.y] / spacing[plane.x])
+        places = [(0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center")]
+        places += [(0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom")]
+        for letter, (x, y, across, along) in zip(plane.edges, places):
+            axes.text(x, y, letter, transform=axes.transAxes, ha=across, va=along, color="white", fontsize=9)
 
     # --------------------------------------------------------------------------------------------------------- checks
 

@@ -20,8 +20,6 @@ function render({ model, el }) {
 
   // --------------------------------------------------------------------------------------------------------- input
   const sequenceNow = () => sequences.findIndex((s) => s.name === model.get("sequence"));
-  const outlineColours = new Uint32Array(256);
-  for (const [value, , colour] of classes) outlineColours[value] = pixel(colour);
 
   // -------------------------------------------------------------------------------------------------------- panels
   const views = panels.map((panel, number) => {
@@ -210,7 +208,8 @@ function render({ model, el }) {
     context.globalAlpha = model.get("opacity");
     stamp(context, slicer(view, plane, position)(channel), left * scale, top * tall, wide * scale, high * tall);
     context.globalAlpha = 1;
-    if (label && model.get("truth")) stamp(context, outlineImage(label, shape, plane, here, outlineColours), 0, 0, width, height);
+    if (label && model.get("truth"))
+      for (const [value, , colour] of classes) drawBorders(context, borders(label, shape, plane, here, (a, b) => (a === value) !== (b === value)), [scale, tall], colour);
     drawCrosshair(context, plane, position, scene, width, height, "rgb(255 255 255 / 60%)");
     if (field) {
       const box = [x, y].map((axis) => {

@@ -163,6 +163,7 @@ class FeatureExplorer(CaseWidget):
         given = classes if classes is not None else case.info.get("classes")
         present = [] if case.label is None else np.flatnonzero(np.bincount(case.label[self._box].reshape(-1))).tolist()
         self._classes = {plotting.class_name(k, given): k for k in present if k}
+        self._class_colours = {k: plotting.class_colour(k, given) for k in self._classes.values()}
         maps = {**case.extra, **dict(zip(case.channels, case.image))} if maps is None else maps
         for name, volume in maps.items():
             if np.shape(volume) != case.shape:
@@ -188,7 +189,7 @@ class FeatureExplorer(CaseWidget):
         panels = zip(self._models, self._infos)
         return {
             "masked": self._case.mask is not None,
-            "classes": [(k, name, plotting.class_colour(k)) for name, k in self._classes.items()],
+            "classes": [(k, name, self._class_colours[k]) for name, k in self._classes.items()],
             "maps": list(self._targets),
             "palettes": {name: _feature_picture.hex_colours(name) for name in _feature_picture.PALETTES},
             "panels": [{"title": type(m).__name__, "layers": [_describe(i) for i in infos.values()]} for m, infos in panels],
@@ -377,7 +378,7 @@ class FeatureExplorer(CaseWidget):
         layer, channel = self._panels()[0]
         return (
             f"{self._case.name}, {self.plane} slice through voxel {self.position}: channel {channel} of layer {layer} over "
-            f"{self.sequence}, with what it sees at the crosshair, and the layer's channels by {self.sort}"
+            f"{self.sequence}, with a box round the voxels that it sees at the crosshair, and the layer's channels by {self.sort}"
         )
 
     def _draw(self) -> Figure:

@@ -155,6 +155,59 @@ function outlineImage(data, size, plane, index, colours, [period, on] = [1, 1]) 
   return image;
 }
 
+/** Return the borders in a slice of labels as a path along the edges of voxels, in voxels from the upper left corner. They lie where
+    `differ(a, b)` is true of two neighbours; outside the picture all is 0. No edge is drawn twice, so dashes stay dashes. */
+function borders(data, size, plane, index, differ) {
+  const values = new Uint32Array(sliceImage(data, size, 0, plane, index, NUMBERS).data.buffer);
+  const width = size[plane.x], height = size[plane.y], w = width + 1, path = new Path2D();
+  const open = new Uint8Array(w * (height + 1)), steps = [1, w, -1, -w]; // bits of each corner: edges right, down, left, up
+  const at = (u, v) => (u < 0 || v < 0 || u >= width || v >= height ? 0 : values[v * width + u]);
+  const join = (corner, way) => { open[corner] |= 1 << way; open[corner + steps[way]] |= 1 << (way ^ 2); };
+  for (let v = 0; v <= height; v++)
+    for (let u = 0; u <= width; u++) {
+      const here = at(u, v);
+      if (differ(here, at(u, v - 1))) join(v * w + u, 0);
+      if (differ(here, at(u - 1, v))) join(v * w + u, 1);
+    }
+  const walk = (corner) => { // straight on where it can be
+    path.moveTo(corner % w, Math.floor(corner / w));
+    for (let way = 0; open[corner];) {
+      if (!((open[corner] >> way) & 1)) way = 31 - Math.clz32(open[corner]);
+      open[corner] ^= 1 << way;
+      corner += steps[way];
+      open[corner] ^= 1 << (way ^ 2);
+      path.lineTo(corner % w, Math.floor(corner / w));
+    }
+  };
+  const odd = (bits) => (bits ^ (bits >> 1) ^ (bits >> 2) ^ (bits >> 3)) & 1;
+  for (let corner = 0; corner < open.length; corner++) while (odd(open[corner])) walk(corner); // where three edges meet
+  for (let corner = 0; corner < open.length; corner++) while (open[corner]) walk(corner); // closed lines
+  return path;
+}
+
+const DASHES = { line: [], dashes: [7.2, 4.5], dots: [2.2, 2.9] };
+
+/** Draw `borders` onto the canvas of a slice, `scale` = [x, y] pixels a voxel, as wide at every size; with a dark casing by default. */
+function drawBorders(context, path, scale, colour, { style = "line", width = 1.8, casing = true } = {}) {
+  const scaled = new Path2D(), opacity = context.globalAlpha;
+  scaled.addPath(path, new DOMMatrix([scale[0], 0, 0, scale[1], 0, 0]));
+  const passes = [[colour, width, DASHES[style], 1]];
+  if (casing) passes.unshift(["#111111", 2.2 * width, [], 0.7]);
+  for (const [strokeStyle, lineWidth, dash, share] of passes) {
+    Object.assign(context, { strokeStyle, lineWidth, globalAlpha: opacity * share });
+    context.setLineDash(dash);
+    context.stroke(scaled);
+  }
+  context.setLineDash([]);
+  context.globalAlpha = opacity;
+}
+
+/** Outline labels in one colour: a line round all classes, and a thin one between them. `slice`: the first arguments of `borders`. */
+function drawOutline(context, slice, scale, colour, style) {
+  drawBorders(context, borders(...slice, (a, b) => !a !== !b), scale, colour, { style });
+  drawBorders(context, borders(...slice, (a, b) => a && b && a !== b), scale, colour, { style, width: 1.1, casing: false });
+}
+
 const scratch = make("canvas"), scratchContext = scratch.getContext("2d");
 
 /** Draw an image stretched into a rectangle of a canvas. */

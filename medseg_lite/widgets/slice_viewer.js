@@ -5,11 +5,10 @@ function render({ model, el }) {
   const scene = model.get("_scene"); // shape, spacing, planes, channels; never changes
   const { shape, spacing, channels } = scene;
   const { moveTo, move, pointAt, at } = navigate(model, scene), set = setter(model);
-  const DASHES = { line: [1, 1], dashes: [6, 4], dots: [3, 1] };
   const volumes = []; // unpacked channels, by number
   let grey = null; // stored value -> pixel
   let volume = null;
-  let layers = []; // visible or not: {name, style, data, colours: Uint32Array(256), names}
+  let layers = []; // visible or not: {name, style, colour, data, colours: Uint32Array(256), names}
 
   const channelNumber = () => channels.findIndex((c) => c.name === model.get("channel"));
   const windowNow = () => model.get("windows")[model.get("channel")];
@@ -29,13 +28,13 @@ function render({ model, el }) {
 
   const views = scene.planes.map((plane, number) => {
     const { name, cut, x, y, edges } = plane, width = shape[x], height = shape[y];
-    const canvas = make("canvas", { width, height });
+    const canvas = make("canvas", { width, height }), lines = make("canvas", { class: "lines" }); // voxels, and outlines as sharp as the screen
     const [across, down] = [make("i", { class: "across" }), make("i", { class: "down" })];
     const letters = [...edges].map((letter, i) => make("b", { class: ["left", "right", "top", "bottom"][i] }, letter));
     const stage = make("div", {
       class: "stage", tabindex: 0, role: "application", "aria-roledescription": "slice picture", "data-plane": name.toLowerCase(),
       "aria-label": `${name} slice. Arrow keys move the crosshair, Page Up and Page Down change the slice.`,
-    }, canvas, across, down, ...letters);
+    }, canvas, lines, across, down, ...letters);
     const slide = () => move(cut, +slider.value - model.get("position")[cut]);
     const slider = makeRange(`${name} slice`, slide, { min: 0, max: shape[cut] - 1, disabled: shape[cut] === 1 });
     const count = make("span", { class: "number" });
@@ -55,19 +54,23 @@ function render({ model, el }) {
       setWindow(level - half, level + half);
     });
     steer(stage, () => plane, shape, move);
-    return { ...plane, width, height, box, slider, count, across, down, context: canvas.getContext("2d"), drawn: -1 };
+    return { ...plane, width, height, stage, lines, box, slider, count, across, down, context: canvas.getContext("2d"), drawn: -1 };
   });
 
   // ------------------------------------------------------------------------------------------------------ drawing
   function draw(view, position) {
     const { context, width, height, cut } = view, opacity = model.get("opacity"), visible = model.get("visible");
     context.putImageData(sliceImage(volume, shape, 0, view, position[cut], grey), 0, 0);
-    for (const { name, style, data, colours } of layers) {
+    const wide = view.stage.clientWidth, high = view.stage.clientHeight, sharp = fit(view.lines, wide, high);
+    for (const { name, style, colour, data, colours } of layers) {
       if (!visible.includes(name)) continue;
-      const dash = DASHES[style];
-      context.globalAlpha = Math.min(1, opacity * (dash ? 2 : 1)); // thin lines look fainter than areas
-      const image = dash ? outlineImage(data, shape, view, position[cut], colours, dash) : sliceImage(data, shape, 0, view, position[cut], colours);
-      stamp(context, image, 0, 0, width, height);
+      if (style in DASHES) {
+        sharp.globalAlpha = Math.min(1, opacity * 2); // thin lines look fainter than areas
+        drawOutline(sharp, [data, shape, view, position[cut]], [wide / width, high / height], colour, style);
+        continue;
+      }
+      context.globalAlpha = opacity;
+      stamp(context, sliceImage(data, shape, 0, view, position[cut], colours), 0, 0, width, height);
     }
     context.globalAlpha = 1;
     view.drawn = position[cut];
@@ -110,7 +113,7 @@ function render({ model, el }) {
   const high = makeRange("Window: intensity shown as white", () => setWindow(windowNow()[0], Math.max(+high.value, windowNow()[0])), { step: "any" });
   const limits = make("span", { class: "number" });
   const reset = make("button", { type: "button", title: "Back to the window it opened with", onclick: () => setWindow(...channels[channelNumber()].window) }, "Reset");
-  const windowing = make("fieldset", {}, make("legend", {}, "Window"), low, high, limits, reset);
+  const windowing = make("fieldset", {}, make("legend", {}, "Window"), make("label", {}, "black", low), make("label", {}, "white", high), limits, reset);
 
   const boxes = make("span", { class: "boxes" });
   const opacity = makeOpacity(model, "Opacity of the overlays");
@@ -139,15 +142,27 @@ function render({ model, el }) {
     boxes.querySelectorAll("input").forEach((box) => { box.checked = visible.includes(box.value); });
   }
 
+  /** Return the icon of an overlay: the colours of its classes side by side, or its line. */
+  function swatch({ style, colour, classes }) {
+    const share = 100 / classes.length, parts = classes.map(([, , c], i) => `${c} ${i * share}% ${(i + 1) * share}%`);
+    const look = style === "area" ? `background: linear-gradient(to right, ${parts.length ? parts : "transparent 0 0"})` : `--class-colour: ${colour}`;
+    return make("i", { class: `swatch ${style}`, style: look });
+  }
+
   function showLayers() {
-    const swatch = (style, colour) => make("i", { class: `swatch ${style}`, style: colour ? `--class-colour: ${colour}` : "" });
-    boxes.replaceChildren(...layers.map(({ name, style }) => make("label", {},
-      make("input", { type: "checkbox", value: name, onchange: () => toggle(name) }), swatch(style), name)));
-    const classes = new Map();
-    for (const layer of layers) for (const [value, name, colour] of layer.classes) classes.set(`${name} ${value}`, [name, colour, layer.style]);
-    legend.replaceChildren(...[...classes.values()].map(([name, colour, style]) =>
-      make("li", {}, swatch(style === "probability" ? style : "area", colour), name)));
-    overlays.hidden = legend.hidden = layers.length === 0;
+    boxes.replaceChildren(...layers.map((layer) => make("label", {},
+      make("input", { type: "checkbox", value: layer.name, onchange: () => toggle(layer.name) }), swatch(layer), layer.name)));
+    overlays.hidden = layers.length === 0;
+  }
+
+  function showKey() { // of what is visible; an outline's colour stands beside its name above
+    const entries = new Map();
+    for (const layer of layers) {
+      if (!model.get("visible").includes(layer.name) || layer.style in DASHES) continue;
+      for (const entry of layer.classes) entries.set(`${entry[1]} ${entry[0]}`, [entry[1], { ...layer, classes: [entry] }]);
+    }
+    legend.replaceChildren(...[...entries.values()].map(([name, layer]) => make("li", {}, swatch(layer), name)));
+    legend.hidden = entries.size === 0;
   }
 
   // -------------------------------------------------------------------------------------------- from state to view
@@ -182,11 +197,12 @@ function render({ model, el }) {
 
   function onView() {
     showControls();
+    showKey();
     redraw();
   }
 
   const listeners = { position: place, channel: onChannel, windows: onWindow, opacity: onView, visible: onView, _layers: onLayers };
-  const leave = mount(model, el, root, listeners, { press });
+  const leave = mount(model, el, root, listeners, { press, resized: redraw });
   Promise.all([onChannel(), onLayers()]).then(() => { root.dataset.ready = "true"; });
   return leave;
 }

@@ -27,6 +27,10 @@ from ._base import (
     to_bytes,
 )
 
+# Pixels of a dash, and from one dash to the next.
+DASHES = {"line": (100, 100), "dashes": (7, 12), "dots": (2, 5)}
+MARGIN = 4  # pixels left of the legend
+
 
 class SliceViewer(CaseWidget):
     """Axial, coronal and sagittal planes of one case or array, with a crosshair, window, sequences and overlays.
@@ -48,7 +52,7 @@ class SliceViewer(CaseWidget):
         window: (black, white) intensities of the first channel. The default is its 0.5 and 99.5 percentiles.
         limits: (lowest, highest) intensity kept for drawing, for every channel. Narrow them for fine windows, as on CT.
         visible: names of the overlays shown first; by default all. Areas on areas mix their colours, so show one at a time.
-        opacity: opacity of areas, 0 to 1. Outlines are drawn twice as strong.
+        opacity: opacity of areas, 0 to 1. In the browser outlines are drawn twice as strong.
         classes: class names by number, a sequence or a mapping; by default `case.info["classes"]`.
         spacing: voxel size of an array along (D, H, W), in any unit. A case has its own.
         letters: write directions on the edges. Switch them off for data without anatomy, such as microscopy.
@@ -174,13 +178,14 @@ class SliceViewer(CaseWidget):
 
     def _pack_layers(self) -> list[dict]:
         layers = []
-        for name, array, style, _ in self._overlays:
-            if style == "probability":
-                data, classes = to_bytes(array, 0, 1), [(255, f"{name}, 0 to 1", plotting.PROBABILITY_COLOUR)]
+        for overlay in self._overlays:
+            if overlay.style == "probability":
+                data, classes = to_bytes(overlay.array, 0, 1), [(255, f"{overlay.name}, 0 to 1", overlay.colour)]
             else:
-                data = array
-                classes = [(k, plotting.class_name(k, self._classes), plotting.class_colour(k)) for k in self._present[name]]
-            layers.append({"name": name, "style": style, "classes": classes, "data": pack(data)})
+                data, present = overlay.array, self._present[overlay.name]
+                classes = [(k, plotting.class_name(k, self._classes), plotting.class_colour(k, self._classes)) for k in present]
+            look = {"name": overlay.name, "style": overlay.style, "colour": overlay.colour}
+            layers.append({**look, "classes": classes, "data": pack(data)})
         return layers
 
     # --------------------------------------------------------------------------------------------------- static forms
@@ -201,11 +206,11 @@ class SliceViewer(CaseWidget):
         width = max(sum(w for w, _ in sizes) + gap * (len(sizes) - 1), 240)
         below = max(h for _, h in sizes) + 22
         entries = self._legend()
-        places, x, y = [], 0, below + 8
+        places, x, y = [], MARGIN, below + 8
         for text, *_ in entries:  # line by line, as wide as the planes
-            length = int(font().getlength(text)) + 40
-            if x and x + length > width:
-                x, y = 0, y + 20
+            length = int(font().getlength(text)) + 48
+            if x > MARGIN and x + length - 17 > width:
+                x, y = MARGIN, y + 20
             places.append((x, y))
             x += length
         sheet = Image.new("RGB", (width, y + 20 if entries else below), "white")
@@ -215,9 +220,11 @@ class SliceViewer(CaseWidget):
             left += size[0] + gap
         pen = ImageDraw.Draw(sheet)
         for (x, y), (text, colour, style) in zip(places, entries):
-            fill = colour if style in ("area", "probability") else None
-            pen.rectangle((x, y, x + 12, y + 12), fill=fill, outline=colour, width=2)
-            pen.text((x + 18, y + 6), text, fill="#333333", font=font(), anchor="lm")
+            if style in DASHES:
+                _draw_outline(pen, [np.array([(x, y + 6), (x + 24, y + 6)], float)], colour, style, 2)
+            else:
+                pen.rectangle((x, y, x + 24, y + 12), fill=colour)
+            pen.text((x + 31, y + 6), text, fill="#333333", font=font(), anchor="lm")
         return sheet
 
     def _draw_plane(self, plane: plotting.Plane, sheet: Image.Image, left: int, size: tuple[int, int]) -> None:
@@ -226,9 +233,18 @@ class SliceViewer(CaseWidget):
         index, pen = position[plane.cut], ImageDraw.Draw(sheet)
         image = case.image[case.channels.index(self.channel)]
         layers = [o._replace(array=plotting.cut(o.array, plane, index)) for o in self._overlays if o.name in self.visible]
-        pixels = plotting.paint(plotting.cut(image, plane, index), self.window, layers, self.opacity)
+        areas = [o for o in layers if o.style not in DASHES]
+        pixels = plotting.paint(plotting.cut(image, plane, index), self.window, areas, self.opacity, self._classes)
         smooth = Image.Resampling.NEAREST if wide >= 3 * pixels.shape[1] else Image.Resampling.BICUBIC
         sheet.paste(Image.fromarray(pixels).resize(size, smooth), (left, 22))
+        scale = wide / pixels.shape[1], high / pixels.shape[0]
+        for overlay in layers:
+            if overlay.style in DASHES:
+                around, inner = plotting.borders(overlay.array != 0), plotting.borders(overlay.array, inner=True)
+                for lines, width in ((around, 2), (inner, 1)):
+                    _draw_outline(
+                        pen, [(line + 0.5) * scale + (left, 22) for line in lines], overlay.colour, overlay.style, width
+                    )
         u = left + (case.shape[plane.x] - position[plane.x] - 0.5) / case.shape[plane.x] * wide
         v = 22 + (case.shape[plane.y] - position[plane.y] - 0.5) / case.shape[plane.y] * high
         pen.line([(left, v), (left + wide - 1, v)], fill="#a0a0a0")
@@ -237,19 +253,20 @@ class SliceViewer(CaseWidget):
         spots = [(left + 4, middle, "lm"), (left + wide - 4, middle, "rm"), (centre, 26, "mt"), (centre, 18 + high, "mb")]
         for letter, (*spot, anchor) in zip(plane.edges, spots):
             pen.text(spot, letter, fill="white", font=font(), anchor=anchor, stroke_width=1, stroke_fill="black")
-        pen.text((left, 3), f"{plane.name} {index}", fill="#333333", font=font())
+        caption = f"{plane.name} {index}, {self.channel}"
+        fits = font().getlength(caption) <= wide
+        pen.text((left, 3), caption if fits else f"{plane.name} {index}", fill="#333333", font=font())
 
     def _legend(self) -> list[tuple[str, str, str]]:
-        """Return (text, colour, style) of each class in a visible overlay, then of each outlined overlay."""
-        shown = [o for o in self._overlays if o.name in self.visible]
-        colour = plotting.PROBABILITY_COLOUR
-        probabilities = [(f"{o.name}, 0 to 1", colour, "probability") for o in shown if o.style == "probability"]
-        labels = [o for o in shown if o.style != "probability"]
-        values = sorted({k for o in labels for k in self._present[o.name]})
-        classes = [(plotting.class_name(k, self._classes), plotting.class_colour(k), "area") for k in values]
-        lines = {"line": "outline", "dashes": "dashed outline", "dots": "dotted outline"}
-        outlines = [(f"{o.name} ({lines[o.style]})", "#555555", "line") for o in labels if o.style != "area"]
-        return classes + probabilities + outlines
+        """Return (text, colour, style) of each class in a visible area, then of each other visible overlay."""
+        shown, entries = [o for o in self._overlays if o.name in self.visible], {}
+        for k in sorted({k for o in shown if o.style == "area" for k in self._present[o.name]}):
+            entries[plotting.class_name(k, self._classes)] = plotting.class_colour(k, self._classes), "area"
+        for o in shown:
+            if o.style != "area":
+                kind = {"probability": ", 0 to 1", "line": " (outline)", "dashes": " (dashed)", "dots": " (dotted)"}[o.style]
+                entries[o.name + kind] = o.colour, o.style
+        return [(text, *look) for text, look in entries.items()]
 
     # --------------------------------------------------------------------------------------------------------- checks
 
@@ -304,3 +321,21 @@ def _as_case(array: np.ndarray, spacing: Sequence[float]) -> Case:
         array = array.astype(np.uint8)
     check_image(array, "the image")
     return Case(image=array[None], channels=("image",), name="image", affine=np.diag([*sizes, 1]))
+
+
+def _draw_outline(pen: ImageDraw.ImageDraw, lines: Sequence[np.ndarray], colour: str, style: str, width: int) -> None:
+    """Draw lines of upright and level pieces, (points, 2). Dashes go round the corners. Wide lines have a dark casing."""
+    for line in lines if width > 1 else ():
+        pen.line([tuple(point) for point in line.tolist()], fill="#111111", width=2 * width, joint="curve")
+    on, period = DASHES[style]
+    for line in lines:
+        done = 0.0  # pixels since the line began
+        for a, b in zip(line, line[1:]):
+            length = float(np.abs(b - a).sum())
+            for k in range(int(done // period), int((done + length) // period) + 1):
+                start, stop = max(k * period - done, 0), min(k * period + on - done, length)
+                if start < stop:
+                    pen.line(
+                        [tuple(a + (b - a) * start / length), tuple(a + (b - a) * stop / length)], fill=colour, width=width
+                    )
+            done += length

@@ -123,3 +123,33 @@ def test_feature_explorer(open_notebook):
     page.wait_for_selector("[data-layer='normal.0']")
     choose_low7()
     assert run_last_cell(page).split()[-1] == first.split()[-1]  # the layer was there already
+
+
+def test_reading_past_a_viewer(open_notebook):
+    """The wheel scrolls the notebook until the picture is clicked; a right-drag opens no menu."""
+    page = open_notebook(
+        SETUP + "viewer = SliceViewer(case, position=(3, 4, 5))\nviewer",
+        "from IPython.display import HTML\nHTML('<div style=\"height: 3000px\"></div>')",
+    )
+    page.wait_for_selector("[data-ready]")
+    stage = page.locator("[data-plane=axial]")
+    scroller = "() => document.querySelector('.jp-WindowedPanel-outer').scrollTop"
+    readout = page.locator(".medseg-slices .readout")
+    stage.scroll_into_view_if_needed()
+    stage.hover()
+    top = page.evaluate(scroller)
+    page.mouse.wheel(0, 60)
+    page.wait_for_function(f"top => ({scroller})() > top", arg=top)
+    assert "3, 4, 5" in readout.inner_text()
+
+    place = stage.bounding_box()
+    page.mouse.click(place["x"] + 60, place["y"] + 60)
+    page.mouse.wheel(0, 120)
+    page.wait_for_function("() => document.querySelector('.medseg-slices .readout').innerText.includes(', 4\\n')")
+    before = page.locator(".medseg-slices .number").first.inner_text()
+    page.mouse.down(button="right")
+    page.mouse.move(place["x"] + 90, place["y"] + 90)
+    page.mouse.up(button="right")
+    page.wait_for_timeout(300)
+    assert page.locator(".medseg-slices .number").first.inner_text() != before
+    assert page.locator(".lm-Menu").count() == 0
