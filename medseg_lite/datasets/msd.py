@@ -76,7 +76,7 @@ def msd(root: str | Path, *, split: str = "training", as_brats: bool = False, ca
 def _read_description(path: Path, split: str) -> tuple[tuple[str, ...], dict[int, str], dict[str, tuple[str, str | None]]]:
     """Return the channels, the classes and their names, and image and label of each case that dataset.json lists."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8-sig"))
         channels = tuple(str(content["modality"][k]).lower() for k in sorted(content["modality"], key=int))
         classes = {int(k): str(name) for k, name in content["labels"].items()}
         if not 0 <= min(classes) <= max(classes) <= 255:
