@@ -86,16 +86,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     a file that was there before keeps its own. If `path` is a symbolic link, its target is replaced, and the link stays.
     """
     path = Path(path)
-    target = follow_link(path)
-    if not path.is_symlink():
-        target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, f"{path} is a folder; expected the name of a file")
-    temporary = unique_beside(target, ".partial")
     try:
-        # The old file may be private, so the new one is never open to more people, not even while it is written.
-        os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, (_mode(target) or 0o666) | 0o600))
+        target, temporary = _begin(path)
     except OSError as error:
+        if error.filename is None:  # with a message of our own
+            raise
         reason = error.strerror or error
         raise OSError(error.errno, f"{path} cannot be written ({reason}); choose another folder or a shorter name") from error
     made = _mode(temporary)
@@ -105,6 +100,19 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # a writer that failed may still have it open, which Windows minds
             temporary.unlink(missing_ok=True)
+
+
+def _begin(path: Path) -> tuple[Path, Path]:
+    """Return the file that is to be written, and an empty temporary file beside it."""
+    target = follow_link(path)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{path} is a folder; expected the name of a file")
+    if not path.is_symlink():
+        target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = unique_beside(target, ".partial")
+    # The old file may be private, so the new one is never open to more people, not even while it is written.
+    os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, (_mode(target) or 0o666) | 0o600))
+    return target, temporary
 
 
 def follow_link(path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import re
+import warnings
 import zlib
 
 import nibabel
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from small_files import SPACING, affine_of, noise
 
-from medseg_lite.files import read_case, read_image, read_metaimage, read_nifti, write_case, write_nifti
+from medseg_lite import datasets
+from medseg_lite.files import read_case, read_image, read_label, read_metaimage, read_nifti, write_case, write_nifti
 from medseg_lite.volume import Case
 
 ORIENTATIONS = [(axes, signs) for axes in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)]
@@ -601,3 +603,277 @@ def test_one_file_with_all_channels(tmp_path):
         read_case(tmp_path / "b.nii", channels=("t2", "adc"))
     with pytest.raises(ValueError, match="name them with channels="):
         read_case(tmp_path / "b.nii")
+
+
+# ------------------------------------------------------------------------------------------- geometry that headers lack
+
+
+def raw_nifti(path, array, **fields):
+    """Write a NIfTI file whose header fields are as given, also if nibabel would correct them."""
+    image = nibabel.Nifti1Image(array, affine_of())
+    header = image.header.copy()
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    for name, value in fields.items():
+        if name == "pixdim":
+            header["pixdim"][1 : 1 + len(value)] = value
+        else:
+            header[name] = value
+    path.write_bytes(header.binaryblock + bytes(4) + array.tobytes(order="F"))
+    return path
+
+
+def test_a_file_without_orientation_is_named_once(tmp_path):
+    for name in ("flair.nii", "t1.nii"):
+        raw_nifti(tmp_path / name, noise((4, 5, 6)), sform_code=0, qform_code=0, pixdim=(2, 3, 4))
+    paths = {name: tmp_path / f"{name}.nii" for name in ("flair", "t1")}
+    with pytest.warns(UserWarning, match=r"\.nii stores no orientation \(qform_code and sform_code are 0\)") as found:
+        case = read_case(paths)
+    assert [str(tmp_path / f"{name}.nii") in str(w.message) for name, w in zip(paths, found)] == [True, True]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_case(paths).spacing == (2, 3, 4)
+    # What is written has no orientation either, and lies on the same grid.
+    written = nibabel.load(write_nifti(tmp_path / "out.nii", case.image[0], case))
+    assert (int(written.header["sform_code"]), int(written.header["qform_code"])) == (0, 0)
+    np.testing.assert_array_equal(written.affine, nibabel.load(paths["t1"]).affine)
+
+
+@pytest.mark.parametrize("pixdim", [(0, 1, 1), (1, 1, 0), (1, np.nan, 1), (np.inf, 1, 1), (-1, 1, 1), (0, 0, 0)])
+@pytest.mark.parametrize("codes", [(0, 0), (0, 1), (1, 0)])
+def test_voxel_sizes_that_are_needed_and_missing(tmp_path, pixdim, codes):
+    """They are not needed where the sform gives the whole affine."""
+    path = raw_nifti(tmp_path / "a.nii", noise((4, 5, 6)), sform_code=codes[0], qform_code=codes[1], pixdim=pixdim)
+    if codes[0]:
+        case = read_case({"t1": path})
+        assert case.spacing == pytest.approx(SPACING)
+        again = nibabel.load(write_nifti(tmp_path / "b.nii", case.image[0], case))
+        assert again.header.get_zooms() == pytest.approx(SPACING)
+    else:
+        with pytest.raises(ValueError, match=r"a\.nii has pixdim .*; expected three positive voxel sizes"):
+            read_nifti(path)
+
+
+@pytest.mark.parametrize("unit, mm", [("meter", 1000), ("mm", 1), ("micron", 0.001), ("unknown", 1)])
+def test_units_of_the_header(tmp_path, unit, mm):
+    """World coordinates are in mm in memory. What is written has the unit of its file, and lies on its grid."""
+    image = nibabel.Nifti1Image(noise((4, 5, 6)), affine_of((1, 0, 2), (-1, 1, 1)))
+    image.header.set_xyzt_units(unit, "sec")
+    nibabel.save(image, tmp_path / "in.nii")
+    case = read_case({"em": tmp_path / "in.nii"})
+    assert case.spacing == pytest.approx(np.array(SPACING)[[1, 0, 2]] * mm)
+    datasets.store([case], tmp_path / "s", progress=False)
+    for kept in (case, datasets.stored(tmp_path / "s")[0]):
+        written = nibabel.load(write_nifti(tmp_path / "out.nii", case.image[0], kept))
+        assert written.header == nibabel.load(tmp_path / "in.nii").header
+        np.testing.assert_array_equal(
+            read_label(write_nifti(tmp_path / "l.nii", case.image[0] > 0, kept), kept), case.image[0] > 0
+        )
+    # The same grid in mm is the same grid.
+    in_mm = save(tmp_path / "mm.nii", noise((4, 5, 6)), np.diag([mm, mm, mm, 1]) @ image.affine)
+    assert len(read_case({"a": tmp_path / "in.nii", "b": in_mm}).channels) == 2
+
+
+@pytest.mark.parametrize("unit, mm", [("um", 0.001), ("mm", 1), ("cm", 10), ("?", 1), ("MET_DISTANCE_UNITS_CM", 10)])
+def test_units_of_a_metaimage(tmp_path, unit, mm):
+    path = metaimage(tmp_path / "a.mha", noise((4, 5, 6)), DistanceUnits=unit)
+    scan = read_metaimage(path)
+    np.testing.assert_allclose(np.diag(scan.affine)[:3], np.array(SPACING) * mm)
+    np.testing.assert_allclose(scan.affine @ [3, 4, 0, 1], [-7 * mm, 8 * mm, 9 * mm, 1])
+
+
+@pytest.mark.parametrize("size", [4e-6, 0.05, 1.0, 30.0])
+def test_a_shift_by_a_voxel_is_noticed_whatever_the_voxel_size(tmp_path, size):
+    affine = np.diag([size, size, size, 1.0])
+    first = save(tmp_path / "a.nii", noise((4, 5, 6)), affine)
+    affine[0, 3] = size
+    with pytest.raises(ValueError, match="lie elsewhere in the world"):
+        read_case({"a": first}, label=save(tmp_path / "b.nii", noise((4, 5, 6), np.uint8), affine))
+    affine[0, 3] = min(size * 1e-4, 5e-4)
+    assert read_case({"a": first}, label=save(tmp_path / "c.nii", noise((4, 5, 6), np.uint8), affine)).labelled
+
+
+def test_a_crop_keeps_the_codes_of_its_file(tmp_path):
+    path = save(tmp_path / "in.nii", noise((6, 7, 8)), affine_of((2, 0, 1), (1, -1, 1)), sform=1, qform=1)
+    case = read_case({"t1": path})
+    part = case.crop((slice(1, 4), slice(2, 7), slice(0, 5)))
+    written = nibabel.load(write_nifti(tmp_path / "out.nii", part.image[0], part))
+    assert (int(written.header["sform_code"]), int(written.header["qform_code"])) == (1, 1)
+    np.testing.assert_allclose(written.header.get_qform(), written.header.get_sform(), atol=1e-5)
+    back = read_case({"t1": tmp_path / "out.nii"})
+    np.testing.assert_array_equal(back.image, part.image)
+    np.testing.assert_allclose(back.affine, part.affine, atol=1e-5)
+
+
+def gantry(angle: float, spacing=(0.5, 0.5, 5)) -> np.ndarray:
+    """Return the affine of a CT whose gantry was tilted: slices lie on top of each other but for a shift."""
+    affine = np.diag([*spacing, 1.0])
+    affine[1, 2] = np.tan(np.deg2rad(angle)) * spacing[2]
+    return affine
+
+
+@pytest.mark.parametrize("angle, sheared", [(0, False), (0.05, False), (0.5, True), (15, True), (-30, True)])
+def test_a_sheared_grid_is_read_and_written_but_has_no_spacing(tmp_path, angle, sheared):
+    array, affine = noise((4, 5, 6)), gantry(angle)
+    path = save(tmp_path / "in.nii", array, affine, qform=0)
+    case = read_case({"ct": path})
+    assert case.sheared == sheared and "mm" in repr(case)
+    written = nibabel.load(write_nifti(tmp_path / "out.nii", array, case))
+    np.testing.assert_allclose(written.affine, affine, atol=1e-6)
+    part = case.crop((slice(1, 3), slice(0, 4), slice(2, 6)))
+    cropped = nibabel.load(write_nifti(tmp_path / "part.nii", part.image[0], part))
+    np.testing.assert_allclose(cropped.affine, part.affine, atol=1e-6)
+    if sheared:
+        with pytest.raises(ValueError, match=r"voxel axes are not at right angles .*gantry.*resample"):
+            _ = case.spacing
+    else:
+        assert case.spacing == pytest.approx((0.5, 0.5, 5), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- header variants
+
+
+def test_types_of_nifti_2_and_large_grids(tmp_path):
+    nibabel.save(nibabel.Nifti2Image(noise((4, 5, 6), np.int16), affine_of((1, 0, 2), (-1, 1, 1))), tmp_path / "in.nii")
+    case = read_case({"t1": tmp_path / "in.nii"})
+    datasets.store([case], tmp_path / "s", progress=False)
+    before = nibabel.load(tmp_path / "in.nii")
+    for kept in (
+        case,
+        datasets.stored(tmp_path / "s")[0],
+        case.replace(name="b"),
+        datasets.stored(tmp_path / "s")[0].replace(),
+    ):
+        assert isinstance(kept.header, nibabel.Nifti2Header)
+        after = nibabel.load(write_nifti(tmp_path / "out.nii", case.image[0].astype(np.int16), kept))
+        assert isinstance(after, nibabel.Nifti2Image) and after.header == before.header
+        np.testing.assert_array_equal(np.asarray(after.dataobj), np.asarray(before.dataobj))
+    long = Case(np.arange(40_000, dtype=np.float32).reshape(1, -1, 1, 1), ("a",))  # NIfTI-1 counts to 32767
+    np.testing.assert_array_equal(read_nifti(write_nifti(tmp_path / "long.nii", long.image[0], long)).array, long.image[0])
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_byte_orders_and_extensions_are_kept(tmp_path, kind, order):
+    header = kind.header_class(endianness=order)
+    header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"scanner 7"))
+    nibabel.save(kind(noise((4, 5, 6)), affine_of((1, 0, 2), (-1, 1, 1)), header), tmp_path / "in.nii")
+    case = read_case({"t1": tmp_path / "in.nii"})
+    datasets.store([case], tmp_path / "s", dtype="float32", progress=False)
+    for kept in (case, datasets.stored(tmp_path / "s")[0]):
+        assert (tmp_path / "in.nii").read_bytes() == write_nifti(tmp_path / "out.nii", case.image[0], kept).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "slope, inter, expected", [(2, -10, 2), (0, 5, None), (np.nan, 0, None), (1, 0, 1), (0.1, 0, 0.1), (-1, 100, -1)]
+)
+def test_slopes(tmp_path, slope, inter, expected):
+    """A slope of 0 or NaN means none."""
+    array = noise((4, 5, 6), np.int16)
+    path = raw_nifti(tmp_path / "a.nii", array, scl_slope=slope, scl_inter=inter)
+    right = array if expected is None else slope * array.astype(float) + inter
+    np.testing.assert_allclose(read_case({"t1": path}).image[0], right, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.hdr", b"x" * 400, "is one half of a pair .hdr and .img; convert the pair"),
+        ("a.img", b"x" * 400, "is one half of a pair"),
+        ("a.nii", gzip.compress(b"x" * 400), r"is gzip-compressed, but its name does not say so; rename it to a\.nii\.gz"),
+    ],
+)
+def test_files_under_a_name_that_is_not_theirs(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, np.float64]
+)
+def test_every_type_of_intensities_and_labels(tmp_path, dtype):
+    array = np.arange(120).reshape(4, 5, 6).astype(dtype)
+    path = tmp_path / "a.nii"
+    nibabel.save(nibabel.Nifti1Image(array, affine_of(), dtype=dtype), path)
+    case = read_case({"t1": path}, label=path)
+    np.testing.assert_array_equal(case.image[0], array)
+    np.testing.assert_array_equal(case.label, array)
+    assert case.image.dtype == np.float32 and case.label.dtype == np.uint8
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])
+def test_labels_above_255(tmp_path, image, dtype):
+    array = np.zeros((4, 5, 6), dtype)
+    array[1, 2, 3] = 1035
+    nibabel.save(nibabel.Nifti1Image(array, affine_of(), dtype=dtype), tmp_path / "aparc.nii")
+    with pytest.raises(ValueError, match=r"aparc\.nii holds classes 0 to 1035; expected 0 to 255"):
+        read_case({"t1": image}, label=tmp_path / "aparc.nii")
+
+
+@pytest.mark.parametrize(
+    "low, high, dtype",
+    [
+        (0, 1e300, np.float64),
+        (-1e39, 1e39, np.float64),
+        (1e-300, 2e-300, np.float64),
+        (1e9, 1e9 + 100, np.float64),
+        (2**30, 2**30 + 50, np.int32),
+        (2**60, 2**60 + 5000, np.int64),
+        (2**63, 2**63 + 9000, np.uint64),
+    ],
+)
+def test_intensities_that_float32_cannot_tell_apart(tmp_path, low, high, dtype):
+    array = np.full((4, 5, 6), low, dtype)
+    array[::2] = dtype(high)
+    nibabel.save(nibabel.Nifti1Image(array, affine_of(), dtype=dtype), tmp_path / "a.nii")
+    with pytest.raises(ValueError, match=r"a\.nii holds values from .*which float32 cannot hold or tell apart"):
+        read_case({"t1": tmp_path / "a.nii"})
+
+
+@pytest.mark.parametrize(
+    "array", [np.full((2, 3, 4), 1e300), np.full((2, 3, 4), -1e39), np.full((2, 3, 4), 1 + 2j), np.full((2, 3, 4), "a")]
+)
+def test_arrays_that_do_not_fit_are_not_written(tmp_path, array):
+    case = Case(image=np.zeros((1, 2, 3, 4), np.float32), channels=("t1",))
+    with pytest.raises(ValueError, match=r"which does not fit in float32|; expected real numbers"):
+        write_nifti(tmp_path / "a.nii", array, case)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_maps_may_hold_what_is_not_finite(tmp_path, value):
+    case = Case(image=np.zeros((1, 2, 3, 4), np.float32), channels=("t1",))
+    back = nibabel.load(write_nifti(tmp_path / "a.nii", np.full((2, 3, 4), value), case))
+    np.testing.assert_array_equal(back.get_fdata(), np.full((2, 3, 4), value))
+
+
+# -------------------------------------------------------------------------------------- names of cases, files of others
+
+
+def test_the_name_of_a_case_is_that_of_its_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "study" / "Fall 7 äö"
+    folder.mkdir(parents=True)
+    save(folder / "t1.nii", noise((4, 5, 6)))
+    (tmp_path / "study" / "other").mkdir()
+    monkeypatch.chdir(folder)
+    for path in ("t1.nii", "./t1.nii", "../Fall 7 äö/t1.nii", folder / "t1.nii", "../other/../Fall 7 äö/t1.nii"):
+        assert read_case({"t1": path}).name == "Fall 7 äö"
+    monkeypatch.chdir(tmp_path / "study" / "other")
+    save(tmp_path / "study" / "t2.nii", noise((4, 5, 6)))
+    assert read_case({"t2": "../t2.nii"}).name == "study"
+    assert read_case({"t2": "../t2.nii"}, name="own").name == "own"
+
+
+def test_metaimages_from_windows(tmp_path):
+    """Its names do not tell small from capital letters, and may be in any language."""
+    array = noise((4, 5, 6), np.int16)
+    path = metaimage(tmp_path / "a.mhd", array, ElementDataFile="FALL_é.RAW")
+    (tmp_path / "a.raw").rename(tmp_path / "fall_é.raw")
+    path.write_bytes(path.read_text("utf-8").encode("utf-8"))
+    np.testing.assert_array_equal(read_metaimage(path).array, array[::-1, ::-1])
+    path.write_bytes(path.read_text("utf-8").encode("latin-1"))
+    np.testing.assert_array_equal(read_metaimage(path).array, array[::-1, ::-1])
+    (tmp_path / "Fall_é.Raw").write_bytes(b"another")
+    if len(list(tmp_path.iterdir())) == 3:  # where both may be there, neither is taken
+        with pytest.raises(FileNotFoundError, match=r"FALL_é\.RAW, which holds the voxels of a\.mhd, does not exist"):
+            read_metaimage(path)

@@ -8,9 +8,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
 
-from medseg_lite import metrics
+from medseg_lite import crf, forest, metrics, postprocess
 from medseg_lite.metrics import surfaces
+from medseg_lite.volume import Case
 
 
 def test_surface_of_a_block_with_a_bay():
@@ -107,3 +111,64 @@ def test_a_stray_voxel_moves_the_maximum_but_not_the_percentile():
     p[39, 39] = True
     assert metrics.hausdorff(p, t, spacing=(1, 1)) == pytest.approx(np.hypot(25, 25))
     assert metrics.hausdorff(p, t, spacing=(1, 1), percentile=95) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- sheared grids
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["right angles", "sheared"]),
+    st.tuples(*[st.floats(0.2, 6)] * 3),
+    st.floats(-35, 35).filter(lambda angle: abs(angle) > 0.2),
+)
+@settings(max_examples=60, deadline=None)
+def test_distances_are_those_of_the_world(seed, kind, sizes, angle):
+    """On any grid: anisotropic, oblique, or sheared by a tilted gantry; compared with distances of all pairs of voxels."""
+    rng = np.random.default_rng(seed)
+    steps = np.diag(sizes)
+    if kind == "sheared":
+        steps[1, 2] = np.tan(np.deg2rad(angle)) * sizes[2]
+    steps = np.linalg.qr(rng.normal(size=(3, 3)))[0] @ steps
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = steps, rng.normal(size=3) * 50
+    p, t = (ndimage.binary_dilation(rng.random((6, 7, 5)) > 0.9) for _ in range(2))
+    case = Case(np.zeros((1, 6, 7, 5), np.float32), ("ct",), label=t.astype(np.uint8), affine=affine)
+    assert case.sheared == (kind == "sheared")
+    in_world = [np.argwhere(metrics.surface(m)) @ steps.T for m in (p, t)]
+    pairs = np.linalg.norm(in_world[0][:, None] - in_world[1][None], axis=2)
+    expected = pairs.min(1), pairs.min(0)
+    for found, right in zip(metrics.surface_distances(p, t, spacing=case.steps), expected):
+        np.testing.assert_allclose(found, right, atol=1e-9)
+    table = metrics.evaluate_cohort([p.astype(np.uint8)], [case], regions={"all": 1})
+    assert table["hausdorff"][0] == pytest.approx(max(map(np.max, expected)))
+    if kind == "sheared":
+        with pytest.raises(ValueError, match="not at right angles"):
+            metrics.hausdorff(p, t, spacing=case.spacing)
+    else:
+        assert metrics.hausdorff(p, t, spacing=case.spacing) == metrics.hausdorff(p, t, spacing=case.steps)
+
+
+@pytest.mark.parametrize(
+    "spacing", [np.zeros((3, 3)), np.ones((3, 3)), np.full((3, 3), np.nan), np.eye(2), np.eye(4), (1, 1), (1, 0, 1)]
+)
+def test_steps_that_span_no_grid(spacing):
+    array = np.ones((2, 2, 2), bool)
+    with pytest.raises(ValueError, match="expected 3 positive voxel sizes in mm, one per axis, or a 3×3 matrix"):
+        metrics.surface_distances(array, array, spacing=spacing)
+
+
+@pytest.mark.parametrize("use", ["forest", "postprocess", "crf"])
+def test_what_counts_in_mm_refuses_a_sheared_grid(use):
+    affine = np.diag([0.5, 0.5, 5.0, 1.0])
+    affine[1, 2] = 1.3
+    label = np.zeros((6, 7, 5), np.uint8)
+    label[2, 3, 2] = 1
+    case = Case(np.random.default_rng(0).random((1, 6, 7, 5), np.float32), ("ct",), "tilted", label, label == 0, affine)
+    calls = {
+        "forest": lambda: forest.RandomForest(trees=1).fit([case]),
+        "postprocess": lambda: postprocess.remove_flat_components(label, case),
+        "crf": lambda: crf.DenseCRF(units="mm").refine(np.full((2, *case.shape), 0.5, np.float32), case),
+    }
+    with pytest.raises(ValueError, match="tilted: the voxel axes are not at right angles"):
+        calls[use]()

@@ -212,3 +212,74 @@ def test_errors(tmp_path, raw):
         datasets.stored(tmp_path / "s")
     with pytest.raises(ValueError, match=r"cases is \['p9'\], but .* has p0, p1"):
         datasets.stored(tmp_path / "s", cases=["p9"])
+
+
+# ---------------------------------------------------------------------------------------------------- float16 or float32
+
+RNG = np.random.default_rng(0)
+SHAPE = (6, 7, 8)
+IMAGES = {
+    # Images, and whether float16 is enough.
+    "standardised": (RNG.normal(size=SHAPE), True),
+    "standardised, with a bright vessel": (np.where(RNG.random(SHAPE) < 0.01, 40, RNG.normal(size=SHAPE)), True),
+    "divided by the median": (RNG.gamma(2, 0.5, SHAPE), True),
+    "from 0 to 1": (RNG.random(SHAPE), True),
+    "nothing": (np.zeros(SHAPE), True),
+    "grey values of 8 bits": (RNG.integers(0, 256, SHAPE), True),
+    "whole numbers up to 2048": (RNG.integers(-2048, 2049, SHAPE), True),
+    "whole numbers of 12 bits": (RNG.integers(0, 4096, SHAPE), False),
+    "few whole numbers that float16 holds": (RNG.choice([0, 4096, 60000 // 32 * 32], SHAPE), True),
+    "CT": (RNG.integers(-1024, 3072, SHAPE), False),
+    "whole numbers up to 30000": (RNG.integers(0, 30001, SHAPE), False),
+    "PET beyond float16": (RNG.integers(0, 100_000, SHAPE), False),
+    "PET with decimals": (RNG.random(SHAPE) * 20_000, False),
+    "at the end of float16": (RNG.choice([0, 65504], SHAPE), True),
+    "a step beyond the end": (RNG.choice([0, 65505], SHAPE), False),
+    "negative beyond the end": (RNG.choice([0, -70000], SHAPE), False),
+    "an offset": (1000 + RNG.random(SHAPE), False),
+    "a small offset": (10 + RNG.random(SHAPE), False),
+    "tiny numbers": (1e-7 * RNG.random(SHAPE), False),
+    "echoes in tesla": (1e-30 * RNG.normal(size=SHAPE), False),
+}
+
+
+@pytest.mark.parametrize("what", IMAGES)
+def test_float16_where_it_is_enough(tmp_path, what, capsys):
+    image, enough = np.float32(IMAGES[what][0]), IMAGES[what][1]
+    good = np.float32(IMAGES["standardised"][0])
+    case = Case(np.stack([good, image]), ("good", "other"), "p")  # one channel decides for the case
+    found = datasets.store([case], tmp_path, normalise=None)[0]
+    assert found.dtype == ("float16" if enough else "float32")
+    assert ("1 of 1 cases were stored as float32 (p)" in capsys.readouterr().err) != enough
+    span = image.max() - image.min()
+    assert np.abs(found.image[1] - image).max() <= (2**-11 * span if enough else 0)
+    if np.array_equal(image, np.rint(image)):
+        np.testing.assert_array_equal(found.image[1], image)
+    datasets.store([case], tmp_path, normalise=None)
+    assert "float32" not in capsys.readouterr().err  # it is said when it is done
+
+
+def test_each_case_has_the_type_that_it_needs(tmp_path):
+    wide = Case(np.float32(IMAGES["CT"][0])[None], ("ct",), "wide")
+    narrow = wide.replace(name="narrow", image=wide.image / 1024)
+    datasets.store([wide, narrow], tmp_path, normalise=None, progress=False)
+    assert {case.name: case.dtype for case in datasets.stored(tmp_path)} == {"wide": "float32", "narrow": "float16"}
+    for dtype in ("float16", "float32"):
+        assert {c.dtype for c in datasets.store([wide, narrow], tmp_path, normalise=None, dtype=dtype, progress=False)} == {
+            dtype
+        }
+    with pytest.raises(ValueError, match="wide has intensities up to 1e\\+300, too large for float32; divide"):
+        datasets.store([wide.replace(image=np.full((1, 2, 3, 4), 1e300))], tmp_path, normalise=None, progress=False)
+
+
+def test_two_names_that_are_one_file_on_some_disks(tmp_path, monkeypatch):
+    """As on Windows and macOS, which do not tell small from capital letters. Elsewhere there are two files."""
+    (tmp_path / "X").touch()
+    for n, pair in enumerate([("P1", "p1"), ("é", "e\u0301")]):
+        cases = [brain(0).replace(name=name) for name in pair]
+        if not (tmp_path / "x").exists():
+            assert datasets.store(cases, tmp_path / f"s{n}", progress=False).names == list(pair)
+        monkeypatch.setattr("pathlib.Path.samefile", lambda *_: True)
+        with pytest.raises(ValueError, match="are one file on this disk; the cases would overwrite each other"):
+            datasets.store(cases, tmp_path / f"s{n}", progress=False)
+        monkeypatch.undo()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -263,3 +264,34 @@ def test_files_that_are_no_stored_cases(tmp_path):
     (tmp_path / "new.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)
     with pytest.raises(ValueError, match="it has format 99, this version reads 1"):
         StoredCase(tmp_path / "new.safetensors")
+
+
+def test_a_drive_that_numbers_its_files_anew_each_time(tmp_path, monkeypatch):
+    """Some network drives have no inodes: the number of a file is another one after each opening."""
+    found, numbers = kept(tmp_path, brain()), iter(range(1000))
+    real = os.fstat
+
+    def fstat(handle):
+        state = real(handle)
+        return os.stat_result((state[0], next(numbers), *state[2:10]), {"st_mtime_ns": state.st_mtime_ns})
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    np.testing.assert_array_equal(found.label, brain().label)
+    content = found.path.read_bytes()
+    state = found.path.stat()
+    found.path.write_bytes(content.replace(b"brain0", b"brain1"))  # other facts, same size and time
+    os.utime(found.path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(ValueError, match="was written anew since it was opened"):
+        _ = found.label
+
+
+@pytest.mark.parametrize("number", [errno.ENODEV, errno.EINVAL])
+def test_a_drive_whose_files_cannot_be_mapped(tmp_path, monkeypatch, number):
+    found = kept(tmp_path, brain(), dtype="float32")
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("medseg_lite.engine.stored.mmap.mmap", refuse)
+    np.testing.assert_array_equal(found.image, brain().image)
+    assert found.open().voxel("class 1", 0) == tuple(np.argwhere(brain().label == 1)[0])

@@ -77,7 +77,7 @@ def msd(root: str | Path, *, split: str = "training", as_brats: bool = False, ca
 def _read_description(path: Path, split: str) -> tuple[tuple[str, ...], dict[int, str], dict[str, tuple[str, str | None]]]:
     """Return the channels, the classes and their names, and image and label of each case that dataset.json lists."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8-sig"))
         channels: tuple[str, ...] = ()
         for key in sorted(content["modality"], key=int):
             channels += (new_name(str(content["modality"][key]).lower(), channels),)

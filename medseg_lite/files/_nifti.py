@@ -15,7 +15,7 @@ from ..paths import atomic_write
 from ..volume import Case, orientation, shear, size_text
 from ._scan import Scan, as_scan, check_content, check_exists
 
-_MM = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and microns; other codes stand for mm or for nothing
+_UNITS = {1: 1000.0, 3: 0.001}  # lengths in mm by NIfTI's codes of metres and microns; other codes stand for mm or for nothing
 _warned: set[Path] = set()  # files without an orientation that the reader was told of
 
 
@@ -49,22 +49,22 @@ def read_nifti(path: str | Path) -> Scan:
         ) from error
     if array.dtype.kind not in "buif":
         raise ValueError(f"{path} holds {_kind(array.dtype)} values; expected one real number per voxel")
-    scan = as_scan(array, _mm(header) @ image.affine, image.header, path)
-    _check_geometry(path, header)
-    return scan
+    _check_geometry(path, header, min(array.ndim, 3))
+    affine = image.affine.copy()
+    affine[:3] *= _unit(header)
+    return as_scan(array, affine, image.header, path)
 
 
-def _mm(header: nibabel.Nifti1Header | None) -> np.ndarray:
-    """Return the matrix that turns world coordinates in the units of a header into mm."""
-    factor = 1.0 if header is None else _MM.get(int(header["xyzt_units"]) & 7, 1.0)
-    return np.diag([factor, factor, factor, 1.0])
+def _unit(header: nibabel.Nifti1Header | None) -> float:
+    """Return how many mm the unit of a header has."""
+    return 1.0 if header is None else _UNITS.get(int(header["xyzt_units"]) & 7, 1.0)
 
 
-def _check_geometry(path: Path, header: nibabel.Nifti1Header) -> None:
+def _check_geometry(path: Path, header: nibabel.Nifti1Header, dims: int) -> None:
     """Raise ValueError if the voxel size is needed and not stored. Warn, once for each file, if the orientation is not stored."""
     if header["sform_code"] != 0:
         return
-    sizes = header["pixdim"][1:4]
+    sizes = header["pixdim"][1 : 1 + dims]
     if not (np.isfinite(sizes).all() and (sizes > 0).all()):
         raise ValueError(
             f"{path} has pixdim {size_text(sizes)}; expected three positive voxel sizes: correct its header or export it again"
@@ -125,7 +125,8 @@ def write_nifti(path: str | Path, array: np.ndarray, case: Case) -> Path:
         raise ValueError(f"the array is {size_text(array.shape)} but {case.name} is {size_text(case.shape)}")
     array = _storable(np.moveaxis(array, 0, -1) if array.ndim == 4 else array)
     turn = orientations.ornt_transform(orientation(case.affine), orientations.axcodes2ornt(tuple(case.native_axes)))
-    affine = np.linalg.inv(_mm(case.header)) @ case.affine @ orientations.inv_ornt_aff(turn, case.shape)
+    affine = case.affine @ orientations.inv_ornt_aff(turn, case.shape)
+    affine[:3] /= _unit(case.header)
     # NIfTI-1 counts voxels in 16 bits.
     large = isinstance(case.header, nibabel.Nifti2Header) or max(array.shape) > np.iinfo(np.int16).max
     kind = nibabel.Nifti2Image if large else nibabel.Nifti1Image
@@ -147,6 +148,9 @@ def _place(header: nibabel.Nifti1Header, affine: np.ndarray, *, new: bool) -> No
     """Set the affine of a header, unless it has that affine already. The codes that say which space it leads to are kept."""
     difference = np.abs(affine - header.get_best_affine()).max()
     if not new and difference <= 4 * np.finfo(np.float32).eps * np.abs(affine).max():
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)
+        if header["qform_code"] == 0 and not np.allclose(header["pixdim"][1:4], sizes, rtol=1e-3, atol=0):
+            header["pixdim"][1:4] = sizes  # which nothing but other readers needs here
         return
     aligned = int(header["sform_code"]) or 2
     # The quaternion of a qform cannot hold a sheared grid.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -330,7 +331,7 @@ def _draw_outline(pen: ImageDraw.ImageDraw, lines: Sequence[np.ndarray], colour:
     on, period = DASHES[style]
     for line in lines:
         done = 0.0  # pixels since the line began
-        for a, b in zip(line, line[1:]):
+        for a, b in itertools.pairwise(line):
             length = float(np.abs(b - a).sum())
             for k in range(int(done // period), int((done + length) // period) + 1):
                 start, stop = max(k * period - done, 0), min(k * period + on - done, length)
