@@ -155,10 +155,17 @@ def read_table(path: str | Path, *, text: Sequence[str] = ("case", "region")) ->
 
     Args:
         path: file that `write_table`, or the command line, wrote.
-        text: columns of names. They are read as they are. The others hold numbers, and what is empty there is NaN.
+        text: columns of names. They are read as they are. Other columns of numbers become numbers, and what is empty there NaN.
     """
-    table = pd.read_csv(path, converters=dict.fromkeys(text, str))
-    return table.astype({name: str for name in text if name in table})
+    table = pd.read_csv(path, dtype=str, keep_default_na=False, na_filter=False)
+    return table.assign(**{name: _read_numbers(table[name]) for name in table if name not in text})
+
+
+def _read_numbers(column: pd.Series) -> pd.Series:
+    try:
+        return pd.to_numeric(column) if (column != "").all() else column.replace("", "nan").astype(float)
+    except ValueError:
+        return column
 
 
 def as_regions(wanted: str | Mapping[str, Iterable[int] | int]) -> dict[str, list[int]]:
