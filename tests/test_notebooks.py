@@ -1,5 +1,6 @@
 """The contract that every notebook keeps; `make test` also runs each of them through nbval."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -107,3 +108,51 @@ def test_speaks_of_the_project_alone(notebook):
     assert clone not in text and not re.search(r"/root/|/home/\w|/tmp/|site-packages", text), (
         "a path of this machine was stored"
     )
+
+
+TITLE = re.compile(
+    r"# @title (Solution: open me when you have tried|Check of exercise \d|Figure: \S.*) \{ display-mode: \"form\" \}\n"
+)
+
+
+def folded(cell: dict) -> bool:
+    return bool(cell["metadata"].get("jupyter", {}).get("source_hidden"))
+
+
+def test_patients_are_not_mirrored(notebook):
+    text = "\n".join(source(c) for c in code(notebook))
+    assert 'origin="lower"' not in text, "draw anatomy through plotting.cut or plotting.slices"
+    assert not re.search(r"imshow\([^\n]*\.T\b", text), "draw anatomy through plotting.cut or plotting.slices"
+
+
+def test_folded_cells_give_nothing_away(notebook):
+    for cell in code(notebook):
+        first = source(cell).split("\n")[0]
+        if "solution" in tags(cell):
+            assert folded(cell) and first.startswith("# @title Solution")
+        elif re.search(r"^def check_", source(cell), re.MULTILINE) and "exercise" not in tags(cell):
+            assert folded(cell) and first.startswith("# @title Check"), first
+        if folded(cell):  # JupyterLab shows the first line, Colab the title
+            assert TITLE.match(source(cell)) and cell["metadata"].get("cellView") == "form", first
+
+
+def test_drawing_code_is_folded(notebook):
+    drawing = [source(c) for c in code(notebook) if not folded(c) and re.search(r"\b(plt|figure|axes|ax)\.", source(c))]
+    lines = sum(len(text.split("\n")) for text in drawing)
+    assert lines <= 40, f"{lines} lines in {len(drawing)} open cells that draw; fold those that only make a figure"
+
+
+def test_nothing_needs_a_solution(notebook):
+    known: set[str] = set()  # what a student has who opens no solution
+    hidden: set[str] = set()  # what only solutions define
+    for cell in code(notebook):
+        tree = ast.parse(re.sub(r"^[%!].*", "", source(cell), flags=re.MULTILINE))
+        names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
+        bound = {n.id for n in names if isinstance(n.ctx, ast.Store)}
+        bound |= {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        if "solution" in tags(cell):
+            hidden |= bound - known
+            continue
+        needed = {n.id for n in names if isinstance(n.ctx, ast.Load)} & (hidden - known - bound)
+        assert not needed, f"{sorted(needed)} come from a solution that a student may have skipped"
+        known |= bound
