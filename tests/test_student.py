@@ -38,7 +38,13 @@ def bound_and_read(source: str) -> tuple[set[str], set[str]]:
                 stored.add((node.asname or node.name).partition(".")[0])
         # In "for x in …: use(x)" and in comprehensions the name is bound by the statement that reads it.
         own = set() if isinstance(statement, (ast.Assign, ast.AugAssign, ast.AnnAssign)) else stored
-        comprehended = {n.id for c in ast.walk(statement) if isinstance(c, ast.comprehension) for n in ast.walk(c.target) if isinstance(n, ast.Name)}
+        comprehended = {
+            n.id
+            for c in ast.walk(statement)
+            if isinstance(c, ast.comprehension)
+            for n in ast.walk(c.target)
+            if isinstance(n, ast.Name)
+        }
         read |= loaded - bound - inside - own - comprehended
         bound |= stored
     return bound, read
@@ -54,7 +60,9 @@ def borrowed(cells: list[nbformat.NotebookNode]) -> list[str]:
         if is_solution(cell):
             owner |= dict.fromkeys(bound, number)
         else:
-            found += [f"cell {number} reads `{name}` of the solution in cell {owner[name]}" for name in sorted(read & set(owner))]
+            found += [
+                f"cell {number} reads `{name}` of the solution in cell {owner[name]}" for name in sorted(read & set(owner))
+            ]
             for name in bound:
                 owner.pop(name, None)
     return found
