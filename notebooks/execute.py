@@ -22,7 +22,6 @@ from nbclient.exceptions import CellExecutionError
 from medseg_lite.course import start
 from medseg_lite.paths import atomic_write
 
-
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
