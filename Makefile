@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 
-.PHONY: lab test test-fast notebooks badges papers lint clean
+.PHONY: lab test test-fast notebooks readme site pages pictures badges papers lint clean
 
 lab: $(VENV)/ready
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(LAB_OPTIONS)
@@ -19,6 +19,22 @@ test-fast: $(VENV)/ready
 
 notebooks: $(VENV)/ready
 	$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
+	$(BIN)/python notebooks/readme.py
+
+# make readme: the README's table of notebooks, with their minutes.
+readme: $(VENV)/ready
+	$(BIN)/python notebooks/readme.py
+
+# make site: the course as web pages in build/site, with the live widgets. make pages: the notebooks alone, in seconds.
+site: $(VENV)/ready
+	$(BIN)/python notebooks/pages.py --live build/site
+
+pages: $(VENV)/ready
+	$(BIN)/python notebooks/pages.py build/site
+
+# make pictures: the pictures of the README, from a phantom, shipped networks and the live widgets; needs a Chromium.
+pictures: site
+	$(BIN)/python notebooks/pictures.py --live build/site/live
 
 # make badges REPO=owner/name: notebooks and README point at that repository.
 badges: $(VENV)/ready

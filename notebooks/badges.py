@@ -1,6 +1,7 @@
-"""Point every badge and address at another repository, for forks and course copies: what `make badges REPO=owner/name` calls.
+"""Point every badge and address at another repository, for forks and course copies. `make badges REPO=owner/name` calls this.
 
-The slug lives in pyproject.toml (`Repository`); the notebooks, README.md and CITATION.cff repeat it.
+The slug stands in pyproject.toml (`Repository`). The notebooks, README.md and CITATION.cff repeat it, and the address of the site,
+which follows from it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ def slug(root: Path) -> str:
     return found[1]
 
 
+def site(slug: str) -> str:
+    """Return the address at which GitHub Pages shows the site of a repository."""
+    owner, name = slug.split("/")
+    return f"https://{owner.lower()}.github.io/{name}/"
+
+
 def places(root: Path) -> list[Path]:
     """The files that name the repository."""
     names = ("README.md", "CITATION.cff", "pyproject.toml")  # pyproject.toml last: a run cut short can be repeated
@@ -38,6 +45,7 @@ def rewrite(root: Path, new: str) -> list[Path]:
     for path in places(root):
         before = path.read_text(encoding="utf-8")
         after = re.sub(rf"\b{re.escape(old)}(?![\w-])", new, before)
+        after = after.replace(site(old), site(new))
         after = after.replace(f"{new} && cd {old.split('/')[1]}", f"{new} && cd {new.split('/')[1]}")
         if after != before:
             with atomic_write(path) as temporary:

@@ -1,9 +1,9 @@
-"""Run notebooks from top to bottom and store their outputs: what `make notebooks` calls.
+"""Run notebooks from top to bottom and store their outputs. `make notebooks` calls this script.
 
     python notebooks/execute.py notebooks/03_dense_training.ipynb
+    python notebooks/execute.py --strip notebooks/03_dense_training.ipynb    # run nothing, only take widgets out
 
-Updates the header's date and the minutes it took at the scale it ran at, and leaves no widget state behind (GitHub and
-nbconvert show nothing where that is stored). A notebook that fails is not changed.
+The header gets the date, and the minutes at the scale that it ran at. A notebook that fails is not changed.
 """
 
 import argparse
@@ -22,9 +22,29 @@ from nbclient.exceptions import CellExecutionError
 from medseg_lite.course import start
 from medseg_lite.paths import atomic_write
 
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def strip(notebook: dict) -> None:
+    """Take out of a notebook what needs a running kernel: widget views, and the state of widgets.
+
+    A widget's stored output keeps its picture. JupyterLab would show "Error displaying widget" instead of the picture where it
+    finds a widget view, and GitHub and nbconvert show nothing where they find a state. A live run shows live widgets as before.
+    """
+    notebook["metadata"].pop("widgets", None)
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", ()):
+            for part in (output.get("data", {}), output.get("metadata", {})):
+                part.pop(WIDGET_VIEW, None)
+
+
+def write(path: Path, notebook: dict) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
 
 def execute(path: Path, scale: str) -> float:
-    """Run one notebook in its own folder; the minutes it took."""
+    """Run one notebook in its own folder, store it, and return the minutes that it took."""
     notebook = nbformat.read(path, as_version=4)
     began = time.perf_counter()
     NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()
@@ -42,15 +62,22 @@ def execute(path: Path, scale: str) -> float:
     for cell in notebook.cells:
         for key in ("execution", "collapsed"):
             cell.metadata.pop(key, None)
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    strip(notebook)
+    write(path, notebook)
     return minutes
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--strip", action="store_true", help="run nothing; only take widget views and states out")
     options = parser.parse_args()
+    for path in options.notebooks if options.strip else ():
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        strip(notebook)
+        write(path, notebook)
+    if options.strip:
+        sys.exit()
     os.environ["MEDSEG_SCALE"] = start().scale
     failed = False
     for path in options.notebooks:

@@ -20,6 +20,8 @@ def test_every_address_names_the_one_slug():
         badge = re.findall(r"(?:colab\.research\.google\.com/github|mybinder\.org/v2/gh)/([\w.-]+/[\w.-]+)/", text)
         installed = re.findall(r"git\+https://github\.com/([\w.-]+/[\w.-]+)", text)
         assert {*badge, *installed} <= {slug}, path.name
+        addresses = re.findall(r"https://[\w-]+\.github\.io/[\w.-]+/", text)
+        assert set(addresses) <= {badges.site(slug)}, path.name
         assert slug in text, f"{path.name} does not name the repository"
 
 
@@ -37,6 +39,7 @@ def test_rewrites_everything_and_back(copy):
     assert badges.rewrite(copy, "a-school/seg_course") == badges.places(copy)
     assert badges.slug(copy) == "a-school/seg_course"
     assert not any(old in path.read_text(encoding="utf-8") for path in badges.places(copy))
+    assert "https://a-school.github.io/seg_course/" in (copy / "README.md").read_text()
     assert "git clone https://github.com/a-school/seg_course && cd seg_course" in (copy / "README.md").read_text()
     badges.rewrite(copy, old)
     assert {path: path.read_bytes() for path in badges.places(copy)} == before

@@ -1,13 +1,18 @@
 """The contract that every notebook keeps; `make test` also runs each of them through nbval."""
 
 import ast
+import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
+execute = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(execute)
 FIELDS = ("Paper", "You will learn", "Before this", "Time", "Data", "Last executed")
 SECTIONS = ("Exercises", "Where our version departs from the paper", "What to take away", "Going further")
 
@@ -91,7 +96,26 @@ def test_exercises_have_checks_and_collapsed_solutions(notebook):
 
 def test_stored_size_and_metadata(path, notebook):
     assert path.stat().st_size < 3_000_000
-    assert "widgets" not in notebook["metadata"]
+
+
+def test_stored_widgets_are_pictures(notebook):
+    before = json.dumps(notebook)
+    execute.strip(notebook)
+    assert json.dumps(notebook) == before, "run notebooks/execute.py --strip: JupyterLab shows an error instead of the picture"
+
+
+def test_strip_leaves_the_picture():
+    view = execute.WIDGET_VIEW
+    widget = {
+        "output_type": "display_data",
+        "data": {view: {"model_id": "1"}, "image/png": "iVBO"},
+        "metadata": {"image/png": {}},
+    }
+    text = {"output_type": "stream", "name": "stdout", "text": "1"}
+    notebook = {"metadata": {"widgets": {}, "kernelspec": {}}, "cells": [{"outputs": [widget, text]}, {"source": "a text"}]}
+    execute.strip(notebook)
+    assert widget["data"] == {"image/png": "iVBO"} and notebook["metadata"] == {"kernelspec": {}}
+    assert notebook["cells"][0]["outputs"] == [widget, text]
 
 
 def test_every_picture_has_alt_text(notebook):

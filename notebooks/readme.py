@@ -1,0 +1,73 @@
+"""Write the README's table of notebooks: titles, papers and minutes. `make readme` calls this script."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+from pages import find_notebooks, find_title, fold
+
+from medseg_lite.paths import atomic_write
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- begin notebooks -->", "<!-- end notebooks -->"
+WORDS_A_MINUTE, MINUTES_A_CELL, MINUTES_AN_EXERCISE = 120, 2, 6
+
+
+def class_minutes(notebook: dict) -> int:
+    """Return the minutes that a reader needs, in steps of five.
+
+    They are estimated: 120 words a minute, 2 minutes a code cell, 6 an exercise. Folded cells and the first cell, which is the
+    same in all notebooks, take no time.
+    """
+    cells = [{**cell, "source": "".join(cell["source"])} for cell in notebook["cells"]]
+    words = sum(len(cell["source"].split()) for cell in cells[1:] if cell["cell_type"] == "markdown")
+    code = [cell for cell in cells if cell["cell_type"] == "code"][1:]
+    exercises = sum("exercise" in cell["metadata"].get("tags", ()) for cell in code)
+    read = sum(not fold(cell) for cell in code) - exercises
+    minutes = words / WORDS_A_MINUTE + MINUTES_A_CELL * read + MINUTES_AN_EXERCISE * exercises
+    return 5 * math.ceil(minutes / 5)
+
+
+def machine_minutes(notebook: dict) -> float:
+    """Return the minutes on two CPU cores that stand in a notebook's header."""
+    header = "".join(notebook["cells"][0]["source"])
+    found = re.search(r"\*\*Time\*\* ([\d.]+) min on a 2-core CPU", header)
+    if not found:
+        raise ValueError(f"the header of {find_title(notebook)!r} has no line **Time** N min on a 2-core CPU")
+    return float(found[1])
+
+
+def table(root: Path, papers: dict[str, str]) -> str:
+    """Return the table of notebooks.
+
+    Args:
+        root: root of the repository.
+        papers: what the column "paper" says, by number of the notebook.
+    """
+    rows = ["| notebook | paper | class | machine |", "|---|---|---|---|"]
+    for path in find_notebooks(root):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        rows.append(
+            f"| [{find_title(notebook)}](notebooks/{path.name}) | {papers.get(path.name[:2], '')} "
+            f"| {class_minutes(notebook)} min | {machine_minutes(notebook):.1f} min |"
+        )
+    return "\n".join(rows)
+
+
+def rewrite(root: Path) -> str:
+    """Return README.md with a new table. The column "paper" stays as it is."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"README.md lacks the lines {BEGIN} and {END}, between which the table of notebooks stands")
+    before, inside, after = re.split(f"{BEGIN}|{END}", text)
+    papers = dict(re.findall(r"^\| \[(\d\d)[^|]*\| ([^|]*?) *\|", inside, re.MULTILINE))
+    return f"{before}{BEGIN}\n\n{table(root, papers)}\n\n{END}{after}"
+
+
+if __name__ == "__main__":
+    made = rewrite(ROOT)
+    with atomic_write(ROOT / "README.md") as temporary:
+        temporary.write_text(made, encoding="utf-8")
