@@ -287,3 +287,19 @@ function makeChoice(model, title, key, options, name = title) {
 }
 
 const makeHelp = (text) => make("details", {}, make("summary", {}, "Keys and mouse"), make("p", {}, text));
+
+/** Draw the outline of the voxels that are `inside` (row by row from the top left) along their edges, with a dark casing. */
+function drawOutline(context, inside, columns, rows, width, height, colour) {
+  const x = width / columns, y = height / rows, at = (r, c) => r >= 0 && r < rows && c >= 0 && c < columns && inside[r * columns + c] > 0;
+  const path = new Path2D(), edge = (r, c, r2, c2) => { path.moveTo(c * x, r * y); path.lineTo(c2 * x, r2 * y); };
+  for (let r = 0; r <= rows; r++)
+    for (let c = 0; c <= columns; c++) {
+      if (at(r, c) !== at(r - 1, c)) edge(r, c, r, c + 1);
+      if (at(r, c) !== at(r, c - 1)) edge(r, c, r + 1, c);
+    }
+  context.lineCap = "round";
+  for (const [style, line] of [["rgb(0 0 0 / 65%)", 3.4], [colour, 1.6]]) {
+    Object.assign(context, { strokeStyle: style, lineWidth: line });
+    context.stroke(path);
+  }
+}
