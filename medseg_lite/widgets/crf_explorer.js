@@ -88,8 +88,7 @@ function render({ model, el }) {
       const r = stage.getBoundingClientRect();
       markAt(Math.floor(((event.clientY - r.top) / r.height) * slice.rows), Math.floor(((event.clientX - r.left) / r.width) * slice.columns));
     };
-    stage.addEventListener("pointerdown", (event) => { if (event.button === 0) { stage.setPointerCapture(event.pointerId); pick(event); } });
-    stage.addEventListener("pointermove", (event) => { if (event.buttons & 1 && stage.hasPointerCapture(event.pointerId)) pick(event); });
+    drag(stage, pick);
     steer(stage, () => ({ x: 0, y: 1, cut: 2 }), scene.picture, (axis, by) => away[axis](by));
     return { title, canvas, mark, fact, key, stage, box: make("figure", {}, make("figcaption", {}, title, fact), stage, key) };
   });
