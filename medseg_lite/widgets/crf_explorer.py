@@ -15,15 +15,16 @@ from .. import plotting
 from ..crf import DenseCRF
 from ..crf.permutohedral import shear
 from ..metrics import dice
+from ..plotting.anatomy import outline_handle
 from ..volume import Case, bounding_box
 from ._base import StateError, Widget, check_images, pack, script, styles
 
 COLOURS = {  # told apart by colour-blind readers too
-    "kept": "#56B4E9",
+    "kept": plotting.class_colour("lesion"),
     "removed": "#D55E00",
     "added": "#F0E442",
     "heard": plotting.PROBABILITY_COLOUR,
-    "truth": "#FFFFFF",
+    "truth": plotting.COLOURS["truth"],
 }
 MARK = "#CC79A7"
 # The range of each parameter's slider. The sliders are logarithmic, because what matters is the factor.
@@ -235,13 +236,12 @@ class CRFExplorer(Widget):
         for colour, width in (("white", 3.5), (MARK, 2)):
             corner = (self.column - side / 2, self.row - side / 2)
             axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=width))
-        axes.set(title=title, xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-        axes.grid(False)
+        axes.set_title(title)
+        plotting.picture(axes)
         handles = [Patch(facecolor=COLOURS[layer], label=text) for layer, text in zip(layers, names)]
         if truth is not None:
-            draw_outline(axes, truth)
-            handles.append(Patch(facecolor="white", edgecolor="black", label="truth"))
+            plotting.outline(axes, truth, colour=COLOURS["truth"])
+            handles.append(outline_handle("truth", colour=COLOURS["truth"]))
         look = {"handlelength": 1, "handletextpad": 0.4, "columnspacing": 0.9, "fontsize": 8}
         axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, **look)
 
@@ -271,7 +271,3 @@ def _within(name: str, value: float, low: float, high: float) -> float:
 def _headline(what: str, foreground: np.ndarray, truth: np.ndarray | None) -> str:
     score = "" if truth is None else f", Dice {100 * dice(foreground, truth):.0f} %"
     return f"{what}:\n{foreground.sum()} voxels{score}"
-
-
-def draw_outline(axes, mask):
-    axes.contour(np.kron(mask, np.ones((1, 1))), [0.5], colors="white")
