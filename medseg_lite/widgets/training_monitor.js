@@ -8,11 +8,14 @@ function render({ model, el }) {
   let image = null, truth = null;
 
   const set = setter(model), frames = []; // all pictures; one that this view has missed is a hole, and is asked for
+  let asked = null;
   function collect() {
     const newest = model.get("_newest");
     if (newest.data) frames[newest.number] = newest;
     model.get("_frames").forEach((frame, n) => { frames[n] = frame; });
-    if (frames.includes(undefined)) model.send("frames"); // the kernel answers when it is free
+    if (!frames.includes(undefined) || asked === model.get("_frames")) return;
+    asked = model.get("_frames"); // once; the kernel answers when it is free
+    model.send("frames");
   }
   const shown = () => clamp(model.get("frame") < 0 ? frames.length - 1 : model.get("frame"), 0, Math.max(frames.length - 1, 0));
   const choose = (number) => set("frame", number >= frames.length - 1 ? -1 : number);
