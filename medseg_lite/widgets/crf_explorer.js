@@ -105,7 +105,7 @@ function render({ model, el }) {
     stage.style.aspectRatio = `${columns} / ${rows * scene.aspect}`;
     const width = stage.clientWidth || 200, height = (width * rows * scene.aspect) / columns, context = fit(canvas, width, height);
     stamp(context, image, 0, 0, width, height);
-    if (truth && outlined) drawOutline(context, truth, columns, rows, width, height, colours.truth);
+    if (truth && outlined) drawOutline(context, [slice.turned, [1, rows, columns], { cut: 0, x: 2, y: 1 }, 0], [width / columns, height / rows], colours.truth);
     mark.style.left = `${((model.get("column") + 0.5) / columns) * 100}%`;
     mark.style.top = `${((model.get("row") + 0.5) / rows) * 100}%`;
     mark.style.setProperty("--voxel", `${width / columns}px`);
@@ -217,6 +217,7 @@ function render({ model, el }) {
     const [black, white] = scene.window, values = new Float32Array(image.buffer);
     slice = { rows, columns, image: values, probability: [...new Float32Array(probability.buffer)], mask, truth, inside: Int32Array.from([...mask.keys()].filter((i) => mask[i])) };
     slice.grey = Float32Array.from({ length: rows * columns }, (_, i) => clamp(((values[i] - black) * 255) / (white - black), 0, 255));
+    slice.turned = truth?.slice().reverse(); // volumes' axes run against the picture's
     kernels = {};
     onParameter();
   }

@@ -15,7 +15,6 @@ from .. import plotting
 from ..crf import DenseCRF
 from ..crf.permutohedral import shear
 from ..metrics import dice
-from ..plotting.anatomy import outline_handle
 from ..volume import Case, bounding_box
 from ._base import StateError, Widget, check_images, pack, script, styles
 
@@ -241,7 +240,7 @@ class CRFExplorer(Widget):
         handles = [Patch(facecolor=COLOURS[layer], label=text) for layer, text in zip(layers, names)]
         if truth is not None:
             plotting.outline(axes, truth, colour=COLOURS["truth"])
-            handles.append(outline_handle("truth", colour=COLOURS["truth"]))
+            handles.append(plotting.outline_handle("truth", colour=COLOURS["truth"]))
         look = {"handlelength": 1, "handletextpad": 0.4, "columnspacing": 0.9, "fontsize": 8}
         axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, **look)
 

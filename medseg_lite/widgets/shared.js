@@ -141,20 +141,6 @@ function sliceImage(data, size, from, plane, index, colours) {
 
 const NUMBERS = Uint32Array.from({ length: 256 }, (_, k) => k);
 
-/** Return the pixels of a slice of labels where a class meets another, in its colour. Of every `period` of them, `on` are drawn. */
-function outlineImage(data, size, plane, index, colours, [period, on] = [1, 1]) {
-  const values = new Uint32Array(sliceImage(data, size, 0, plane, index, NUMBERS).data.buffer);
-  const width = size[plane.x], height = size[plane.y], image = new ImageData(width, height), out = new Uint32Array(image.data.buffer);
-  for (let v = 0, i = 0; v < height; v++)
-    for (let u = 0; u < width; u++, i++) {
-      const k = values[i];
-      if (!k || (u + v) % period >= on) continue;
-      const edge = u === 0 || u === width - 1 || k !== values[i - 1] || k !== values[i + 1] || k !== values[i - width] || k !== values[i + width];
-      if (edge) out[i] = colours[k];
-    }
-  return image;
-}
-
 /** Return the borders in a slice of labels as a path along the edges of voxels, in voxels from the upper left corner. They lie where
     `differ(a, b)` is true of two neighbours; outside the picture all is 0. No edge is drawn twice, so dashes stay dashes. */
 function borders(data, size, plane, index, differ) {
@@ -287,19 +273,3 @@ function makeChoice(model, title, key, options, name = title) {
 }
 
 const makeHelp = (text) => make("details", {}, make("summary", {}, "Keys and mouse"), make("p", {}, text));
-
-/** Draw the outline of the voxels that are `inside` (row by row from the top left) along their edges, with a dark casing. */
-function drawOutline(context, inside, columns, rows, width, height, colour) {
-  const x = width / columns, y = height / rows, at = (r, c) => r >= 0 && r < rows && c >= 0 && c < columns && inside[r * columns + c] > 0;
-  const path = new Path2D(), edge = (r, c, r2, c2) => { path.moveTo(c * x, r * y); path.lineTo(c2 * x, r2 * y); };
-  for (let r = 0; r <= rows; r++)
-    for (let c = 0; c <= columns; c++) {
-      if (at(r, c) !== at(r - 1, c)) edge(r, c, r, c + 1);
-      if (at(r, c) !== at(r, c - 1)) edge(r, c, r + 1, c);
-    }
-  context.lineCap = "round";
-  for (const [style, line] of [["rgb(0 0 0 / 65%)", 3.4], [colour, 1.6]]) {
-    Object.assign(context, { strokeStyle: style, lineWidth: line });
-    context.stroke(path);
-  }
-}

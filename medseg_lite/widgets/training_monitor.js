@@ -157,7 +157,7 @@ function render({ model, el }) {
       stamp(context, sliceImage(unpacked.get(frame.step), size, 0, plane, 0, colours), 0, 0, width, height);
       context.globalAlpha = 1;
     }
-    if (truth) drawOutline(context, truth, columns, rows, width, height, scene.colour);
+    if (truth) drawOutline(context, [truth, size, plane, 0], [width / columns, height / rows], scene.colour);
     caption.textContent = frames.length > 0 && !frame ? "this picture comes when the training is done" : frame ? `after ${frame.step} update${frame.step === 1 ? "" : "s"}`
       + (frame.dice === null ? "" : `: Dice of this slice ${(100 * frame.dice).toFixed(0)} %`) : "no update yet";
     stage.setAttribute("aria-label", `${scene.place}, ${caption.textContent}`);
@@ -170,7 +170,7 @@ function render({ model, el }) {
   const press = ({ key }) => { if (key.toLowerCase() === "p") play(); };
   const leave = mount(model, el, root, { _curves: drawCurves, _frames: onFrames, _newest: onFrames, frame: draw, opacity: drawPicture }, { press, resized: draw });
   collect();
-  Promise.all([turned(scene.image), scene.truth ? unpack(scene.truth) : null]).then(async ([grey, label]) => {
+  Promise.all([turned(scene.image), scene.truth ? turned(scene.truth) : null]).then(async ([grey, label]) => {
     image = grey;
     truth = label;
     drawCurves();

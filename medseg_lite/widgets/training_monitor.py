@@ -17,7 +17,6 @@ from .. import features, plotting
 from ..engine.tiles import check_fits
 from ..metrics import dice
 from ..models.network import Network
-from ..plotting.anatomy import outline_handle
 from ..volume import Case
 from ._base import Widget, check_image, check_known, find_limits, pack, script, styles, to_bytes
 
@@ -208,7 +207,7 @@ class TrainingMonitor(Widget):
         """Draw the legend of the pictures below them."""
         handles = [Patch(color=colour, label=name) for _, name, colour in self._scene["classes"]]
         if self._case.label is not None:
-            handles.append(outline_handle("truth", colour=plotting.COLOURS["truth"]))
+            handles.append(plotting.outline_handle("truth", colour=plotting.COLOURS["truth"]))
         look = {"handlelength": 1.4, "columnspacing": 1.2, "fontsize": 9}
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **look)
 
