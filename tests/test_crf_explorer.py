@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
+import re
+import zlib
 
-import ipywidgets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+import traitlets
 
 from medseg_lite import crf, plotting
 from medseg_lite.volume import Case
@@ -59,13 +59,8 @@ def test_result_is_that_of_the_crf(classes):
     np.testing.assert_array_equal(explorer.result, expected.T[::-1, ::-1])
 
 
-def sliders(explorer: CRFExplorer) -> dict[str, ipywidgets.Widget]:
-    names = [*module.RANGES, "index", "row", "column"]  # in the order in which they are shown
-    return dict(zip(names, [w for group in explorer.children[0].children for w in group.children], strict=True))
-
-
 @pytest.mark.parametrize("name", [*module.RANGES, "index", "row", "column"])
-def test_every_trait_changes_the_picture_and_moves_its_slider(explorer, name):
+def test_every_trait_changes_the_picture(explorer, name):
     # One kernel alone fills the hole, so each weight is tested without the other.
     explorer.smoothness_weight, explorer.appearance_weight = (0.01, 3) if name == "appearance_weight" else (3, 0.01)
     before, old = explorer.snapshot(), getattr(explorer, name)
@@ -73,41 +68,56 @@ def test_every_trait_changes_the_picture_and_moves_its_slider(explorer, name):
     if "weight" in name:
         setattr(explorer, name, 0.01)
     assert explorer.snapshot() != before
-    assert sliders(explorer)[name].value == getattr(explorer, name)
     setattr(explorer, name, old)
     assert explorer.snapshot() == before
 
 
-def test_sliders_change_the_traits(explorer):
-    explorer.smoothness_weight = 0.01
-    before = explorer.snapshot()
-    sliders(explorer)["appearance_weight"].value = 0.02
-    assert explorer.appearance_weight == 0.02 and explorer.snapshot() != before
+def test_what_the_browser_gets(explorer):
+    def unpack(name, kind):
+        return np.frombuffer(zlib.decompress(explorer.get_state()["_slice"][name], wbits=31), kind)
+
+    case, probabilities = make()
+    for index in (6, 5):
+        explorer.index = index
+        assert explorer.get_state()["_slice"]["shape"] == explorer.result.shape
+        shape = explorer.result.shape
+        image = np.stack([plotting.cut(channel, plotting.PLANES[0], index) for channel in case.image])
+        assert (unpack("image", "<f4").reshape(2, *shape) == image).all()  # exact, not 256 grey levels
+        mask = plotting.cut(case.mask, plotting.PLANES[0], index)
+        p = np.where(mask, plotting.cut(1 - probabilities[0], plotting.PLANES[0], index), 0)
+        np.testing.assert_allclose(unpack("probability", "<f4").reshape(shape), p, atol=1e-6)
+        assert (unpack("mask", np.uint8).reshape(shape) == mask).all()
+        assert (unpack("truth", np.uint8).reshape(shape) == plotting.cut(case.label, plotting.PLANES[0], index)).all()
+
+
+def test_messages_from_the_browser_are_checked_too(explorer):
+    explorer.set_state({"smoothness_weight": 0.02, "row": 3})
+    assert explorer.smoothness_weight == 0.02 and explorer.row == 3
+    for bad in ({"row": 99}, {"intensity_sigma": 0}):
+        with pytest.raises(traitlets.TraitError):
+            explorer.set_state(bad)
 
 
 def test_kernels_are_rebuilt_only_when_a_sigma_or_the_slice_changes(explorer, monkeypatch):
     built = []
     original = module.DenseCRF.prepare
     monkeypatch.setattr(module.DenseCRF, "prepare", lambda *a, **k: built.append(1) or original(*a, **k))
-    explorer.smoothness_weight = 0.5
-    explorer.row = explorer.row + 1
-    assert not built
-    explorer.intensity_sigma = 0.3
-    explorer.index = 5
-    assert len(built) == 2
+    for name, value, count in [("smoothness_weight", 0.5, 1), ("row", 3, 1), ("intensity_sigma", 0.3, 2), ("index", 5, 3)]:
+        setattr(explorer, name, value)
+        assert explorer.result.any() and len(built) == count
 
 
 def test_kernels_of_the_marked_voxel(explorer):
     """The appearance kernel hears the ball and not the brain around it, the smoothness kernel both."""
     case, _ = make()
     explorer.smoothness_sigma, explorer.appearance_sigma, explorer.row, explorer.column = 3, 8, 13, 11
-    image = torch.from_numpy(plotting.cut(case.image[0], plotting.PLANES[0], 6).copy())[None]
-    mask = torch.ones(image.shape[1:], dtype=torch.bool)
-    smoothness, appearance = explorer._kernels(image, mask, {name: getattr(explorer, name) for name in module.RANGES})
+    image, mask = (plotting.cut(volume, plotting.PLANES[0], 6) for volume in (case.image[0], case.mask))
+    smoothness, appearance = explorer._kernels()
+    assert not smoothness[~mask].any() and not appearance[~mask].any()
     assert smoothness[13, 11] == appearance[13, 11] == 1
     assert smoothness[13, 14] == pytest.approx(np.exp(-0.5))  # one sigma away
-    ball = image[0] > 1.5
-    assert appearance[ball].mean() > 20 * appearance[~ball].mean()
+    ball = image > 1.5
+    assert appearance[ball].mean() > 20 * appearance[mask & ~ball].mean()
 
 
 def test_marked_voxel_lies_on_the_rim_of_the_foreground_not_on_the_speck(explorer):
@@ -119,10 +129,18 @@ def test_marked_voxel_lies_on_the_rim_of_the_foreground_not_on_the_speck(explore
 
 def test_static_picture(explorer):
     data, metadata = explorer._repr_mimebundle_()
-    picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
-    assert picture.width == 4 * module.WIDTH + 3 * module.GAP
+    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
     assert data["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.model_id
     assert "ball" in data["text/plain"] and "removed" in metadata["image/png"]["alt"]
+    case, probabilities = make()
+    assert CRFExplorer(case.replace(label=None), probabilities).snapshot()  # without truth and Dice
+
+
+def test_html_holds_everything_and_escapes_its_title(explorer, tmp_path):
+    text = explorer.to_html(tmp_path / "c.html", title="</title><script>alert(1)</script>")
+    assert (tmp_path / "c.html").read_text(encoding="utf-8") == text
+    assert "<script>alert" not in text and text.count("</script>") == 2
+    assert not re.search(r"(src|href)=|https?://", text)  # nothing to fetch
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import base64
 import json
 import re
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from medseg_lite import inference, models, plotting
 from medseg_lite.optimizers import RMSpropNesterov
@@ -97,6 +99,31 @@ def test_messages_are_few(noise_case, monkeypatch):
         clock[0] += 0.01
         monitor({"step": step, "loss": 1 / step})
     assert 2 <= len(sent) <= 4
+
+
+def test_a_new_picture_is_sent_alone(noise_case):
+    case = noise_case((18, 18, 3))
+    monitor, sent = TrainingMonitor(models.dm2d_seg(in_channels=2, classes=2, width=0.1), case, every=1), []
+    monitor.comm = mock.Mock()
+    monitor.comm.send = lambda data, buffers=(), **_: sent.append((data.get("state", {}), len(buffers)))
+    for step in range(1, 6):
+        monitor({"step": step, "loss": 1 / step})
+    pictures = [(state["_newest"]["number"], count) for state, count in sent if "_newest" in state]
+    assert pictures == [(n, 1) for n in range(5)] and not any("_frames" in state for state, _ in sent)
+    assert len(monitor.get_state()["_frames"]) == 5  # a browser that comes later gets all of them
+    sent.clear()
+    monitor._handle_custom_msg("frames", [])  # a view that has missed one asks for them
+    assert [(set(state), count) for state, count in sent] == [({"_frames"}, 5)]
+
+
+def test_a_network_with_a_single_output(noise_case):
+    torch.manual_seed(0)
+    model, case = models.Adapter(nn.Conv3d(2, 1, 1), in_channels=2, classes=1), noise_case((18, 18, 3))
+    monitor = TrainingMonitor(model, case, every=1)
+    monitor({"step": 1, "loss": 1.0})
+    wanted = plotting.cut(inference.predict(model, case, progress=False), monitor._plane, monitor._index)
+    assert 0 < wanted.sum() < wanted.size and (picture(monitor._frames[0], wanted.shape) == wanted).all()
+    assert [name for _, name, _ in monitor._scene["classes"]] == ["class 1"] and monitor.snapshot()
 
 
 def test_frame_is_clamped(run):

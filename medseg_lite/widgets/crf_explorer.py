@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 
-import ipywidgets
 import numpy as np
 import torch
 import traitlets
-from PIL import Image, ImageDraw
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 from scipy import ndimage
 
 from .. import plotting
 from ..crf import DenseCRF
+from ..crf.permutohedral import shear
 from ..metrics import dice
 from ..volume import Case, bounding_box
-from ._base import Pictured, StateError, font
+from ._base import StateError, Widget, check_images, pack, script, styles
 
-KEPT, REMOVED, ADDED = "#56B4E9", "#D55E00", "#F0E442"  # told apart by colour-blind readers too
-WIDTH, GAP = 250, 10  # pixels of one picture, and between two
-# Range and title of each parameter's slider. The sliders are logarithmic, because what matters is the factor.
+COLOURS = {  # told apart by colour-blind readers too
+    "kept": plotting.class_colour("lesion"),
+    "removed": "#D55E00",
+    "added": "#F0E442",
+    "heard": plotting.PROBABILITY_COLOUR,
+    "truth": plotting.COLOURS["truth"],
+}
+MARK = "#CC79A7"
+# The range of each parameter's slider. The sliders are logarithmic, because what matters is the factor.
 RANGES = {
-    "smoothness_weight": (0.01, 30.0, "w₁ smoothness"),
-    "smoothness_sigma": (0.3, 10.0, "σ_α voxels"),
-    "appearance_weight": (0.01, 30.0, "w₂ appearance"),
-    "appearance_sigma": (0.3, 30.0, "σ_β voxels"),
-    "intensity_sigma": (0.05, 5.0, "σ_γ intensity"),
+    "smoothness_weight": (0.01, 30.0),
+    "smoothness_sigma": (0.3, 10.0),
+    "appearance_weight": (0.01, 30.0),
+    "appearance_sigma": (0.3, 30.0),
+    "intensity_sigma": (0.05, 5.0),
 }
 
 
-class CRFExplorer(Pictured, ipywidgets.VBox):
+class CRFExplorer(Widget):
     """A slice before and after the CRF, the kernels of one marked voxel, and sliders for all parameters.
 
         explorer = CRFExplorer(case, probabilities)
@@ -37,11 +44,12 @@ class CRFExplorer(Pictured, ipywidgets.VBox):
         explorer.result                         # (rows, columns) bool: the foreground of the slice after the CRF
 
     There are four pictures: the network's foreground; the weight of every voxel in the marked one's smoothness kernel, and in
-    its appearance kernel; and the foreground after the CRF, with what it kept, removed and added. If the case has a label, the
-    Dice of this slice is written above.
+    its appearance kernel; and the foreground after the CRF, with what it kept, removed and added. Click a voxel to mark it. If
+    the case has a label, its outline and the Dice of this slice are shown.
 
-    The CRF runs on this one slice alone, in two dimensions, so that it follows the sliders. Kernels are built anew only when a
-    σ or the slice changes. Several classes are merged into one foreground, as `crf.whole_tumour` does.
+    The CRF runs on this one slice alone, in two dimensions. The browser runs it itself, so that the pictures follow the sliders
+    without a kernel; `result` is computed by `crf.DenseCRF`. Several classes are merged into one foreground, as
+    `crf.whole_tumour` does.
 
     Args:
         case: case whose image the appearance kernel compares. Only voxels inside its mask take part.
@@ -53,23 +61,29 @@ class CRFExplorer(Pictured, ipywidgets.VBox):
         **parameters: first values of the sliders, as for `DenseCRF`.
 
     Attributes:
-        index, row, column: slice and marked voxel, as the sliders show them.
+        index, row, column: slice and marked voxel.
         smoothness_weight, smoothness_sigma, appearance_weight, appearance_sigma, intensity_sigma: parameters, as for
             `DenseCRF`.
         result: foreground of the slice after the CRF.
+
+    All attributes but `result` are synchronised with the browser. A page of its own (`to_html`) holds the present slice only.
 
     Raises:
         ValueError: for probabilities on another grid or outside 0..1, for a NaN, for unknown parameters and planes.
     """
 
-    index = traitlets.Int()
-    row = traitlets.Int()
-    column = traitlets.Int()
-    smoothness_weight = traitlets.Float(3.0)
-    smoothness_sigma = traitlets.Float(1.5)
-    appearance_weight = traitlets.Float(3.0)
-    appearance_sigma = traitlets.Float(6.0)
-    intensity_sigma = traitlets.Float(0.5)
+    _esm = script("crf_explorer.js")
+    _css = styles("crf_explorer.css", "medseg-crf")
+
+    index = traitlets.Int().tag(sync=True)
+    row = traitlets.Int().tag(sync=True)
+    column = traitlets.Int().tag(sync=True)
+    smoothness_weight = traitlets.Float(3.0).tag(sync=True)
+    smoothness_sigma = traitlets.Float(1.5).tag(sync=True)
+    appearance_weight = traitlets.Float(3.0).tag(sync=True)
+    appearance_sigma = traitlets.Float(6.0).tag(sync=True)
+    intensity_sigma = traitlets.Float(0.5).tag(sync=True)
+    _slice = traitlets.Dict().tag(sync=True)
 
     def __init__(
         self,
@@ -91,15 +105,15 @@ class CRFExplorer(Pictured, ipywidgets.VBox):
             raise ValueError("probabilities hold NaN or values outside 0 to 1; take the softmax of logits first")
         if unknown := sorted(set(parameters) - set(RANGES)):
             raise ValueError(f"there is no parameter {unknown[0]!r}; there are {', '.join(RANGES)}")
+        check_images(case)
         self._plane = plotting.find_plane(plane)
         mask = np.ones(case.shape, bool) if case.mask is None else case.mask
         box = bounding_box(mask, border=2)
         self._case, self._mask = case.crop(box), mask[box]
         foreground = 1 - np.asarray(probabilities[0][box], np.float32)
         self._probability = np.where(self._mask, foreground, 0)
-        self._windows = [plotting.default_window(image, self._mask) for image in self._case.image]
+        self._window = plotting.default_window(self._case.image[0], self._mask)
         self._iterations, self._prepared = iterations, {}
-        self.result = None
         start = box[self._plane.cut].start
         position = plotting.busiest_position(self._probability > 0.5, self._case.shape)[self._plane.cut]
         self._offset = start  # slices are counted in the whole case
@@ -108,66 +122,18 @@ class CRFExplorer(Pictured, ipywidgets.VBox):
         if voxel is None:
             p = plotting.cut(self._probability, self._plane, int(np.clip(index, start, self._last)) - start)
             voxel = np.unravel_index(np.abs(ndimage.gaussian_filter(p, 1.5) - 0.5).argmin(), p.shape)
-        self._picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
         super().__init__(index=index, row=int(voxel[0]), column=int(voxel[1]), **parameters)
-        self.children = [self._sliders(), self._picture]
-        self.observe(self._refresh, ["index", "row", "column", *RANGES])
-        self._refresh()
+        self._scene = self._describe()
+        self._send_slice()
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={getattr(self, name):.3g}" for name in RANGES)
         return f"CRFExplorer({self._case.name!r}, {self._plane.name.lower()} {self.index}, {values})"
 
-    def _draw(self) -> Image.Image:
-        return self._sheet
-
-    def _alt(self) -> str:
-        return (
-            f"One {self._plane.name.lower()} slice of {self._case.name}, four times: the network's foreground; what a marked voxel "
-            "hears through the smoothness and through the appearance kernel; the foreground after the CRF, with what it kept, "
-            "removed and added"
-        )
-
-    def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
-        return self._with_picture({"text/plain": repr(self), "application/vnd.jupyter.widget-view+json": view}, {})
-
-    def _sliders(self) -> ipywidgets.HBox:
-        """Return sliders for all parameters, in a column for each kernel and one for the slice and the marked voxel."""
-        wide = {"style": {"description_width": "110px"}, "layout": {"width": "300px"}, "readout_format": ".2f"}
-        sliders = {
-            name: ipywidgets.FloatLogSlider(
-                min=np.log10(low), max=np.log10(high), step=0.01, value=getattr(self, name), description=title, **wide
-            )
-            for name, (low, high, title) in RANGES.items()
-        }
-        wide["readout_format"] = "d"
-        rows, columns = plotting.cut(self._mask, self._plane, 0).shape
-        limits = {"index": (self._offset, self._last), "row": (0, rows - 1), "column": (0, columns - 1)}
-        titles = {"index": f"{self._plane.name} slice", "row": "marked row", "column": "marked column"}
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            sliders[name] = ipywidgets.IntSlider(value, low, high, description=titles[name], **wide)
-        for name, slider in sliders.items():
-            traitlets.link((self, name), (slider, "value"))
-        by_kernel = (
-            ("smoothness_weight", "smoothness_sigma"),
-            ("appearance_weight", "appearance_sigma", "intensity_sigma"),
-            ("index", "row", "column"),
-        )
-        groups = [ipywidgets.VBox([sliders[name] for name in names]) for names in by_kernel]
-        return ipywidgets.HBox(groups, layout={"flex_flow": "row wrap"})
-
-    # ------------------------------------------------------------------------------------------------------- picture
-
-    def _refresh(self, change=None) -> None:
-        """Run the CRF on the slice, and draw the four pictures."""
-
-        def cut(volume):
-            return torch.from_numpy(plotting.cut(volume, self._plane, self.index - self._offset).copy())
-
-        image = torch.stack([cut(channel) for channel in self._case.image])
-        p, mask = cut(self._probability), cut(self._mask)
+    @property
+    def result(self) -> np.ndarray:
+        """The foreground of the slice after the CRF, `(rows, columns)` bool."""
+        image, p, mask = (torch.from_numpy(part.copy()) for part in self._cut_slice())
         parameters = {name: getattr(self, name) for name in RANGES}
         crf = DenseCRF(**parameters, iterations=self._iterations, learn=())
         sigmas = (self.index, *(v for name, v in parameters.items() if "sigma" in name))
@@ -175,38 +141,114 @@ class CRFExplorer(Pictured, ipywidgets.VBox):
             self._prepared = {sigmas: crf.prepare(image, mask)}  # the last one only
         logits = torch.stack([1 - p, p]).clamp(min=1e-5).log()
         refined = crf(logits[None], image[None], mask[None], prepared=self._prepared[sigmas])[0]
-        before, after = (p > 0.5).numpy(), ((refined[1] > refined[0]) & mask).numpy()
-        self.result = after
+        return ((refined[1] > refined[0]) & mask).numpy()
 
-        grey = plotting.paint(image[0].numpy(), self._windows[0])
-        truth = None if self._case.label is None else cut(self._case.label > 0).numpy()
-        panels = [(_headline("network", before, truth), _tint(grey, [(before, KEPT)]), [])]
-        for name, kernel in zip(("smoothness", "appearance"), self._kernels(image, mask, parameters)):
-            title = f"{name}: hears {kernel.sum():.0f} voxels"
-            panels.append((title, _tint(0.6 * grey, [(kernel.numpy(), plotting.PROBABILITY_COLOUR)], 1), []))
-        changes = [("kept", before & after, KEPT), ("removed", before & ~after, REMOVED), ("added", after & ~before, ADDED)]
-        legend = [(f"{text} {where.sum()}", colour) for text, where, colour in changes]
-        panels.append((_headline("after the CRF", after, truth), _tint(grey, [(w, c) for _, w, c in changes]), legend))
-        spacing = self._case.voxel_size
-        aspect = spacing[self._plane.y] / spacing[self._plane.x]
-        self._sheet = _draw_sheet(panels, aspect, (self.row, self.column))
-        self._picture.value = self.snapshot()
+    def _cut(self, volume: np.ndarray) -> np.ndarray:
+        return plotting.cut(volume, self._plane, self.index - self._offset)
 
-    def _kernels(self, image, mask, parameters) -> list[torch.Tensor]:
+    def _cut_slice(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the image `(C, rows, columns)`, the probability of the foreground, and the mask of the present slice."""
+        image = np.stack([self._cut(channel) for channel in self._case.image])
+        return image, self._cut(self._probability), self._cut(self._mask)
+
+    def _kernels(self) -> list[np.ndarray]:
         """Return the exact k₁ and k₂ between the marked voxel and every other, each `(rows, columns)`."""
-        rows, columns = torch.meshgrid(*(torch.arange(n) for n in mask.shape), indexing="ij")
+        image, _, mask = self._cut_slice()
+        rows, columns = np.indices(mask.shape)
         distance = (rows - self.row) ** 2 + (columns - self.column) ** 2
         difference = ((image - image[:, self.row, self.column, None, None]) ** 2).sum(0)
-        smoothness = distance / parameters["smoothness_sigma"] ** 2
-        appearance = distance / parameters["appearance_sigma"] ** 2 + difference / parameters["intensity_sigma"] ** 2
-        return [torch.exp(-e / 2) * mask for e in (smoothness, appearance)]
+        appearance = distance / self.appearance_sigma**2 + difference / self.intensity_sigma**2
+        return [np.exp(-e / 2) * mask for e in (distance / self.smoothness_sigma**2, appearance)]
+
+    # --------------------------------------------------------------------------------------------- what the browser gets
+
+    def _describe(self) -> dict[str, object]:
+        """Return what does not change: names, ranges, colours, and the first values, to which "Reset" returns."""
+        spacing = self._case.voxel_size
+        return {
+            "title": self._case.name,
+            "plane": self._plane.name,
+            "spacing": (spacing[self._plane.y], spacing[self._plane.x]),
+            "aspect": spacing[self._plane.y] / spacing[self._plane.x],
+            "picture": (*self._cut(self._mask).shape[::-1], self._last - self._offset + 1),
+            "slices": (self._offset, self._last),
+            "window": self._window,
+            "ranges": RANGES,
+            "first": {name: getattr(self, name) for name in (*RANGES, "index", "row", "column")},
+            "iterations": self._iterations,
+            "shear": shear(2 + len(self._case.image), dtype=torch.float64).tolist(),
+            "colours": COLOURS,
+        }
+
+    @traitlets.observe("index")
+    def _send_slice(self, change=None) -> None:
+        if not self._scene:  # the first slice is sent when all traits are set
+            return
+        image, probability, mask = self._cut_slice()
+        truth = None if self._case.label is None else pack(self._cut(self._case.label) > 0)
+        exact = [pack(np.ascontiguousarray(part, "<f4").view(np.uint8)) for part in (image, probability)]
+        self._slice = {"shape": mask.shape, "image": exact[0], "probability": exact[1], "mask": pack(mask), "truth": truth}
+
+    # --------------------------------------------------------------------------------------------------- static forms
+
+    def to_html(self, path: str | Path | None = None, *, title: str | None = None) -> str:
+        """Return the present slice as a page that needs neither kernel nor network, and write it to `path` if given."""
+        return self._write_page(path, title, _alone=True)
+
+    def _title(self) -> str:
+        return f"What a dense CRF does to {self._case.name}"
+
+    def _alt(self) -> str:
+        values = ", ".join(f"{name.replace('_', ' ')} {getattr(self, name):.3g}" for name in RANGES)
+        return (
+            f"{self._plane.name} slice {self.index} of {self._case.name}, four times: the network's foreground; what a marked "
+            "voxel hears through the smoothness and through the appearance kernel; the foreground after the CRF, with what it "
+            f"kept, removed and added. {values}"
+        )
+
+    def _draw(self) -> Figure:
+        """Draw the four pictures, as the browser shows them."""
+        before, after = self._cut(self._probability) > 0.5, self.result
+        truth = None if self._case.label is None else self._cut(self._case.label) > 0
+        changes = {"kept": before & after, "removed": before & ~after, "added": after & ~before}
+        kernels = self._kernels()
+        grey = plotting.paint(self._cut(self._case.image[0]), self._window)
+        high = 2.35 * grey.shape[0] / grey.shape[1] * self._scene["aspect"]
+        with plotting.style():
+            figure = Figure(figsize=(9.4, high + 0.9), dpi=110, layout="constrained")
+            panels = figure.subplots(1, 4)
+            self._draw_panel(panels[0], _headline("network", before, truth), grey, {"kept": before}, truth, ["lesion"])
+            for axes, name, kernel in zip(panels[1:], ("smoothness", "appearance"), kernels):
+                title = f"{name} kernel:\nhears {kernel.sum():.0f} voxels"
+                self._draw_panel(axes, title, 0.6 * grey, {"heard": kernel}, None, ["weight 0 to 1"], 1)
+            counts = [f"{name} {where.sum()}" for name, where in changes.items()]
+            self._draw_panel(panels[3], _headline("after the CRF", after, truth), grey, changes, truth, counts)
+        return figure
+
+    def _draw_panel(self, axes, title, grey, layers, truth, names, opacity=0.6) -> None:
+        """Draw grey levels with layers `{colour: strength}` over them, the marked voxel, the truth and a legend."""
+        picture = grey.astype(np.float32)
+        for name, strength in layers.items():
+            picture = plotting.blend(picture, plotting.rgb(COLOURS[name]), opacity * strength)
+        axes.imshow(np.rint(picture).astype(np.uint8), aspect=self._scene["aspect"])
+        side = max(3.0, 0.06 * grey.shape[1])
+        for colour, width in (("white", 3.5), (MARK, 2)):
+            corner = (self.column - side / 2, self.row - side / 2)
+            axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=width))
+        axes.set_title(title)
+        plotting.picture(axes)
+        handles = [Patch(facecolor=COLOURS[layer], label=text) for layer, text in zip(layers, names)]
+        if truth is not None:
+            plotting.outline(axes, truth, colour=COLOURS["truth"])
+            handles.append(plotting.outline_handle("truth", colour=COLOURS["truth"]))
+        look = {"handlelength": 1, "handletextpad": 0.4, "columnspacing": 0.9, "fontsize": 8}
+        axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, **look)
 
     # -------------------------------------------------------------------------------------------------------- checks
 
     @traitlets.validate(*RANGES)
     def _valid_parameter(self, proposal):
-        low, high, _ = RANGES[proposal["trait"].name]
-        return _within(proposal["trait"].name, proposal["value"], low, high)
+        return _within(proposal["trait"].name, proposal["value"], *RANGES[proposal["trait"].name])
 
     @traitlets.validate("index")
     def _valid_index(self, proposal):
@@ -227,35 +269,4 @@ def _within(name: str, value: float, low: float, high: float) -> float:
 
 def _headline(what: str, foreground: np.ndarray, truth: np.ndarray | None) -> str:
     score = "" if truth is None else f", Dice {100 * dice(foreground, truth):.0f} %"
-    return f"{what}: {foreground.sum()} voxels{score}"
-
-
-def _tint(grey: np.ndarray, layers: Sequence[tuple[np.ndarray, str]], opacity: float = 0.6) -> np.ndarray:
-    """Return a grey picture `(rows, columns, 3)` with each layer (strength 0 to 1, colour) over it."""
-    picture = grey.astype(np.float32)
-    for strength, colour in layers:
-        picture = plotting.blend(picture, plotting.rgb(colour), opacity * strength)
-    return np.rint(picture).astype(np.uint8)
-
-
-def _draw_sheet(panels, aspect: float, marked: tuple[int, int]) -> Image.Image:
-    """Draw the panels (title, pixels, legend) in one row, titles above and legends below."""
-    rows, columns = panels[0][1].shape[:2]
-    scale = WIDTH / columns
-    high = round(rows * scale * aspect)
-    sheet = Image.new("RGB", (len(panels) * (WIDTH + GAP) - GAP, high + 44), "white")
-    pen = ImageDraw.Draw(sheet)
-    row, column = marked
-    for n, (title, pixels, legend) in enumerate(panels):
-        left = n * (WIDTH + GAP)
-        pen.text((left, 3), title, fill="#333333", font=font())
-        sheet.paste(Image.fromarray(pixels).resize((WIDTH, high), Image.Resampling.NEAREST), (left, 22))
-        corner = (left + column * scale - 1, 22 + row * scale * aspect - 1)
-        opposite = (left + (column + 1) * scale, 22 + (row + 1) * scale * aspect)
-        pen.rectangle((*corner, *opposite), outline="#CC79A7", width=2)
-        x = min(left, sheet.width - sum(26 + int(font().getlength(text)) for text, _ in legend))  # in sight to its end
-        for text, colour in legend:
-            pen.rectangle((x, high + 28, x + 11, high + 39), fill=colour, outline="#333333")
-            pen.text((x + 16, high + 34), text, fill="#333333", font=font(), anchor="lm")
-            x += 26 + int(font().getlength(text))
-    return sheet
+    return f"{what}:\n{foreground.sum()} voxels{score}"

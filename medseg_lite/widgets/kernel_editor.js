@@ -1,6 +1,9 @@
 // Kernel editor: a picture, a kernel of numbers to edit, and their feature map, computed here with every key pressed.
 
 const rgb = (colour) => [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16));
+/** Round to so many significant digits, but never a digit before the point. */
+const rounded = (x, digits) => Number(Math.abs(x) < 1000 ? x.toPrecision(digits) : x.toFixed(2));
+const written = (x, digits = 4) => String(rounded(x, digits)).replace("-", "−");
 const same = (a, b) => a.length === b.length && a.every((row, i) => row.every((w, j) => w === b[i][j]));
 
 /** Return the sums of products of the kernel and the pixels under it, row by row: (rows - k + 1) × (columns - k + 1). */
@@ -42,8 +45,7 @@ function render({ model, el }) {
       const row = Math.floor(((event.clientY - r.top) / r.height) * rows), column = Math.floor(((event.clientX - r.left) / r.width) * columns);
       set("position", [clamp(row, half, rows - 1 - half), clamp(column, half, columns - 1 - half)]);
     };
-    box.addEventListener("pointerdown", (event) => { box.setPointerCapture(event.pointerId); pick(event); });
-    box.addEventListener("pointermove", (event) => { if (event.buttons & 1) pick(event); });
+    drag(box, pick);
     box.addEventListener("keydown", (event) => {
       const far = event.shiftKey ? 10 : 1;
       const step = { ArrowUp: [-far, 0], ArrowDown: [far, 0], ArrowLeft: [0, -far], ArrowRight: [0, far] }[event.key];
@@ -56,7 +58,7 @@ function render({ model, el }) {
     return { canvas, mark, box, context: canvas.getContext("2d"), figure: make("figure", {}, make("figcaption", {}, name), box) };
   }
   const left = stage("image", "The image", "image"), right = stage("feature map", "The feature map", "map");
-  const legend = make("div", { class: "legend" });
+  const legend = make("div", { class: "legend", role: "group" });
   right.figure.append(legend);
 
   function frame({ canvas, mark, box }, side) { // side: what the mark encloses, in pixels
@@ -110,8 +112,8 @@ function render({ model, el }) {
     const input = inputs[i][j], value = input.valueAsNumber, fine = Math.abs(value) <= heaviest; // NaN is not fine
     input.setAttribute("aria-invalid", String(!fine));
     complaint.textContent = fine ? "" : Number.isNaN(value)
-      ? `Row ${i + 1}, column ${j + 1} is not a number yet; the map still uses ${short(model.get("kernel")[i][j])}.`
-      : `Row ${i + 1}, column ${j + 1} is too large; the map still uses ${short(model.get("kernel")[i][j])}.`;
+      ? `Row ${i + 1}, column ${j + 1} is not a number yet; the map still uses ${written(model.get("kernel")[i][j])}.`
+      : `Row ${i + 1}, column ${j + 1} is too large; the map still uses ${written(model.get("kernel")[i][j])}.`;
     if (fine) set("kernel", model.get("kernel").map((row, a) => row.map((w, b) => (a === i && b === j ? value : w))));
   }
 
@@ -133,7 +135,7 @@ function render({ model, el }) {
     kernel.forEach((row, i) => row.forEach((weight, j) => {
       const input = inputs[i][j];
       if (input !== input.getRootNode().activeElement) { // never overwrite what is being typed
-        input.value = Number(weight.toPrecision(3));
+        input.value = rounded(weight, 4);
         input.setAttribute("aria-invalid", "false");
       }
       const strength = Math.round((45 * Math.abs(weight)) / most);
@@ -143,7 +145,7 @@ function render({ model, el }) {
     const name = presetNow(), sum = kernel.flat().reduce((a, b) => a + b, 0);
     for (const button of buttons) button.setAttribute("aria-pressed", String(button.textContent === name));
     for (const button of sizes) button.setAttribute("aria-pressed", String(+button.dataset.size === kernel.length));
-    total.textContent = `${name ?? own}; its weights add up to ${short(Math.abs(sum) < 1e-9 ? 0 : sum)}`;
+    total.textContent = `${name ?? own}; its weights add up to ${written(Math.abs(sum) < 1e-9 ? 0 : sum, 6)}`;
   }
 
   function resize(k) {
@@ -167,8 +169,8 @@ function render({ model, el }) {
       make("span", { class: "choice", role: "group", "aria-label": "Size" }, ...sizes)),
     make("div", { class: "panels" }, left.figure,
       make("div", { class: "arithmetic" },
-        make("h4", {}, "pixels under the kernel"), under, make("b", { class: "sign", "aria-hidden": "true" }, "×"),
-        make("h4", {}, "kernel"), grid, result, complaint, total),
+        make("div", { class: "title" }, "pixels under the kernel"), under, make("b", { class: "sign", "aria-hidden": "true" }, "×"),
+        make("div", { class: "title" }, "kernel"), grid, result, complaint, total),
       right.figure), help);
 
   // -------------------------------------------------------------------------------------------- from state to view
@@ -182,7 +184,7 @@ function render({ model, el }) {
       cell.textContent = value.toFixed(2).replace("-", "−");
     });
     const value = map[(row - half) * (picture.columns - k + 1) + column - half];
-    result.replaceChildren(make("span", {}, `row ${row}, column ${column}: all products added up make `), make("b", {}, short(value)));
+    result.replaceChildren(make("span", {}, `row ${row}, column ${column}: all products added up make `), make("b", {}, written(value)));
   }
 
   function onKernel() {

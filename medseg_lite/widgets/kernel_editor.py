@@ -148,7 +148,7 @@ class KernelEditor(Widget):
         return "Kernel editor"
 
     def _alt(self) -> str:
-        rows = "; ".join(" ".join(f"{w:.3g}" for w in row) for row in self.kernel)
+        rows = "; ".join(" ".join(f"{w:.6g}" for w in row) for row in self.kernel)
         return (
             f"A picture, the kernel {self.preset} ({rows}), and the feature map they make, blue below zero and vermilion above"
         )
@@ -281,4 +281,5 @@ def _limit(values: np.ndarray) -> float:
 
 
 def _short(number: float, digits: int = 3) -> str:
-    return f"{number:.{digits}g}".replace("-", "−")
+    """Return a number with so many significant digits, but with every digit before the point."""
+    return (f"{number:.{digits}g}" if abs(number) < 1000 else f"{number:.0f}").replace("-", "−")

@@ -141,20 +141,6 @@ function sliceImage(data, size, from, plane, index, colours) {
 
 const NUMBERS = Uint32Array.from({ length: 256 }, (_, k) => k);
 
-/** Return the pixels of a slice of labels where a class meets another, in its colour. Of every `period` of them, `on` are drawn. */
-function outlineImage(data, size, plane, index, colours, [period, on] = [1, 1]) {
-  const values = new Uint32Array(sliceImage(data, size, 0, plane, index, NUMBERS).data.buffer);
-  const width = size[plane.x], height = size[plane.y], image = new ImageData(width, height), out = new Uint32Array(image.data.buffer);
-  for (let v = 0, i = 0; v < height; v++)
-    for (let u = 0; u < width; u++, i++) {
-      const k = values[i];
-      if (!k || (u + v) % period >= on) continue;
-      const edge = u === 0 || u === width - 1 || k !== values[i - 1] || k !== values[i + 1] || k !== values[i - width] || k !== values[i + width];
-      if (edge) out[i] = colours[k];
-    }
-  return image;
-}
-
 /** Return the borders in a slice of labels as a path along the edges of voxels, in voxels from the upper left corner. They lie where
     `differ(a, b)` is true of two neighbours; outside the picture all is 0. No edge is drawn twice, so dashes stay dashes. */
 function borders(data, size, plane, index, differ) {

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import traitlets
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Patch
 
 from .. import features, plotting
 from ..engine.tiles import check_fits
@@ -58,7 +59,9 @@ class TrainingMonitor(Widget):
     frame = traitlets.Int(-1).tag(sync=True)
     opacity = traitlets.Float(0.5).tag(sync=True)
     _curves = traitlets.Dict().tag(sync=True)  # {"loss": [[step, value], ...], scores by name}
-    _frames = traitlets.List().tag(sync=True)  # [{"step", "dice", "data"}, ...]
+    # All pictures, {"number", "step", "dice", "data"} each, are sent when the widget is shown. Later each new one is sent alone.
+    _frames = traitlets.List().tag(sync=True)
+    _newest = traitlets.Dict().tag(sync=True)
 
     def __init__(
         self,
@@ -88,6 +91,7 @@ class TrainingMonitor(Widget):
         self._shown = 0.0  # when the curves were last sent
         low, high = find_limits(image)
         given = classes if classes is not None else case.info.get("classes")
+        named = {k: plotting.class_name(k, given) for k in range(1, max(2, model.classes))}
         truth = None if case.label is None else self._cut(case.label)
         rows, columns = plotting.cut(image, view, index).shape
         super().__init__(
@@ -97,11 +101,13 @@ class TrainingMonitor(Widget):
                 "aspect": case.voxel_size[view.y] / case.voxel_size[view.x],
                 "grey": {"low": low, "high": high, "window": self._window},
                 "image": pack(to_bytes(plotting.cut(image, view, index), low, high)),
-                "truth": None if truth is None else pack(truth),
-                "classes": [(k, plotting.class_name(k, given), plotting.class_colour(k)) for k in range(1, model.classes)],
+                "truth": None if truth is None else pack(truth > 0),
+                "classes": [(k, name, plotting.class_colour(k, named)) for k, name in named.items()],
+                "colour": plotting.COLOURS["truth"],
                 "place": f"{view.name} slice {index} of {case.name}",
             }
         )
+        self.on_msg(lambda *message: self.send_state("_frames"))  # a view asks for pictures that it has missed
 
     def __repr__(self) -> str:
         done = self.history[-1]["step"] if self.history else 0
@@ -113,7 +119,8 @@ class TrainingMonitor(Widget):
         step = row["step"]
         picture = step % self._every == 0 or step == 1
         if picture:
-            self._frames = [*self._frames, self._segment(step)]
+            self._newest = self._segment(step)
+            self._frames.append(self._newest)
         # Often enough to look alive, and not so often that it slows the training down.
         if picture or any(name not in NOT_SCORES for name in row) or time.monotonic() - self._shown > 1:
             self._curves = _curves(self.history)
@@ -126,12 +133,13 @@ class TrainingMonitor(Widget):
         box = tuple(slice(a, a + n) for a, n in zip(start, shape))
         (maps,) = features.capture(self._model, self._case, "", region=box, progress=False).values()
         maps.offset = tuple(o - a for o, a in zip(maps.offset, start))
-        classes = maps.laid_over(shape).argmax(0).astype(np.uint8)
+        logits = maps.laid_over(shape)
+        classes = (logits.argmax(0) if len(logits) > 1 else logits[0] > 0).astype(np.uint8)  # a single output is for a sigmoid
         if self._case.mask is not None:
             classes[~self._case.mask[box]] = 0
         picture = plotting.cut(classes, self._plane, 0)
         score = None if self._case.label is None else dice(picture > 0, self._cut(self._case.label) > 0)
-        return {"step": int(step), "dice": score, "data": pack(picture)}
+        return {"number": len(self._frames), "step": int(step), "dice": score, "data": pack(picture)}
 
     def _cut(self, volume: np.ndarray) -> np.ndarray:
         return plotting.cut(volume, self._plane, self._index)
@@ -151,6 +159,7 @@ class TrainingMonitor(Widget):
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
         self._curves = _curves(self.history)
+        self.send_state("_frames")
         return super()._repr_mimebundle_(**kwargs)
 
     def _draw(self) -> Figure:
@@ -165,11 +174,13 @@ class TrainingMonitor(Widget):
             panels = parts[0].subplots(1, 1 + bool(scores), squeeze=False)[0]
             if "loss" in curves:
                 panels[0].plot(*zip(*curves["loss"]))
-            panels[0].set(title="loss", xlabel="update")
+            panels[0].set(title="loss by update")
             if scores:
                 for name, points in scores.items():
                     panels[1].plot(*zip(*points), marker="o", markersize=3, label=name.replace("_", " "))
-                panels[1].set(title="validation", xlabel="update", ylim=(0, 1) if _within_one(scores) else None)
+                panels[1].set(
+                    title="validation by update", xlim=panels[0].get_xlim(), ylim=(0, 1) if _within_one(scores) else None
+                )
                 panels[1].legend()
             if chosen:
                 pictures = parts[1].subplots(1, 4)
@@ -177,17 +188,28 @@ class TrainingMonitor(Widget):
                     axes.axis("off")
                 for axes, number in zip(pictures, chosen):
                     self._draw_frame(axes, self._frames[number])
+                self._draw_legend(parts[1])
         return figure
 
     def _draw_frame(self, axes: Axes, frame: dict) -> None:
         """Draw one picture: the prediction as colours, the truth as an outline."""
         grey = self._cut(self._case.image[self._case.channels.index(self._channel)])
         classes = np.frombuffer(zlib.decompress(frame["data"], wbits=31), np.uint8).reshape(grey.shape)
-        layers = [plotting.Overlay("prediction", classes, "area")]
+        colours = np.float32([[0, 0, 0], *(plotting.rgb(colour) for _, _, colour in self._scene["classes"])])
+        picture = plotting.blend(plotting.paint(grey, self._window), colours[classes], self.opacity * (classes > 0))
+        axes.imshow(np.rint(picture).astype(np.uint8), aspect=self._scene["aspect"])
         if self._case.label is not None:
-            layers.append(plotting.Overlay("truth", self._cut(self._case.label), "line"))
-        axes.imshow(plotting.paint(grey, self._window, layers, self.opacity), aspect=self._scene["aspect"])
-        axes.set_title(f"after {frame['step']} update{'s' * (frame['step'] != 1)}")
+            plotting.outline(axes, self._cut(self._case.label) > 0, colour=plotting.COLOURS["truth"])
+        score = "" if frame["dice"] is None else f"\nDice of this slice {100 * frame['dice']:.0f} %"
+        axes.set_title(f"after {frame['step']} update{'s' * (frame['step'] != 1)}{score}")
+
+    def _draw_legend(self, figure: SubFigure) -> None:
+        """Draw the legend of the pictures below them."""
+        handles = [Patch(color=colour, label=name) for _, name, colour in self._scene["classes"]]
+        if self._case.label is not None:
+            handles.append(plotting.outline_handle("truth", colour=plotting.COLOURS["truth"]))
+        look = {"handlelength": 1.4, "columnspacing": 1.2, "fontsize": 9}
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **look)
 
     # --------------------------------------------------------------------------------------------------------- checks
 

@@ -126,6 +126,37 @@ def test_the_marked_pixel_by_keys_and_pointer(opened, editor):
     np.testing.assert_allclose(patch, editor.image[29:32, 4:7].ravel(), atol=0.0051)
 
 
+def test_large_weights_keep_their_digits(opened):
+    for button in ("identity", "3×3"):
+        opened.get_by_role("button", name=button).click()
+    weight(opened, 2, 2).fill("9999")
+    assert "its weights add up to 9999" in opened.inner_text(".total")
+    opened.keyboard.press("Tab")
+    assert weight(opened, 2, 2).input_value() == "9999"
+
+
+def test_a_right_click_and_a_swipe_leave_the_mark(browser, opened):
+    before, box = opened.inner_text(".result"), opened.locator("[data-view=image]").bounding_box()
+    opened.mouse.click(box["x"] + 20, box["y"] + 20, button="right")
+    assert opened.inner_text(".result") == before
+    context = browser.new_context(viewport={"width": 390, "height": 500}, has_touch=True)
+    phone = context.new_page()
+    phone.goto(opened.url)
+    phone.wait_for_selector("[data-ready]")
+    box = phone.locator("[data-view=image]").bounding_box()
+    place = {"x": box["x"] + 100, "y": box["y"] + 100}
+    phone.touchscreen.tap(**place)
+    assert phone.inner_text(".result") != before  # a tap moves it
+    before, device = phone.inner_text(".result"), context.new_cdp_session(phone)
+    for kind, up in [("Start", 0), *(("Move", up) for up in range(10, 100, 10))]:
+        finger = {"x": place["x"], "y": place["y"] - up}
+        device.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": [finger]})
+    device.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    phone.wait_for_timeout(100)
+    assert phone.evaluate("scrollY") > 50 and phone.inner_text(".result") == before
+    context.close()
+
+
 def test_every_control_has_a_name_and_fits_narrow_notebooks(opened):
     unnamed = opened.evaluate(
         """() => [...document.querySelectorAll('input, button, [tabindex]')]

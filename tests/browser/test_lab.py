@@ -153,3 +153,57 @@ def test_reading_past_a_viewer(open_notebook):
     page.wait_for_timeout(300)
     assert page.locator(".medseg-slices .number").first.inner_text() != before
     assert page.locator(".lm-Menu").count() == 0
+
+
+MONITOR = """
+import time, torch
+from IPython.display import display
+from medseg_lite import models
+from medseg_lite.widgets import TrainingMonitor
+monitor = TrainingMonitor(models.dm2d_seg(in_channels=2, classes=2, width=0.1), case, every=1)
+display(monitor)
+for step in range(1, 9):
+    monitor({"step": step, "loss": 1 / step})
+    time.sleep(0.05)  # the view is still being made when the first pictures come
+"""
+
+
+def test_training_monitor(open_notebook):
+    """Every picture arrives, also in a view that was not there yet when it was made."""
+    page = open_notebook(SETUP + MONITOR, "monitor", "print(monitor.frame, len(monitor._frames))")
+    for number in (0, 1):  # displayed before the training, and after it
+        view = page.locator(".medseg-monitor").nth(number)
+        page.locator(".medseg-monitor[data-shown='8']").nth(number).wait_for()
+        slider = view.get_by_label("Picture", exact=True)
+        assert slider.get_attribute("max") == "7"
+        for frame in (0, 3):
+            slider.fill(str(frame))
+            page.locator(f".medseg-monitor[data-shown='{frame + 1}']").nth(number).wait_for()
+        slider.fill("7")
+        page.locator(".medseg-monitor[data-shown='8']").nth(number).wait_for()
+    page.locator(".medseg-monitor").first.get_by_label("Picture", exact=True).fill("2")
+    assert run_last_cell(page) == "2 8"
+
+
+CRF = """
+from medseg_lite.widgets import CRFExplorer
+p = np.clip(0.2 + 0.5 * ball + 0.2 * np.random.default_rng(0).normal(size=ball.shape), 0, 1).astype(np.float32)
+explorer = CRFExplorer(case, np.stack([1 - p, p]))
+explorer
+"""
+
+
+def test_crf_explorer(open_notebook):
+    """A slice comes from the kernel when it is chosen; what is done in the browser arrives in Python."""
+    page = open_notebook(SETUP + CRF, "print(explorer.index, explorer.row, explorer.result.sum())\nexplorer.index = 14")
+    page.wait_for_selector(".medseg-crf[data-ready]")
+    slider, said = page.get_by_label("Axial slice"), page.locator(".medseg-crf figure:nth-of-type(4) small")
+    page.wait_for_function("() => document.querySelector('.medseg-crf [aria-label=\"Axial slice\"]').value === '14'")
+    before = said.inner_text()
+    slider.fill("8")
+    page.wait_for_function("old => document.querySelectorAll('.medseg-crf small')[3].innerText !== old", arg=before)
+    page.locator("[data-view='0']").focus()
+    for _ in range(40):
+        page.keyboard.press("ArrowUp")
+    assert run_last_cell(page).startswith("8 0 ")
+    page.wait_for_function("old => document.querySelectorAll('.medseg-crf small')[3].innerText === old", arg=before)

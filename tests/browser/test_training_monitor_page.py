@@ -32,16 +32,48 @@ def shot(page, view: str) -> str:
 def test_pictures_follow_the_slider(opened):
     assert opened.inner_text(".caption").startswith("after 6 updates: Dice of this slice")
     before = {view: shot(opened, view) for view in ("picture", "loss", "scores")}
-    opened.get_by_label("Picture").fill("0")
+    opened.get_by_label("Picture", exact=True).fill("0")
     opened.wait_for_selector("[data-shown='1']")
     assert opened.inner_text(".caption").startswith("after 1 update:")
     assert all(shot(opened, view) != old for view, old in before.items())  # the curves mark the place
-    opened.get_by_label("Picture").fill("3")
+    opened.get_by_label("Picture", exact=True).fill("3")
     opened.wait_for_selector("[data-shown='6']")
     assert shot(opened, "picture") == before["picture"]
     opened.get_by_label("Opacity of the colours").fill("0.1")
     assert shot(opened, "picture") != before["picture"]
     assert opened.locator(".plots .key li").all_inner_texts() == ["dice whole", "dice core"]
+
+
+def test_play_and_choose_in_the_curve(browser, opened):
+    opened.get_by_role("button", name="Play").click()  # from the last picture on to the first
+    assert opened.inner_text("button") == "Pause"
+    opened.wait_for_selector("[data-shown='1']")
+    opened.wait_for_selector("[data-shown='6']")
+    assert opened.inner_text("button") == "Play"
+    box = opened.locator("[data-view=loss]").bounding_box()
+    opened.mouse.click(box["x"] + box["width"] * 0.65, box["y"] + 50)  # update 4.0
+    opened.wait_for_selector("[data-shown='4']")
+    context = browser.new_context(reduced_motion="reduce")
+    still = context.new_page()
+    still.goto(opened.url)
+    still.wait_for_selector("[data-ready]")
+    for step in (1, 2, 4):
+        still.get_by_role("button", name="Next picture").click()
+        still.wait_for_timeout(500)
+        assert still.get_attribute("[data-shown]", "data-shown") == str(step)
+    still.get_by_label("Picture", exact=True).focus()
+    still.keyboard.press("p")
+    still.wait_for_selector("[data-shown='6']")
+    context.close()
+
+
+def test_both_curves_have_one_axis_and_fill_the_height(opened):
+    boxes = {view: opened.locator(f"[data-view={view}]").bounding_box() for view in ("loss", "scores")}
+    assert boxes["loss"]["x"] == boxes["scores"]["x"] and boxes["loss"]["width"] == boxes["scores"]["width"]
+    plots, view = (opened.locator(name).bounding_box() for name in (".plots", ".view"))
+    legend = opened.locator(".plots .key").bounding_box()
+    assert abs(plots["height"] - view["height"]) < 10 and plots["y"] + plots["height"] - legend["y"] < 60
+    assert opened.locator(".plots .key canvas").count() == 2  # lines with their dashes
 
 
 def test_controls_have_names_and_narrow_notebooks_do(opened):
