@@ -93,6 +93,7 @@ def test_bad_state_is_refused(compare, name, value, message):
 def test_static_forms(compare, tmp_path):
     data, metadata = compare._repr_mimebundle_()
     assert "moved" in metadata["image/png"]["alt"] and "nothing 0 %" in metadata["image/png"]["alt"]
+    assert all(word in metadata["image/png"]["alt"] for word in ("region all labels", "flair", "axial"))
     first = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["image/png"]))))
     compare.region = "core"
     assert (np.asarray(Image.open(io.BytesIO(compare.snapshot()))) != first).any()
@@ -107,3 +108,9 @@ def test_regions_of_brats():
     case, predictions = make()
     compare = CompareSegmentations(case, predictions, regions="brats2015", region="enhancing")
     assert list(compare._regions) == ["whole", "core", "enhancing"] and compare.region == "enhancing"
+
+
+def test_the_picture_says_what_its_dice_is_of(compare):
+    figure = compare._draw()
+    assert figure.get_suptitle() == f"ball, region all labels over flair, axial slice {compare.position[2]}; Dice of all slices"
+    assert [text.get_text() for text in figure.axes[0].texts] == list("RLAP")

@@ -279,3 +279,44 @@ def test_html_holds_the_layers_asked_for_and_escapes_names(model, tmp_path):
     assert not any(key in state for key in ("_esm", "_css", "tabbable", "layout"))
     with pytest.raises(ValueError, match="no layer 'x'"):
         FeatureExplorer(model, case).to_html(layers="x")
+
+
+def test_the_layer_shown_travels_with_the_state(explorer):
+    """Nothing has to be asked for when the widget is shown: a kernel that runs the next cells could not answer."""
+    assert explorer.get_state()["_maps"] == {}
+    explorer.layer = "low.2"
+    explorer._repr_mimebundle_()
+    (key, layer), *others = explorer.get_state()["_maps"].items()
+    assert (key, others) == ("0/low.2", []) and layer["about"]["shape"][0] == 4
+    assert explorer.bytes_sent == len(layer["data"])
+    explorer._repr_mimebundle_()
+    assert explorer.bytes_sent == len(layer["data"])
+    explorer.refresh()
+    assert explorer._maps == {}
+
+
+def test_pages_are_small(model):
+    """Large layers lose voxels until the page is as small as wanted; small ones and all numbers stay as they are."""
+    explorer = FeatureExplorer(model, make_case((48, 54, 36)).replace(mask=None), layer="normal.7")
+    small, large = (explorer.to_html(layers=["low.2"], megabytes=size) for size in (0.5, 50))
+    assert len(small) < 0.65e6 < len(large)  # the script and the styles come on top
+    (thin, low), (full, same) = (
+        json.loads(re.search(r'id="state">(.*?)</script>', text, re.S)[1])["_maps"].values() for text in (small, large)
+    )
+    assert low == same and full["about"]["every"] == [1, 1, 1]
+    every = thin["about"]["every"]
+    assert np.prod(every) > 1 and thin["about"]["stride"] == [float(k) for k in every]
+    assert thin["about"]["selectivity"] == full["about"]["selectivity"]
+    levels = [
+        np.frombuffer(zlib.decompress(base64.b64decode(one["data"]["base64"]), wbits=31), np.uint8).reshape(
+            one["about"]["shape"]
+        )
+        for one in (thin, full)
+    ]
+    assert (levels[0] == levels[1][:, :: every[0], :: every[1], :: every[2]]).all()
+
+
+def test_the_picture_can_leave_out_what_lies_outside_the_mask(explorer):
+    before = explorer.snapshot()
+    explorer.brain_only = True
+    assert explorer.snapshot() != before

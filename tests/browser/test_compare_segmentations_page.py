@@ -65,6 +65,31 @@ def test_worst_slice_bars_and_keys(opened, compare):
     assert ", 15" in opened.inner_text(".readout span:first-child")
 
 
+def test_bars_by_keyboard(opened):
+    bars = opened.locator("[data-view=bars1]")
+    bars.focus()
+    first = int(bars.get_attribute("aria-valuenow"))
+    opened.keyboard.press("ArrowRight")
+    assert f", {first + 1}" in opened.inner_text(".readout span:first-child")
+    assert bars.get_attribute("aria-valuetext").startswith(f"slice {first + 1}: ")
+    opened.keyboard.press("End")
+    assert bars.get_attribute("aria-valuenow") == bars.get_attribute("aria-valuemax")
+    opened.get_by_role("button", name="worst slice of noisy").click()
+    assert bars.get_attribute("aria-valuetext") == "slice 20: 0 missed, 28 made up"
+
+
+def test_pictures_stand_at_one_height(page, compare, tmp_path):
+    """At the width of JupyterLab, however long a name is."""
+    case, long = compare._case, "DeepMedic with a conditional random field behind it"
+    predictions = dict(zip(("a", long, "c"), [*compare._predictions.values(), case.label]))
+    CompareSegmentations(case, predictions).to_html(tmp_path / "c.html")
+    page.set_viewport_size({"width": 880, "height": 900})
+    page.goto((tmp_path / "c.html").as_uri())
+    page.wait_for_selector("[data-ready]")
+    tops = [page.locator(f"[data-view={kind}{n}]").bounding_box()["y"] for kind in ("picture", "bars") for n in range(3)]
+    assert len(set(tops[:3])) == len(set(tops[3:])) == 1
+
+
 def test_controls_have_names_and_narrow_notebooks_do(opened):
     unnamed = opened.evaluate(
         """() => [...document.querySelectorAll('input, button, select, [tabindex]')]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -199,6 +201,50 @@ def test_hover_tells_the_value(opened, explored):
     assert "normal.2, channel 1" in readout(opened)
     opened.mouse.move(2, 2)
     assert f"{d}, {h}, {w}" in readout(opened) and "channel 0" in readout(opened)
+
+
+def test_the_chosen_channel_stays_in_sight(opened, explored):
+    """Sorting and keys scroll the channels to the one that is chosen."""
+    opened.locator(".tiles").evaluate("box => { box.style.maxHeight = '130px'; }")
+    top = "box => box.scrollTop"
+    opened.focus("[data-view=grid0]")
+    opened.keyboard.press("End")
+    assert opened.locator(".tiles").evaluate(top) > 0
+    opened.keyboard.press("Home")
+    assert opened.locator(".tiles").evaluate(top) == 0
+    explored.sort = "activity"
+    last = explored.order[-1]
+    explored.sort = "index"
+    for _ in range(last):
+        opened.keyboard.press("ArrowRight")
+    opened.get_by_label("Sort by").select_option("activity")
+    assert opened.locator(".tiles").evaluate(top) > 0
+
+
+def test_pages_say_that_voxels_are_left_out(page, explored, tmp_path):
+    explored.to_html(tmp_path / "f.html", megabytes=0.3)
+    page.goto((tmp_path / "f.html").as_uri())
+    page.wait_for_selector("[data-ready]")
+    assert re.search(r"voxels, one voxel of \d+ kept", page.inner_text(".facts"))
+
+
+def test_brain_only(page, explored, tmp_path):
+    """Without the rest, tiles are transparent outside the mask."""
+    case = explored._case
+    mask = np.zeros(case.shape, bool)
+    mask[4:30, 6:36] = True
+    FeatureExplorer(explored._models[0], case.replace(mask=mask), region=tuple(slice(0, n) for n in case.shape)).to_html(
+        tmp_path / "f.html", megabytes=20
+    )
+    page.goto((tmp_path / "f.html").as_uri())
+    page.wait_for_selector("[data-ready]")
+    corner = "c => c.getContext('2d').getImageData(1, 15, 1, 1).data[3]"
+    tiles = page.locator("[data-view=grid0] canvas")
+    page.focus("[data-view=grid0]")
+    page.keyboard.press("End")  # the frame of the chosen channel is elsewhere
+    assert tiles.evaluate(corner) == 255
+    page.get_by_label("brain only").check()
+    assert tiles.evaluate(corner) == 0
 
 
 def test_export(opened):

@@ -22,7 +22,7 @@ case = Case(image=np.stack([d + 2 * h + 3 * w + 40 * ball, 5 * h - w]).astype(np
 def open_notebook(lab, page):
     """Write a notebook of these cells, open it and run all of them."""
 
-    def run(*cells: str):
+    def run(*cells: str, wait: bool = True):
         address, token, folder = lab
         name = f"n{time.time_ns()}"
         notebook = nbformat.v4.new_notebook(
@@ -39,6 +39,8 @@ def open_notebook(lab, page):
         page.click(".jp-Notebook .jp-CodeCell .jp-InputArea-editor")
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        if not wait:
+            return page
         page.wait_for_function(
             """() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every(e => /\\[\\d+\\]/.test(e.innerText))""",
             timeout=60_000,
@@ -123,6 +125,15 @@ def test_feature_explorer(open_notebook):
     page.wait_for_selector("[data-layer='normal.0']")
     choose_low7()
     assert run_last_cell(page).split()[-1] == first.split()[-1]  # the layer was there already
+
+
+def test_first_layer_while_the_kernel_is_busy(open_notebook):
+    """The first layer is there although the kernel, busy with the next cell, answers no message."""
+    page = open_notebook(
+        SETUP + FEATURES, "import time\nstop = time.time() + 60\nwhile time.time() < stop:\n    pass", wait=False
+    )
+    page.wait_for_selector(".medseg-features[data-ready] [data-layer='normal.0']", timeout=50_000)
+    assert page.locator(".jp-CodeCell .jp-InputPrompt").nth(1).inner_text().strip() == "[*]:"
 
 
 def test_reading_past_a_viewer(open_notebook):

@@ -150,11 +150,13 @@ def test_overlays_opacity_sequence_and_window(opened, viewer):
 
 def test_right_drag_sets_the_window_and_reset_undoes_it(opened, viewer):
     before = pixels(opened, "axial")
+    opened.evaluate("document.addEventListener('contextmenu', () => { window.menu = true; })")
     opened.hover("[data-plane=axial]")
     opened.mouse.down(button="right")
     opened.mouse.move(400, 400)
     opened.mouse.up(button="right")
     assert (pixels(opened, "axial") != before).any()
+    assert not opened.evaluate("window.menu")  # JupyterLab's own menu opens from the document
     opened.get_by_role("button", name="Reset").click()
     assert_shows(opened, viewer)
 
@@ -172,6 +174,44 @@ def test_dashed_lines_and_probabilities(page, case, tmp_path):
             page.get_by_label(name).set_checked(name in shown)
         viewer.visible = shown
         assert_shows(page, viewer)
+
+
+def outline(page) -> np.ndarray:
+    """RGBA (rows, columns, 4) of the axial outlines, as sharp as the screen."""
+    width, height, values = page.eval_on_selector(
+        "[data-plane=axial] .lines",
+        "c => [c.width, c.height, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]",
+    )
+    return np.uint8(values).reshape(height, width, 4)
+
+
+def test_outlines_lie_on_the_edges_of_voxels(page, tmp_path):
+    block = np.zeros((20, 24, 3), np.uint8)
+    block[5:15, 4:12] = 1
+    viewer = SliceViewer(np.zeros(block.shape), {"first": block, "second": block}, visible=["first"], opacity=1)
+    viewer.to_html(tmp_path / "v.html")
+    page.goto((tmp_path / "v.html").as_uri())
+    page.wait_for_selector("[data-ready]")
+    drawn = outline(page)
+    scale = drawn.shape[1] / 20, drawn.shape[0] / 24
+    wanted = plotting.rgb(viewer._overlays[0].colour)
+    rows, columns = np.nonzero(np.abs(drawn[..., :3].astype(int) - wanted).max(axis=2) < 30)
+    assert rows.min() == pytest.approx(12 * scale[1], abs=1.5) and rows.max() == pytest.approx(20 * scale[1], abs=1.5)
+    assert columns.min() == pytest.approx(5 * scale[0], abs=1.5) and columns.max() == pytest.approx(15 * scale[0], abs=1.5)
+    whole = len(rows)
+    page.get_by_label("first").uncheck()
+    assert not outline(page).any()
+    page.get_by_label("second").check()  # dashed, in another colour
+    wanted = plotting.rgb(viewer._overlays[1].colour)
+    assert 0.4 * whole < (np.abs(outline(page)[..., :3].astype(int) - wanted).max(axis=2) < 30).sum() < 0.8 * whole
+
+
+def test_the_key_lists_what_is_visible(opened):
+    key = opened.locator(".key")
+    assert key.inner_text().split() == ["shell", "core"]
+    assert "linear-gradient" in opened.locator(".boxes .swatch").first.get_attribute("style")
+    opened.get_by_label("truth").uncheck()
+    assert not key.is_visible()
 
 
 def test_a_single_picture_shows_one_plane(page, tmp_path):
