@@ -108,7 +108,7 @@ def test_kernels_are_rebuilt_only_when_a_sigma_or_the_slice_changes(explorer, mo
 
 
 def test_kernels_of_the_marked_voxel(explorer):
-    """The appearance kernel hears the ball and not the brain around it, the smoothness kernel both."""
+    """The appearance kernel weighs the ball and not the brain around it, the smoothness kernel both."""
     case, _ = make()
     explorer.smoothness_sigma, explorer.appearance_sigma, explorer.row, explorer.column = 3, 8, 13, 11
     image, mask = (plotting.cut(volume, plotting.PLANES[0], 6) for volume in (case.image[0], case.mask))

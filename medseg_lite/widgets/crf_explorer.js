@@ -1,4 +1,4 @@
-// CRF explorer: one slice before and after the dense CRF, and what a marked voxel hears. The whole CRF runs here, as crf/ computes it.
+// CRF explorer: one slice before and after the dense CRF, and the influence of every voxel on a marked one. The whole CRF runs here, as crf/ computes it.
 
 /** Return the permutohedral lattice of points with `d` features each, as a filter of a signal. It is `crf.Permutohedral`. */
 function lattice(features, d, shear) {
@@ -82,7 +82,7 @@ function render({ model, el }) {
     (by) => turnTo(model.get("index") + by)]; // both axes of a picture run against the array's
 
   const panels = ["network", "smoothness kernel", "appearance kernel", "after the CRF"].map((title, number) => {
-    const canvas = make("canvas"), mark = make("i", { class: "mark" }), fact = make("small"), key = make("ul", { class: "key" });
+    const canvas = make("canvas"), mark = make("i", { class: "mark", style: `--mark: ${colours.mark}` }), fact = make("small"), key = make("ul", { class: "key" });
     const stage = make("div", { class: "stage", tabindex: 0, role: "application", "aria-roledescription": "slice picture", "data-view": number }, canvas, mark);
     const pick = (event) => {
       const r = stage.getBoundingClientRect();
@@ -121,7 +121,7 @@ function render({ model, el }) {
   }
 
   /** Return the weight of every voxel in the two kernels of the marked one, before they are normalised. */
-  function heard() {
+  function influences() {
     const { rows, columns, image, mask } = slice, [row, column] = limit(model.get("row"), model.get("column")), size = rows * columns;
     const weigh = (sigma, gamma) => Float64Array.from(mask, (m, i) => {
       let energy = ((Math.floor(i / columns) - row) ** 2 + ((i % columns) - column) ** 2) / sigma ** 2;
@@ -135,8 +135,8 @@ function render({ model, el }) {
     if (!after) return;
     const before = slice.probability.map((p) => p > 0.5), truth = slice.truth ? [["truth", ""]] : [], fill = (colour) => `background: ${colour}`;
     draw(panels[0], score(before), [["lesion", fill(colours.kept)], ...truth], [[before, colours.kept, 0.6]]);
-    heard().forEach((kernel, k) => draw(panels[k + 1], `hears ${Math.round(kernel.reduce((a, b) => a + b))} voxels`,
-      [["weight 0 to 1", `width: 40px; background: linear-gradient(to right, #333, ${colours.heard})`]], [[kernel, colours.heard, 1]], 0.6, false));
+    influences().forEach((kernel, k) => draw(panels[k + 1], `the sum of the weights is ${Math.round(kernel.reduce((a, b) => a + b))}`,
+      [["weight 0 to 1", `width: 40px; background: linear-gradient(to right, #333, ${colours.influence})`]], [[kernel, colours.influence, 1]], 0.6, false));
     const changes = { kept: before.map((b, i) => b && after[i]), removed: before.map((b, i) => b && !after[i]), added: before.map((b, i) => !b && after[i]) };
     const names = Object.keys(changes), count = (where) => where.reduce((a, b) => a + b);
     draw(panels[3], score(after), [...names.map((name) => [`${name} ${count(changes[name])}`, fill(colours[name])]), ...truth],
@@ -188,13 +188,13 @@ function render({ model, el }) {
   const readout = makeReadout("At the marked voxel");
   const root = make("div", { class: "medseg-crf", role: "group", "aria-label": `CRF explorer: ${scene.title}` },
     make("div", { class: "groups" },
-      group("Smoothness kernel: near voxels", row("smoothness_weight", sign("w", 1), "how loud"), row("smoothness_sigma", sign("σ", "α"), "how far", far)),
-      group("Appearance kernel: near and alike", row("appearance_weight", sign("w", 2), "how loud"), row("appearance_sigma", sign("σ", "β"), "how far", far),
+      group("Smoothness kernel: near voxels", row("smoothness_weight", sign("w", 1), "how strong"), row("smoothness_sigma", sign("σ", "α"), "how far", far)),
+      group("Appearance kernel: near and alike", row("appearance_weight", sign("w", 2), "how strong"), row("appearance_sigma", sign("σ", "β"), "how far", far),
         row("intensity_sigma", sign("σ", "γ"), "how different in intensity")),
       group("View", make("label", {}, make("span", {}, `${scene.plane} slice`), turned, ...(alone ? [] : [turn])), reset)),
     make("div", { class: "panels" }, ...panels.map(({ box }) => box)), readout,
     makeHelp(`Click or drag in a picture: mark a voxel. Arrow keys in a picture: move the mark, with Shift ten voxels. ${alone ? "" : "Page Up and Page Down: slice. "}`
-      + "The middle pictures show how loudly each voxel speaks to the marked one. Reset: back to the first parameters and mark."));
+      + "The middle pictures show how strongly each voxel influences the marked one. Reset: back to the first parameters and mark."));
 
   function showControls() {
     for (const [name, [slider, shown, write]] of Object.entries(sliders)) {

@@ -18,14 +18,14 @@ from ..metrics import dice
 from ..volume import Case, bounding_box
 from ._base import StateError, Widget, check_images, pack, script, styles
 
-COLOURS = {  # told apart by colour-blind readers too
+COLOURS = {
     "kept": plotting.class_colour("lesion"),
-    "removed": "#D55E00",
-    "added": "#F0E442",
-    "heard": plotting.PROBABILITY_COLOUR,
+    "removed": plotting.COLOURS["removed"],
+    "added": plotting.COLOURS["added"],
+    "influence": plotting.COLOURS["probability"],
     "truth": plotting.COLOURS["truth"],
 }
-MARK = "#CC79A7"
+MARK = plotting.COLOURS["field"]
 # The range of each parameter's slider. The sliders are logarithmic, because what matters is the factor.
 RANGES = {
     "smoothness_weight": (0.01, 30.0),
@@ -177,7 +177,7 @@ class CRFExplorer(Widget):
             "first": {name: getattr(self, name) for name in (*RANGES, "index", "row", "column")},
             "iterations": self._iterations,
             "shear": shear(2 + len(self._case.image), dtype=torch.float64).tolist(),
-            "colours": COLOURS,
+            "colours": COLOURS | {"mark": MARK},
         }
 
     @traitlets.observe("index")
@@ -201,9 +201,9 @@ class CRFExplorer(Widget):
     def _alt(self) -> str:
         values = ", ".join(f"{name.replace('_', ' ')} {getattr(self, name):.3g}" for name in RANGES)
         return (
-            f"{self._plane.name} slice {self.index} of {self._case.name}, four times: the network's foreground; what a marked "
-            "voxel hears through the smoothness and through the appearance kernel; the foreground after the CRF, with what it "
-            f"kept, removed and added. {values}"
+            f"{self._plane.name} slice {self.index} of {self._case.name}, four times: the network's foreground; how strongly "
+            "each voxel influences a marked one through the smoothness and through the appearance kernel; the foreground after "
+            f"the CRF, with what it kept, removed and added. {values}"
         )
 
     def _draw(self) -> Figure:
@@ -219,8 +219,8 @@ class CRFExplorer(Widget):
             panels = figure.subplots(1, 4)
             self._draw_panel(panels[0], _headline("network", before, truth), grey, {"kept": before}, truth, ["lesion"])
             for axes, name, kernel in zip(panels[1:], ("smoothness", "appearance"), kernels):
-                title = f"{name} kernel:\nhears {kernel.sum():.0f} voxels"
-                self._draw_panel(axes, title, 0.6 * grey, {"heard": kernel}, None, ["weight 0 to 1"], 1)
+                title = f"{name} kernel:\nthe sum of the weights is {kernel.sum():.0f}"
+                self._draw_panel(axes, title, 0.6 * grey, {"influence": kernel}, None, ["weight 0 to 1"], 1)
             counts = [f"{name} {where.sum()}" for name, where in changes.items()]
             self._draw_panel(panels[3], _headline("after the CRF", after, truth), grey, changes, truth, counts)
         return figure
@@ -231,10 +231,10 @@ class CRFExplorer(Widget):
         for name, strength in layers.items():
             picture = plotting.blend(picture, plotting.rgb(COLOURS[name]), opacity * strength)
         axes.imshow(np.rint(picture).astype(np.uint8), aspect=self._scene["aspect"])
-        side = max(3.0, 0.06 * grey.shape[1])
+        side = max(4.0, 0.1 * grey.shape[1])
         for colour, width in (("white", 3.5), (MARK, 2)):
             corner = (self.column - side / 2, self.row - side / 2)
-            axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=width))
+            axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=width, zorder=5))
         axes.set_title(title)
         plotting.picture(axes)
         handles = [Patch(facecolor=COLOURS[layer], label=text) for layer, text in zip(layers, names)]

@@ -34,7 +34,7 @@ def opened(page, explorer, tmp_path):
 
 
 def foreground(page, shape) -> np.ndarray:
-    """Voxels that the last picture shows as kept (blue) or added (yellow), read at the middle of each voxel."""
+    """Voxels that the last picture shows as kept (violet) or added (light blue), not as removed (purple), read at the middle of each voxel."""
     rows, columns = shape
     width, height, values = page.eval_on_selector(
         "[data-view='3'] canvas", "c => [c.width, c.height, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]"
@@ -42,8 +42,8 @@ def foreground(page, shape) -> np.ndarray:
     pixels = np.uint8(values).reshape(height, width, 4).astype(int)
     v = ((np.arange(rows) + 0.5) * height / rows).astype(int)
     u = ((np.arange(columns) + 0.5) * width / columns).astype(int)
-    red, green, blue, _ = np.moveaxis(pixels[np.ix_(v, u)], 2, 0)
-    return (blue > red + 20) | ((green > blue + 20) & (red - green < 25))
+    red, _, blue, _ = np.moveaxis(pixels[np.ix_(v, u)], 2, 0)
+    return blue > red + 20
 
 
 def slider(page, name: str):
@@ -52,9 +52,9 @@ def slider(page, name: str):
 
 def test_labels_are_those_of_python(opened, explorer):
     settings = {
-        "w1, how loud": ("smoothness_weight", 2.0),
+        "w1, how strong": ("smoothness_weight", 2.0),
         "σα, how far": ("smoothness_sigma", 2.5),
-        "w2, how loud": ("appearance_weight", 0.7),
+        "w2, how strong": ("appearance_weight", 0.7),
         "σβ, how far": ("appearance_sigma", 3.0),
         "σγ, how different in intensity": ("intensity_sigma", 0.25),
     }
@@ -90,7 +90,7 @@ def test_mark_a_voxel_by_pointer_and_keys(opened, explorer):
         assert "row {}, column {}".format(*place) in opened.inner_text(".readout")
     explorer.row, explorer.column = 29, 0
     for number, kernel in zip((2, 3), explorer._kernels()):
-        assert opened.inner_text(f"figure:nth-of-type({number}) small") == f"hears {kernel.sum():.0f} voxels"
+        assert opened.inner_text(f"figure:nth-of-type({number}) small") == f"the sum of the weights is {kernel.sum():.0f}"
     opened.mouse.click(box["x"] + 50, box["y"] + 50, button="right")  # opens a menu, and marks nothing
     assert "row 29, column 0" in opened.inner_text(".readout")
 
