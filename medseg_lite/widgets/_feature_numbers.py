@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from .. import plotting
-from ..features import ReceptiveField
+from ..features import LayerInfo, ReceptiveField
 from ._base import pack
 
 LEVELS = 255
@@ -70,6 +70,20 @@ def offsets(field: ReceptiveField) -> tuple[list[int], list[int]]:
     """Return the first and last offset of a receptive field along all three axes. A 2-D field is one slice thick."""
     first, last = ([*side, *[0] * (3 - len(side))] for side in (field.first, field.last))
     return first, last
+
+
+def describe_layer(info: LayerInfo) -> dict[str, object]:
+    """Return the facts about a layer that its button in the browser tells."""
+    stride = None if info.stride is None else [*info.stride, *[1.0] * (3 - len(info.stride))]
+    side = None if info.field is None else info.field.side
+    return {
+        "name": info.name,
+        "kind": info.kind,
+        "channels": info.channels,
+        "parameters": info.parameters,
+        "stride": stride,
+        "side": side,
+    }
 
 
 def describe_channels(

@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 
 from .. import plotting
 from ..features import FeatureMaps
+from ..plotting.meanings import CASING
 from ._base import CaseWidget, signed_colormap
 from ._feature_numbers import is_signed, offsets
 
@@ -148,7 +149,7 @@ def _picture(axes: Axes, panel: Panel) -> AxesImage:
         label = plotting.cut(case.label[box], plane, index)
         for k in np.unique(label[label > 0]).tolist():
             for line in plotting.borders(label == k):
-                for colour, width in (("#111111", 2.4), (explorer._class_colours[k], 1.2)):
+                for colour, width in ((CASING, 2.4), (explorer._class_colours[k], 1.2)):
                     axes.plot(*(line.T + 0.5), color=colour, linewidth=width, linestyle="-")
     x, y = (shape[i] - (explorer.position[i] - start[i]) - 0.5 for i in (plane.x, plane.y))
     axes.axhline(y, color="#ffffff", lw=0.6, alpha=0.7)

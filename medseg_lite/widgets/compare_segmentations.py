@@ -15,7 +15,7 @@ from .. import metrics, plotting
 from ..volume import Case, as_label, bounding_box
 from ._base import CaseWidget, check_images, check_known, pack, script, styles
 
-OUTCOMES = {name: plotting.COLOURS[name] for name in ("found", "missed", "made up")}
+OUTCOMES = {name: plotting.COLOURS[name] for name in plotting.OUTCOMES[1:]}
 
 
 class CompareSegmentations(CaseWidget):
@@ -155,7 +155,7 @@ class CompareSegmentations(CaseWidget):
             for axes in panels:
                 axes.axis("off")
             for axes, (name, prediction) in zip(panels, self._predictions.items()):
-                self._draw_outcomes(axes, plane, prediction)
+                self._draw_outcomes(axes, prediction)
                 axes.set_title(f"{name}: Dice {100 * scores[name]:.1f} %")
             index = self.position[plane.cut]
             figure.suptitle(
@@ -166,23 +166,23 @@ class CompareSegmentations(CaseWidget):
             figure.legend(handles=handles, loc="outside lower center", ncols=3)
         return figure
 
-    def _draw_outcomes(self, axes: Axes, plane: plotting.Plane, prediction: np.ndarray) -> None:
+    def _draw_outcomes(self, axes: Axes, prediction: np.ndarray) -> None:
         """Draw the slice of the sequence, coloured by what a prediction found, missed and made up."""
-        number, labels = self._case.channels.index(self.sequence), self._regions[self.region]
-
-        def cut(volume):
-            return plotting.cut(volume[self._box], plane, self.position[plane.cut] - self._box[plane.cut].start)
-
-        picture = plotting.paint(cut(self._case.image[number]), self._scene["sequences"][number]["window"]).astype(np.float32)
-        found, truth = np.isin(cut(prediction), labels), np.isin(cut(self._case.label), labels)
-        for where, colour in zip((found & truth, ~found & truth, found & ~truth), OUTCOMES.values()):
-            picture = plotting.blend(picture, plotting.rgb(colour), where * self.opacity)
-        spacing = self._case.voxel_size
-        axes.imshow(np.rint(picture).astype(np.uint8), aspect=spacing[plane.y] / spacing[plane.x])
-        places = [(0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center")]
-        places += [(0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom")]
-        for letter, (x, y, across, along) in zip(plane.edges, places):
-            axes.text(x, y, letter, transform=axes.transAxes, ha=across, va=along, color="white", fontsize=9)
+        case, box, cut = self._case, self._box, plotting.find_plane(self.plane).cut
+        number, labels = case.channels.index(self.sequence), self._regions[self.region]
+        outcomes = plotting.outcomes(*(np.isin(array[box], labels) for array in (case.label, prediction)))
+        plotting.draw_slice(
+            axes,
+            case.image[number][box],
+            self.plane,
+            self.position[cut] - box[cut].start,
+            window=self._scene["sequences"][number]["window"],
+            overlays=[plotting.Overlay("outcomes", outcomes, "area")],
+            voxel_size=case.voxel_size,
+            opacity=self.opacity,
+            classes=plotting.OUTCOMES,
+            letters=True,
+        )
 
     # --------------------------------------------------------------------------------------------------------- checks
 

@@ -18,7 +18,7 @@ from ..features import FeatureMaps
 from ..volume import Case, bounding_box
 from . import _feature_picture
 from ._base import LARGEST_IMAGE, CaseWidget, StateError, check_images, check_known, pack, script, styles
-from ._feature_numbers import describe_channels, is_signed, offsets, quantise, shrink
+from ._feature_numbers import describe_channels, describe_layer, is_signed, offsets, quantise, shrink
 
 # Values of one layer that go to the browser, a byte each. With two layers and the input the page stays under 100 MB.
 LARGEST = 32_000_000
@@ -192,7 +192,9 @@ class FeatureExplorer(CaseWidget):
             "classes": [(k, name, self._class_colours[k]) for name, k in self._classes.items()],
             "maps": list(self._targets),
             "palettes": {name: _feature_picture.hex_colours(name) for name in _feature_picture.PALETTES},
-            "panels": [{"title": type(m).__name__, "layers": [_describe(i) for i in infos.values()]} for m, infos in panels],
+            "panels": [
+                {"title": type(m).__name__, "layers": [describe_layer(i) for i in infos.values()]} for m, infos in panels
+            ],
         }
 
     # ----------------------------------------------------------------------------------------------------------- maps
@@ -433,19 +435,6 @@ class FeatureExplorer(CaseWidget):
     @traitlets.validate("map_name")
     def _valid_map_name(self, proposal):
         return check_known(proposal["value"], self._targets or [""], "there is no map")
-
-
-def _describe(info: features.LayerInfo) -> dict:
-    stride = None if info.stride is None else [*info.stride, *[1.0] * (3 - len(info.stride))]
-    side = None if info.field is None else info.field.side
-    return {
-        "name": info.name,
-        "kind": info.kind,
-        "channels": info.channels,
-        "parameters": info.parameters,
-        "stride": stride,
-        "side": side,
-    }
 
 
 def _fingerprint(model: nn.Module) -> tuple:

@@ -10,6 +10,7 @@ import traitlets
 from PIL import Image, ImageDraw
 
 from .. import plotting
+from ..plotting.meanings import CASING
 from ..volume import Case
 from ._base import (
     LARGEST_IMAGE,
@@ -327,7 +328,7 @@ def _as_case(array: np.ndarray, spacing: Sequence[float]) -> Case:
 def _draw_outline(pen: ImageDraw.ImageDraw, lines: Sequence[np.ndarray], colour: str, style: str, width: int) -> None:
     """Draw lines of upright and level pieces, (points, 2). Dashes go round the corners. Wide lines have a dark casing."""
     for line in lines if width > 1 else ():
-        pen.line([tuple(point) for point in line.tolist()], fill="#111111", width=2 * width, joint="curve")
+        pen.line([tuple(point) for point in line.tolist()], fill=CASING, width=2 * width, joint="curve")
     on, period = DASHES[style]
     for line in lines:
         done = 0.0  # pixels since the line began

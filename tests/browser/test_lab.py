@@ -129,9 +129,7 @@ def test_feature_explorer(open_notebook):
 
 def test_first_layer_while_the_kernel_is_busy(open_notebook):
     """The first layer is there although the kernel, busy with the next cell, answers no message."""
-    page = open_notebook(
-        SETUP + FEATURES, "import time\nstop = time.time() + 60\nwhile time.time() < stop:\n    pass", wait=False
-    )
+    page = open_notebook(SETUP + FEATURES, "import time\ntime.sleep(20)", wait=False)
     page.wait_for_selector(".medseg-features[data-ready] [data-layer='normal.0']", timeout=50_000)
     assert page.locator(".jp-CodeCell .jp-InputPrompt").nth(1).inner_text().strip() == "[*]:"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medseg_lite import models
-from medseg_lite.widgets import CompareSegmentations, FeatureExplorer, SliceViewer
+from medseg_lite.widgets import CompareSegmentations, CRFExplorer, FeatureExplorer, KernelEditor, SliceViewer, TrainingMonitor
 
 
 def make_slices(case):
@@ -24,14 +24,39 @@ def make_features(case):
     return FeatureExplorer(model, case, position=(15, 28, 15)), "[data-view=picture0]"
 
 
-@pytest.fixture(scope="module", params=[make_slices, make_compare, make_features])
-def widget(request, case, tmp_path_factory):
-    """An exported page, and the selector of one of its slice pictures. The page is longer than the window."""
-    widget, stage = request.param(case)
-    path = tmp_path_factory.mktemp("page") / "widget.html"
+def make_kernel(case):
+    return KernelEditor(case.image[0, :, :, 15], position=(12, 20)), "[data-view=image]"
+
+
+def make_crf(case):
+    p = np.where(case.label > 0, 0.7, 0.2).astype(np.float32)
+    return CRFExplorer(case, np.stack([1 - p, p])), "[data-view='3']"
+
+
+def make_monitor(case):
+    monitor = TrainingMonitor(models.dm2d_seg(in_channels=2, classes=5, width=0.1), case, every=1)
+    monitor({"step": 1, "loss": 1.0})
+    return monitor, "[data-view=picture]"
+
+
+def write_page(make, case, folder):
+    """Write a page that is longer than the window. Return its path and the selector of one of its pictures."""
+    widget, stage = make(case)
+    path = folder / "widget.html"
     text = widget.to_html().replace("</body>", '<div style="height: 3000px"></div></body>')
     path.write_text(text, encoding="utf-8")
     return path, stage
+
+
+@pytest.fixture(scope="module", params=[make_slices, make_compare, make_features])
+def widget(request, case, tmp_path_factory):
+    """A widget with slice pictures."""
+    return write_page(request.param, case, tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="module", params=[make_slices, make_compare, make_features, make_kernel, make_crf, make_monitor])
+def any_widget(request, case, tmp_path_factory):
+    return write_page(request.param, case, tmp_path_factory.mktemp("page"))
 
 
 def open_page(page, widget):
@@ -92,18 +117,24 @@ def phone(browser):
     context.close()
 
 
-def test_a_swipe_scrolls_and_a_tap_moves_the_crosshair(phone, widget):
-    stage = open_page(phone, widget)
+def swipe(phone, stage) -> float:
+    """Draw a finger up a picture, and return by how many pixels the page scrolled."""
     stage.scroll_into_view_if_needed()
     phone.wait_for_timeout(100)
-    before, place, top = position(phone), stage.bounding_box(), phone.evaluate("window.scrollY")
+    place, top = stage.bounding_box(), phone.evaluate("window.scrollY")
     x, y = place["x"] + 60, place["y"] + min(place["height"], 800 - place["y"]) - 40
     touch = phone.context.new_cdp_session(phone)
     touch.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [{"x": x, "y": y}]})
     for step in range(1, 11):
         touch.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [{"x": x, "y": y - 20 * step}]})
     touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-    assert scrolled(phone) > top + 100 and position(phone) == before
+    return scrolled(phone) - top
+
+
+def test_a_swipe_scrolls_and_a_tap_moves_the_crosshair(phone, widget):
+    stage = open_page(phone, widget)
+    before = position(phone)
+    assert swipe(phone, stage) > 100 and position(phone) == before
 
     stage.scroll_into_view_if_needed()
     place = stage.bounding_box()
@@ -111,24 +142,28 @@ def test_a_swipe_scrolls_and_a_tap_moves_the_crosshair(phone, widget):
     assert position(phone)[:2] != before[:2] and position(phone)[2] == before[2]
 
 
-def test_nothing_is_wider_than_a_phone(phone, widget):
-    open_page(phone, widget)
+def test_every_picture_lets_the_page_scroll(phone, any_widget):
+    assert swipe(phone, open_page(phone, any_widget)) > 100
+
+
+def test_nothing_is_wider_than_a_phone(phone, any_widget):
+    open_page(phone, any_widget)
     assert phone.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_forced_colours_leave_swatches_and_choices_their_colours(browser, widget):
+def test_forced_colours_leave_swatches_and_choices_their_colours(browser, any_widget):
     context = browser.new_context(forced_colors="active")
     page = context.new_page()
-    open_page(page, widget)
+    open_page(page, any_widget)
     told = page.locator(".swatch, .key i, [aria-pressed=true], input:checked + span")
     assert told.count() > 0
     assert set(told.evaluate_all("all => all.map(e => getComputedStyle(e).forcedColorAdjust)")) == {"none"}
     context.close()
 
 
-def test_controls_are_large_enough(page, widget):
+def test_controls_are_large_enough(page, any_widget):
     """WCAG 2.2 asks for 24 pixels. A box with a label may be smaller: its label is pressed too."""
-    open_page(page, widget)
+    open_page(page, any_widget)
     heights = page.locator("select, button, summary, label, input[type=range]").evaluate_all(
         "all => all.map(e => e.getBoundingClientRect().height).filter(h => h > 0)"
     )
