@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import inference, metrics
+from .arrays import as_mask, as_tensor
 from .engine.tiles import Tile, cut_output, find_region, load_patch, plan
 from .engine.tracing import contract, evaluating
 from .features import FeatureMaps, capture, find_context, list_layers
@@ -300,7 +301,7 @@ def grad_cam(
     """
     if where is None:
         where = inference.predict(model, case, progress=False) == target
-    where = np.asarray(where, bool)
+    where = as_mask(where, "where")
     if where.shape != case.shape:
         raise ValueError(f"where has shape {where.shape}; expected {case.shape}, that of {case.name}")
     if not where.any():
@@ -329,7 +330,7 @@ def _sum_gradients(model: nn.Module, case: Case, layer: str, target: int, where:
         for tile in plan(network, *ends, case.shape, device, tile=GRAD_TILE, context=context).tiles():
             counted = where[tile.inside(case.shape)]
             if counted.any():
-                gradient = _gradient(model, network, case, layer, target, tile, torch.from_numpy(counted).to(device))
+                gradient = _gradient(model, network, case, layer, target, tile, as_tensor(counted).to(device))
                 total = total + gradient.sum(dim=[0, *range(2, gradient.ndim)]).double().cpu().numpy()
     return total
 
@@ -373,7 +374,7 @@ def position_explained(maps: FeatureMaps, mask: np.ndarray | None = None, *, deg
         `(C,)`, 0 to 1. A constant channel gets 0.
     """
     size = maps.data.shape[1:]
-    inside = np.ones(size, bool) if mask is None else maps.sampled(mask)
+    inside = np.ones(size, bool) if mask is None else maps.sampled(as_mask(mask))
     if not inside.any():
         raise ValueError("the mask holds no voxel of these maps")
     place = np.argwhere(inside).astype(np.float64)

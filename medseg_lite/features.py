@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .arrays import as_array
 from .engine.geometry import Axis
 from .engine.lattice import Place, find_places, lay, thin_out
 from .engine.tiles import Tile, check_fits, find_region, load_patch, plan
@@ -216,6 +217,7 @@ class FeatureMaps:
 
     def sampled(self, volume: np.ndarray) -> np.ndarray:
         """Return a volume `(D, H, W)` of the case (label, mask, tissue) at the maps' voxels, `(D', H', W')`."""
+        volume = as_array(volume, "the volume")
         places = (
             np.floor(o + s * np.arange(n) + 0.5).astype(int).clip(0, size - 1)
             for o, s, n, size in zip(self.offset, self.stride, self.data.shape[1:], volume.shape)

@@ -110,3 +110,42 @@ def test_half_the_bytes(tmp_path, stir):
     expected = model(x)
     assert 0 < (again(x) - expected).norm() < 1e-2 * expected.norm()
     assert again.segmenter.head[0].running_var.max() == 1e6
+
+
+def test_facts_that_are_no_dictionary(tmp_path):
+    def file(**metadata):
+        save_file({"a": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata=metadata)
+        return tmp_path / "odd.safetensors"
+
+    good = json.dumps({"builder": "dm2d_seg", "width": 0.1})
+    for text in ("[1]", "null", "3", '"deepmedic"', "true"):
+        with pytest.raises(ValueError, match=r"the config of .*odd\.safetensors is .*; expected a dictionary"):
+            models.load(file(config=text))
+        with pytest.raises(ValueError, match=r"the card of .*odd\.safetensors is .*; expected a dictionary"):
+            models.load(file(config=good, card=text))
+    for name in ("config", "card"):
+        with pytest.raises(ValueError, match=rf"the {name} of .*odd\.safetensors is not JSON \(.*; download or export"):
+            models.load(file(**{"config": good, name: "{'builder'"}))
+    model = models.dm2d_seg(width=0.1)
+    for card in (None, [1], "facts"):
+        with pytest.raises(TypeError, match=r"the card is of type .*; expected a dictionary of facts"):
+            models.save(tmp_path / "net.safetensors", model, card)
+    with pytest.raises(TypeError, match=r"card\.scores\.dice is of type object, which cannot be stored"):
+        models.save(tmp_path / "net.safetensors", model, {"scores": {"dice": object()}})
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.safetensors"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(value, tmp_path):
+    model = models.dm2d_seg(width=0.1)
+    names = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
+    for name in (names[0], names[-1]):
+        before = model.state_dict()[name].clone()
+        model.state_dict()[name].view(-1)[0] = value
+        with pytest.raises(ValueError, match=rf"{name} has 1 NaN or infinite values of {before.numel()}; such a network"):
+            models.save(tmp_path / "net.safetensors", model, {})
+        model.state_dict()[name].copy_(before)
+    models.save(tmp_path / "net.safetensors", model, {})
+    next(iter(model.parameters())).data.mul_(1e30)  # finite, but not as float16
+    with pytest.raises(ValueError, match="NaN or infinite values"):
+        models.save(tmp_path / "half.safetensors", model, {}, half=True)

@@ -178,15 +178,17 @@ def test_cross_validation(cases, folder, tmp_path, capsys):
     assert json.loads((out / "run.json").read_text())["folds"] == parts
     facts = json.loads((out / "run.json").read_text())
     assert facts["settings"] == RECIPE.settings and facts["command"] == "python -m …" and facts["paper"] == "Nobody et al."
+    assert json.loads((out / "classes.json").read_text()) == {"0": "background", "4": "class 4", "2": "class 2"}
     assert sorted(table["case"].unique()) == cases.names and set(table["region"]) == {"inner", "all"}
     pd.testing.assert_frame_equal(pd.read_csv(out / "evaluation.csv"), table)
     for k, part in enumerate(parts):
         model = models.load(out / f"fold{k}" / "model.safetensors")
+        assert model.card["label_map"] == {"4": 1} and model.card["data_labels"] == [0, 4, 2]
         assert model.card["held_out"] == part and sorted(model.card["trained_on"]) == sorted(set(cases.names) - set(part))
         assert set(table.loc[table["fold"] == k, "case"]) == set(part)
         for name in part:
             case = crossvalidation.prepare_case(cases[name], channels=("flair", "t1c"), label_map={4: 1})
-            expected = inference.predict(model, case, progress=False)
+            expected = np.array([0, 4, 2])[inference.predict(model, case, progress=False)]  # in the numbers of the data
             found = read_nifti(out / "predictions" / f"{name}.nii.gz")
             scan = nibabel.load(folder / name / "flair.nii.gz")
             written = nibabel.load(out / "predictions" / f"{name}.nii.gz")

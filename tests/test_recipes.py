@@ -1,8 +1,10 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from medseg_lite import context, inference, models, recipes
+from medseg_lite import context, datasets, inference, losses, models, recipes, sampling, training
 from medseg_lite.recipes import recipe
 from medseg_lite.sampling import SegmentSampler
 from medseg_lite.volume import Case
@@ -321,3 +323,86 @@ def test_missing_sequences_are_named(gappy):
         recipes.mlynarski(gappy[:1], incomplete=gappy[1:], steps=1)
     with pytest.raises(ValueError, match="are for mlynarski_2d"):
         recipes.mlynarski(gappy[:1], network="mlynarski_3d", drop=0.5, steps=1)
+
+
+# ------------------------------------------------------------------------------------------- labels beyond the classes
+
+TRAININGS = {
+    "deepmedic": {"network": "deep_plus"},
+    "havaei": {"phase2_steps": 0, "batch_size": 2},
+    "kayalibay": {"crop": 16},
+    "drozdzal": {"network": "unet2d", "crop": 16, "batch_size": 2},
+    "mlynarski": {"output": 16, "batch_size": 1, "accumulate": 1},
+}
+
+
+def with_highest(case, label: int, name: str = "p7"):
+    changed = case.label.copy()
+    changed[10, 10, 10] = label
+    return case.replace(label=changed, name=name)
+
+
+@pytest.fixture
+def cases_of_two(noise_case):
+    return [noise_case((24, 24, 24), seed=n, name=f"c{n}") for n in range(2)]
+
+
+@pytest.mark.parametrize("recipe", TRAININGS)
+@pytest.mark.parametrize("role", ["training", "validation", "stored"])
+@pytest.mark.parametrize("label, classes", [(4, 4), (2, 2), (255, 2), (255, None)])
+def test_a_label_beyond_the_classes(recipe, role, label, classes, cases_of_two, tmp_path):
+    case = with_highest(cases_of_two[0], label)
+    cases, validation = ([cases_of_two[1]], [case]) if role == "validation" else ([cases_of_two[1], case], [])
+    if role == "stored":
+        cases = datasets.store(cases, tmp_path, normalise=None, progress=False)
+    if role == "validation" and classes is None:
+        classes = 2
+    expected = "p7 has label " + (
+        f"{label}: if 255" if classes is None else rf"{label}; with classes={classes} labels are 0 to"
+    )
+    remedy = "if 255 marks voxels to ignore" if label == 255 else f"set classes={label + 1}, or renumber"
+    with pytest.raises(ValueError, match=f"{expected}.*{remedy}|{expected}"):
+        train = vars(recipes)[recipe]
+        train(cases, validation=validation, classes=classes, steps=1, width=0.1, progress=False, **TRAININGS[recipe])
+
+
+@pytest.mark.parametrize("label, classes", [(2, 1), (5, 5)])
+def test_a_label_beyond_a_built_network(label, classes, cases_of_two):
+    network = models.unet2d(in_channels=2, classes=classes, width=0.1)
+    with pytest.raises(ValueError, match=f"p7 has label {label}; with classes={classes} labels are 0 to {max(classes, 2) - 1}"):
+        recipes.drozdzal([with_highest(cases_of_two[0], label)], network=network, crop=16, steps=1, progress=False)
+    model = recipes.drozdzal(cases_of_two, network=network, crop=16, batch_size=1, steps=1, progress=False)
+    assert model.classes == classes  # labels 0 and 1 fit both
+
+
+def test_validation_cases_are_looked_at_before_the_training(cases_of_two):
+    a, b = cases_of_two
+    for other, message in [
+        (b.replace(label=None), "c1 has no label; training needs one"),
+        (b.select(["t1c", "flair"]), r"c1, for the validation, has channels \('t1c', 'flair'\) but c0 has \('flair', 't1c'\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            recipes.deepmedic([a], validation=[other], steps=1, width=0.1, progress=False)
+
+
+def test_two_validation_cases_of_one_name_are_both_part_of_the_run(cases_of_two, tmp_path):
+    a, b = cases_of_two
+    options = {"steps": 1, "width": 0.1, "progress": False, "folder": tmp_path, "batch_size": 2}
+    recipes.deepmedic([a], validation=[a.replace(name="v"), b.replace(name="v")], **options)
+    with pytest.raises(ValueError, match=r"last\.pt is of another run: validation\.v was"):
+        recipes.deepmedic([a], validation=[b.replace(name="v"), b.replace(name="v")], **options)
+
+
+def test_a_loop_of_its_own_is_told_of_labels_too(cases_of_two):
+    sampler = sampling.SegmentSampler([with_highest(cases_of_two[0], 3)], output=9, batch_size=1, margin=8)
+    torch.manual_seed(0)
+    model = models.deepmedic(in_channels=2, classes=3, width=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    how = {"steps": 1, "optimizer": optimizer, "progress": False}
+    for loss in (losses.cross_entropy, partial(losses.cross_entropy, class_weights=[1, 1, 1]), losses.dice_loss):
+        with pytest.raises(ValueError, match="p7 has label 3; with classes=3 labels are 0 to 2: set classes=4"):
+            training.fit(model, sampler, loss=loss, **how)
+    sampler = sampling.SegmentSampler(
+        [with_highest(cases_of_two[0], 3)], output=9, batch_size=1, margin=model.margin, cut=model.cut
+    )
+    training.fit(model, sampler, loss=lambda logits, label: losses.cross_entropy(logits, label.clamp(max=2)), **how)

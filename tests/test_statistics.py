@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -214,3 +215,49 @@ def test_ranks_of_ties_and_bad_input():
         ranks(SCORES.where(SCORES.poor != 0.45))
     with pytest.raises(ValueError, match="level=5"):
         ranks(SCORES, level=5)
+
+
+# ------------------------------------------------------------------------------------------------- numbers of any type
+
+VALUES = [0.5, 0.25, 0.75, 0.125]
+TYPES = {
+    "objects": lambda v: pd.Series(v, dtype=object),
+    "float16": lambda v: pd.Series(v, dtype="float16"),
+    "float32": lambda v: pd.Series(v, dtype="float32"),
+    "nullable": lambda v: pd.Series(v, dtype="Float64"),
+    "NumPy's numbers": lambda v: pd.Series([np.float32(x) for x in v], dtype=object),
+    "mixed": lambda v: pd.Series([v[0], *map(np.float64, v[1:])], dtype=object),
+}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_columns_of_any_type(kind):
+    column, other = TYPES[kind](VALUES), TYPES[kind](VALUES[::-1])
+    table = pd.DataFrame({"case": list("abcd"), "region": ["x", "x", "y", "y"], "dice": column})
+    pd.testing.assert_frame_equal(summary(table), summary(table.assign(dice=VALUES)))
+    assert paired_t_test(column, other) == paired_t_test(VALUES, VALUES[::-1])
+    scores, plain = pd.DataFrame({"a": column, "b": other}), pd.DataFrame({"a": VALUES, "b": VALUES[::-1]})
+    pd.testing.assert_frame_equal(pairwise(scores), pairwise(plain))
+    three = {"c": [0.1, 0.2, 0.3, 0.9]}
+    pd.testing.assert_series_equal(ranks(scores.assign(**three)).mean, ranks(plain.assign(**three)).mean)
+
+
+def test_missing_values_of_any_type():
+    for column in (pd.Series([1.0, None, 3.0], dtype=object), pd.Series([1, pd.NA, 3], dtype="Int64"), [1.0, None, 3.0]):
+        assert paired_t_test(column, [0.0, 0.0, 1.0], nan="omit").n == 2
+    table = pd.DataFrame({"region": ["x"] * 3, "dice": pd.Series([1, pd.NA, 3], dtype="Int64"), "note": ["1", "2", "3"]})
+    assert summary(table).loc["x"].tolist() == [3, "2.00 (1.41) [2/3]"]  # and notes are no numbers
+    assert paired_t_test(torch.tensor([1.0, 2.0]), [0.0, 0.0]).mean == 1.5
+
+
+def test_unsigned_numbers_do_not_wrap_around():
+    scores = pd.DataFrame({"a": np.array([1, 2, 3], np.uint8), "b": np.array([2, 3, 5], np.uint8)})
+    row = pairwise(scores).iloc[0]
+    assert (row["wins"], row["losses"]) == (0, 3) and row["mean"] == pytest.approx(-4 / 3)
+    flags = pd.DataFrame({"a": [True, False, True], "b": [False, False, True]})
+    assert pairwise(flags).iloc[0]["wins"] == 1
+
+
+def test_a_group_without_a_name_is_not_lost():
+    table = pd.DataFrame({"region": ["x", None, None], "dice": [1.0, 2.0, 4.0]})
+    assert summary(table)["dice"].tolist() == ["1.00 (–)", "3.00 (1.41)"]

@@ -22,6 +22,7 @@ from ..models import save as save_network
 from ..optimizers import Schedule
 from ..paths import atomic_write, say
 from ..plain import make_plain
+from ..schedules import NO_SCORES
 from . import distributed
 from .identity import describe, find_differences
 from .random_state import own_random_numbers, random_state, set_random_state
@@ -84,7 +85,7 @@ class Run:
         Raises:
             ValueError: the folder holds another run, a damaged state, or more updates than `steps`.
         """
-        self.plan["steps"] = steps
+        self.plan["steps"] = int(steps)
         state = self._read()
         if state is not None:
             same_schedule = state["plan"]["schedule"]["name"] == self.plan["schedule"]["name"]
@@ -171,6 +172,8 @@ class Run:
             with aside(self.model):
                 scores = {name: float(value) for name, value in validation(self.model).items()}
         scores = distributed.broadcast(scores)
+        if taken := [name for name in scores if name in NO_SCORES]:
+            raise ValueError(f"a score of the validation is called {taken[0]!r}, as a column of the history; rename it")
         name, score = next(iter(scores.items()))
         self.score = f", {name.replace('_', ' ')} {score:.3f}"
         if self.best is None or score > self.best["score"]:

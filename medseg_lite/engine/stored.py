@@ -76,6 +76,8 @@ class StoredCase(Case):
             self.name, self.channels = facts["name"], tuple(facts["channels"])
             self.affine, self.native_axes = np.array(facts["affine"]), facts["native_axes"]
             self.info = {key: tuple(v) if isinstance(v, list) else v for key, v in facts["info"].items()}
+            if isinstance(self.info.get("classes"), dict):  # whose keys are numbers, which JSON has no keys of
+                self.info["classes"] = {int(number): name for number, name in self.info["classes"].items()}
             self.stored_as, self.extra = facts["origin"], {}
             self._std, self.counts = np.array(facts["std"]), facts["counts"]
             self._shape, self._box = tuple(facts["shape"]), [slice(*side) for side in facts["box"]]

@@ -108,6 +108,9 @@ def _read_channels(path: str | Path, channels: tuple[str, ...]) -> dict[str, Sca
             f"{scan.path} holds {array.shape[3]} volumes ({size_text(scan.array.shape)}); expected {len(channels)}: "
             f"{', '.join(channels) or 'name them with channels=(...)'}"
         )
+    twice = [channel for channel in channels if channels.count(channel) > 1]
+    if twice:
+        raise ValueError(f"{len(twice)} volumes of {scan.path} are called {twice[0]!r}; give each channel a name of its own")
     return {channel: dataclasses.replace(scan, array=array[..., i]) for i, channel in enumerate(channels)}
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..volume import as_label
+from ..arrays import as_array, as_label, as_mask
 from .meanings import OVERLAY_COLOURS, PROBABILITY_COLOUR, class_colour, rgb
 
 # -------------------------------------------------------------------------------------------------- planes and slices
@@ -86,6 +86,7 @@ def draw_sample(values: np.ndarray, count: int = 1_000_000) -> np.ndarray:
 
 def default_window(volume: np.ndarray, mask: np.ndarray | None = None) -> tuple[float, float]:
     """Return the intensities shown as black and as white: the 0.5 and 99.5 percentiles, inside the mask if there is one."""
+    mask = None if mask is None else as_mask(mask)
     values = volume[mask] if mask is not None and mask.any() else volume
     low, high = (float(v) for v in np.percentile(draw_sample(values), (0.5, 99.5)))
     if low == high:
@@ -132,7 +133,8 @@ def as_overlays(
     for name, array in given.items():
         if not isinstance(name, str) or not name:
             raise ValueError(f"an overlay is called {name!r}; expected a text, as in overlays={{'prediction': array}}")
-        array, what = np.asarray(array), f"overlay {name!r}"
+        what = f"overlay {name!r}"
+        array = as_array(array, what)
         if array.shape != tuple(shape):
             raise ValueError(
                 f"{what} has shape {array.shape} but the image is {tuple(shape)}; both must lie on one (D, H, W) grid: "

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from .. import metrics, plotting
-from ..volume import Case, as_label, bounding_box
+from ..volume import Case, as_label, bounding_box, new_name
 from ._base import CaseWidget, check_images, check_known, pack, script, styles
 
 OUTCOMES = {name: plotting.COLOURS[name] for name in plotting.OUTCOMES[1:]}
@@ -79,11 +79,14 @@ class CompareSegmentations(CaseWidget):
         for name, array in predictions.items():
             if np.shape(array) != case.shape:
                 raise ValueError(f"prediction {name!r} has shape {np.shape(array)}; expected {case.shape}, that of {case.name}")
-            self._predictions[str(name)] = as_label(np.asarray(array), source=f"prediction {name!r}")
+            name = new_name(str(name), self._predictions)
+            self._predictions[name] = as_label(array, source=f"prediction {name!r}")
         if regions is None:
             given = classes if classes is not None else case.info.get("classes")
             present = sorted({int(k) for a in (case.label, *self._predictions.values()) for k in np.unique(a)} - {0})
-            regions = {"all labels": present, **{plotting.class_name(k, given): [k] for k in present}}
+            regions = {"all labels": present}
+            for k in present:
+                regions[new_name(plotting.class_name(k, given), regions)] = [k]
         self._regions = metrics.as_regions(regions)
         labelled = np.any([case.label > 0, *(p > 0 for p in self._predictions.values())], axis=0)
         mask = labelled if case.mask is None else case.mask | labelled
