@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import re
 import unicodedata
 import zlib
 from dataclasses import dataclass
@@ -268,9 +269,10 @@ def test_metaimage(tmp_path_factory, grid, dtype, name, compress, big, way):
 
 # ----------------------------------------------------------------------------------------------------------------- names
 
+DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d) *(\.|$)", re.IGNORECASE)
 LETTERS = st.characters(exclude_categories=["Cs", "Cc", "Cn", "Co", "Zl", "Zp"], exclude_characters='/\\<>:"|?*')
 NAMES = st.text(LETTERS, min_size=1, max_size=40).filter(
-    lambda name: not name.startswith(".") and unicodedata.normalize("NFC", name) == name
+    lambda name: not name.startswith(".") and unicodedata.normalize("NFC", name) == name and not DEVICE.match(name)
 )
 
 
