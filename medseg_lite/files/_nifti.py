@@ -33,7 +33,7 @@ def read_nifti(path: str | Path) -> Scan:
     check_exists(path, "*.nii*")
     _check_is_nifti(path)
     try:
-        image = nibabel.load(path)
+        image = _load(path)
         array = np.asanyarray(image.dataobj)
         with ImageOpener(path) as file:  # the header as it is; nibabel corrects its own copy
             header = type(image.header).from_fileobj(file, check=False)
@@ -53,6 +53,18 @@ def read_nifti(path: str | Path) -> Scan:
     affine = image.affine.copy()
     affine[:3] *= _unit(header)
     return as_scan(array, affine, image.header, path)
+
+
+def _load(path: Path) -> nibabel.Nifti1Image:
+    """Open a file without reading its voxels. `nibabel.load` finds no files whose ending has small and capital letters."""
+    ending = path.name.lower().rindex(".nii")
+    if path.name[ending : ending + 4] in (".nii", ".NII"):
+        return nibabel.load(path)
+    with ImageOpener(path) as file:
+        size = file.read(4)
+    large = nibabel.Nifti2Header.sizeof_hdr in (int.from_bytes(size, order) for order in ("little", "big"))
+    kind = nibabel.Nifti2Image if large else nibabel.Nifti1Image
+    return kind.from_file_map(kind.make_file_map({"image": str(path)}))
 
 
 def _unit(header: nibabel.Nifti1Header | None) -> float:
@@ -139,8 +151,9 @@ def write_nifti(path: str | Path, array: np.ndarray, case: Case) -> Path:
         header.set_xyzt_units("mm")
     _place(header, affine, new=case.header is None)
     image = kind(orientations.apply_orientation(array, turn), None, header)
-    with atomic_write(path) as temporary:
-        nibabel.save(image, temporary)
+    # `nibabel.save` would write to another name where an ending has small and capital letters, as "a.Nii.gz".
+    with atomic_write(path) as temporary, ImageOpener(temporary, "wb") as file:
+        image.to_stream(file)
     return path
 
 
