@@ -55,7 +55,7 @@ def draw_plane(case: Case, found: np.ndarray, plane: plotting.Plane, index: int,
     classes = plotting.cut(found, plane, index)
     for k in range(1, len(case.info["classes"])):
         share = smooth(classes == k, side)[..., None] * opacity * 0.8
-        picture = picture * (1 - share) + share * np.array(to_rgb(plotting.class_colour(k)))
+        picture = picture * (1 - share) + share * np.array(to_rgb(plotting.class_colour(k, case.info["classes"])))
     return np.dstack([picture, smooth(plotting.cut(case.mask, plane, index), side)])
 
 
