@@ -109,7 +109,7 @@ def make_thumbnails(folder: Path) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 960, "height": 640}, device_scale_factor=1)
-        for path in sorted(folder.glob("*.html")):
+        for path in (folder / f"{name}.html" for name in ("slices", "compare", "kernel", "training")):
             page.goto(path.resolve().as_uri())
             page.wait_for_selector("[data-ready]")
             file = FOLDER / f"live_{path.stem}.png"
