@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from badges import slug
 from nbconvert import HTMLExporter
 from traitlets.config import Config
@@ -100,6 +101,7 @@ def convert(path: Path, paths: list[Path]) -> str:
 LIVE = {
     "slices": "Slice viewer: one brain, four sequences, its tumour and the network's prediction",
     "compare": "Two networks compared: found, missed and made up",
+    "crf": "CRF explorer: pull the sliders, and specks go while the tumour stays",
     "kernel": "Kernel editor: nine numbers, and the edges that they find",
     "training": "Training monitor: a network that learns, update by update",
 }
@@ -114,6 +116,9 @@ def make_widgets() -> Iterator[tuple[str, widgets.Widget]]:
     cascade = models.load(shipped("checkpoints", "havaei_input_cascade.safetensors"))
     twice = {"DeepMedic": found, "InputCascade": inference.predict(cascade, case, progress=False)}
     yield "compare", widgets.CompareSegmentations(case, twice, regions="brats2015")
+    probabilities = inference.predict(trained, case, output="probabilities", progress=False)
+    lesion = np.stack([probabilities[0], 1 - probabilities[0]])
+    yield "crf", widgets.CRFExplorer(case.select(["flair", "t2"]), lesion, smoothness_weight=1, appearance_weight=3)
     flair, axial = case.image[case.channels.index("flair")], plotting.find_plane("axial")
     middle = plotting.busiest_position(case.label, case.shape)[axial.cut]
     yield "kernel", widgets.KernelEditor(plotting.cut(flair, axial, middle), preset="Sobel x")

