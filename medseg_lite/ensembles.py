@@ -81,6 +81,7 @@ def hierarchical_vote(
     if len(predictions) == 0:
         raise ValueError("a vote needs at least one prediction")
     stack = np.stack([as_array(p) for p in predictions])
+    labels = tuple(int(k) for k in labels)
     odd = np.setdiff1d(stack, [0, *labels])
     if odd.size or len(set(labels)) != 3 or 0 in labels:
         raise ValueError(

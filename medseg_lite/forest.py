@@ -132,7 +132,8 @@ class BoxFeatures:
             raise ValueError(f"channels={channels}, count={count}; both must be at least 1")
         if not 0 < reach_mm < np.inf:
             raise ValueError(f"reach_mm={reach_mm}; expected a positive number of mm, 20 in the paper")
-        self.channels, self.reach_mm = channels, reach_mm
+        channels, count, seed = int(channels), int(count), int(seed)
+        self.channels, self.reach_mm = channels, float(reach_mm)
         rng = np.random.default_rng(seed)
         own = [Feature(Box(c)) for c in range(channels)]
         self.drawn = tuple((own + [self._draw(rng) for _ in range(count - channels)])[:count])
@@ -234,7 +235,7 @@ class RandomForest:
         if jobs is not None and jobs < 1:
             raise ValueError(f"jobs={jobs}; expected 1 or more threads, or None")
         self.features, self.seed = features, int(seed)
-        self.jobs = jobs or torch.get_num_threads()
+        self.jobs = int(jobs or 0) or torch.get_num_threads()
         self.classifier = RandomForestClassifier(
             int(trees), max_depth=int(depth), max_features=max_features, random_state=self.seed
         )

@@ -217,7 +217,7 @@ class SegmentSampler(Sampler):
 
     def batch(self, step: int) -> Batch:
         """Return batch number `step`."""
-        rng = np.random.default_rng([self.seed, step])
+        rng = np.random.default_rng([self.seed, int(step)])
         inputs, label = None, None
         for n, group in enumerate(self._draw_groups(rng)):
             case = self._cases[rng.choice(self._holders[group])]
@@ -312,8 +312,8 @@ class VolumeSampler(Sampler):
 
     def batch(self, step: int) -> Batch:
         """Return batch number `step`."""
-        rng = np.random.default_rng([self.seed, step])
-        images, labels = zip(*(self._cut(n, rng) for n in self._turns(step)))
+        rng = np.random.default_rng([self.seed, int(step)])
+        images, labels = zip(*(self._cut(n, rng) for n in self._turns(int(step))))
         image, label = torch.stack(images), torch.stack(labels)
         if self.augment is not None:
             image, label = self.augment(image, label, rng=rng)

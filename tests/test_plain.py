@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter, OrderedDict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medseg_lite import models, recipes, training
+from medseg_lite import (
+    crf,
+    datasets,
+    ensembles,
+    forest,
+    inference,
+    metrics,
+    models,
+    phantoms,
+    recipes,
+    sampling,
+    training,
+    transforms,
+)
 from medseg_lite.engine.identity import describe
 from medseg_lite.engine.stored import StoredCase, write
 from medseg_lite.optimizers import Schedule
@@ -200,3 +214,83 @@ def test_options_of_a_network_with_numbers_of_numpy(tmp_path):
     models.save(tmp_path / "m.safetensors", network, {})
     assert models.load(tmp_path / "m.safetensors").classes == 3
     assert describe({"a": np.int64(3), "b": torch.tensor(0.5)}) == {"a": 3, "b": 0.5}
+
+
+# ----------------------------------------------------------------------------------------- whole numbers as arguments
+
+KINDS = {"int64": np.int64, "uint8": np.uint8, "0-d array": np.array, "0-d tensor": torch.tensor}
+
+
+def refine(case, n):
+    return crf.DenseCRF(iterations=n, smoothness_weight=n).refine(np.stack([1 - case.label, case.label]), case)
+
+
+def train_forest(case, n):
+    model = forest.RandomForest(forest.BoxFeatures(n, count=n, seed=n), trees=n, depth=n, seed=n)
+    return model.fit([case], points_per_case=50).predict(case, progress=False)
+
+
+def segment(case, n):
+    torch.manual_seed(0)
+    return inference.predict(
+        models.unet2d(in_channels=2, classes=2, width=0.1), case, tile=4 * n, output="logits", progress=False
+    )
+
+
+CALLS = {
+    "brain": (3, lambda case, n: phantoms.brain(n, spacing=6 * n / n).image),
+    "em": (64, lambda case, n: phantoms.em(n, slices=n // n, size=n).image),
+    "VolumeSampler": (8, lambda case, n: sampling.VolumeSampler([case], crop=n, batch_size=n, seed=n).batch(n).inputs),
+    "SegmentSampler": (
+        3,
+        lambda case, n: sampling.SegmentSampler([case], output=n, margin=n, batch_size=n, seed=n).batch(n).inputs,
+    ),
+    "predict": (4, segment),
+    "refine": (1, refine),
+    "forest": (2, train_forest),
+    "regions": (1, lambda case, n: metrics.evaluate(case.label, case.label, regions={"a": n, "b": [0, n]}, metrics=["dice"])),
+    "hausdorff": (2, lambda case, n: metrics.hausdorff(case.label, 1 - case.label, spacing=(n, n, n), percentile=n)),
+    "count_borders": (1, lambda case, n: metrics.count_borders(case.label, axis=n)),
+    "split_folds": (2, lambda case, n: recipes.split_folds(list("abcd"), n, seed=n)),
+    "vote": (3, lambda case, n: ensembles.hierarchical_vote([case.label], labels=(1, 2, n))),
+    "complete": (2, lambda case, n: transforms.complete(case, ["flair", "t1c", "t2"], value=n).image),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_whole_numbers_of_any_kind(name, noise_case):
+    case = noise_case((12, 12, 8))
+    number, call = CALLS[name]
+    expected = call(case, number)
+    for kind in KINDS.values():
+        found = call(case, kind(number))
+        assert (
+            found.equals(expected) if hasattr(expected, "equals") else np.array_equal(np.asarray(found), np.asarray(expected))
+        )
+
+
+def test_the_same_files_for_the_same_numbers(noise_case, tmp_path):
+    case, channels = noise_case((10, 10, 10)), ["flair", "t1c", "t2"]
+    path = tmp_path / "noise.safetensors"
+    made = set()
+    for value in (0.5, np.float64(0.5), np.array(0.5), torch.tensor(0.5)):
+        prepare = partial(transforms.complete, channels=channels, value=value)
+        datasets.store([case], tmp_path, normalise=prepare, progress=False)
+        made.add(path.stat().st_mtime_ns)
+    assert len(made) == 1
+    p = np.stack([1 - case.label, case.label])
+    for seed in (1, np.int64(1), torch.tensor(1)):
+        crf.search(
+            [case], [p], trials=np.int16(1), seed=seed, iterations=np.int64(1), folder=tmp_path / "search", progress=False
+        )
+    assert len(list((tmp_path / "search").iterdir())) == 1
+    facts = {"width": np.float32(0.1), "steps": np.int64(1), "batch_size": np.int64(2)}
+    recipe = recipes.Recipe(
+        "x", "deep_plus", ("flair", "t1c"), np.int64(2), label_map={np.int64(1): np.uint8(1)}, settings=facts
+    )
+    again = recipes.Recipe(
+        "x", "deep_plus", ("flair", "t1c"), 2, label_map={1: 1}, settings=facts | {"steps": 1, "batch_size": 2}
+    )
+    cases = [noise_case((10, 10, 10), seed=n, name=str(n)) for n in range(2)]
+    for which, seed in ((recipe, np.int64(3)), (again, 3)):
+        recipes.cross_validate(which, cases, tmp_path / "run", folds=2, seed=seed, progress=False)

@@ -91,6 +91,7 @@ def search(
     Taught in notebook 05.
     """
     _check(cases, probabilities, trials, weights_per_lattice, space, fixed)
+    trials, weights_per_lattice, seed = int(trials), int(weights_per_lattice), int(seed)
     names = [case.name for case in cases]
     base_scores = [_dice(as_array(p).argmax(0) > 0, case) for case, p in zip(cases, probabilities)]
     question = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -102,7 +103,7 @@ def hausdorff(prediction, truth, *, spacing: Sequence[float], percentile: float 
     """
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}; expected above 0 and up to 100, for example 95")
-    return largest_distance(*surface_distances(prediction, truth, spacing=spacing), percentile)
+    return largest_distance(*surface_distances(prediction, truth, spacing=spacing), float(percentile))
 
 
 def count_borders(label, *, axis: int, mask=None) -> int:
@@ -116,6 +117,7 @@ def count_borders(label, *, axis: int, mask=None) -> int:
     label = as_labels(label, "label")
     inside = np.ones(label.shape, bool) if mask is None else as_binary(mask, "mask")
     check_same_shape(inside, label, "mask")
+    axis = operator.index(axis)
     before, after = (slice(None),) * axis + (slice(-1),), (slice(None),) * axis + (slice(1, None),)
     return np.count_nonzero((label[before] != label[after]) & inside[before] & inside[after])
 
@@ -141,6 +143,7 @@ def slice_inconsistency(label, *, axis: int, mask=None) -> float:
     label = as_labels(label, "label")
     if label.ndim < 2 or not -label.ndim <= axis < label.ndim:
         raise ValueError(f"axis={axis} of a label of shape {label.shape}; expected one of at least two axes")
+    axis = operator.index(axis)
     faces = [count_borders(label, axis=a, mask=mask) for a in range(label.ndim)]
     across = faces.pop(axis)
     within = sum(faces) / len(faces)

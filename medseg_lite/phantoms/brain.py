@@ -79,6 +79,7 @@ def brain(
         of the "classes".
     """
     _check(seed, site, spacing, lesion, grade, mirrored, missing, motion, cut, shape)
+    seed, spacing = int(seed), float(spacing)
     if shape is None:
         shape = tuple(max(1, round(mm / spacing)) for mm in FIELD_OF_VIEW)
     axes = centred_axes(shape, (spacing,) * 3)

@@ -43,9 +43,8 @@ def em(seed: int, *, slices: int = 3, size: int = 512, counts: bool = False) -> 
         A case of one channel, "em", `(1, size, size, slices)`: whole numbers, slices along W. `label` is 0 in cells and 1 on
         membranes (the challenge's own files hold 255 and 0). `info` has the seed and the names of the "classes".
     """
-    check_whole("seed", seed, 0)
-    check_whole("slices", slices, 1, 64)
-    check_whole("size", size, 64, 1024)
+    seed, slices = check_whole("seed", seed, 0), check_whole("slices", slices, 1, 64)
+    size = check_whole("size", size, 64, 1024)
     tissue = _Tissue(seed, size)
     image = np.empty((1, size, size, slices), np.float32)
     label = np.empty((size, size, slices), np.uint8)

@@ -50,7 +50,7 @@ def hand(seed: int, *, spacing: float = 1.72, curl: float | None = None, spread:
         numbers; air is not 0, because it holds noise. Labels are 1 metacarpal, 2 proximal, 3 middle, 4 distal phalanx.
         `info` has seed, curl, spread and the names of the "classes".
     """
-    check_whole("seed", seed, 0)
+    seed = check_whole("seed", seed, 0)
     check_grid(spacing, shape, "1.72 or 3.44")
     for name, value in (("curl", curl), ("spread", spread)):
         if value is not None and not 0 <= value <= 1:

@@ -44,6 +44,7 @@ def liver(
         "liver_ml", "lesion_ml", the "padding" and the names of the "classes".
     """
     _check(seed, size, slice_mm, lesions, kind)
+    seed, size = int(seed), int(size)
     rng = stream(seed, "abdomen")
     width = rng.uniform(152, 182)  # half of the body's width
     field = float(np.clip(2 * width * np.clip(np.exp(rng.normal(0.14, 0.12)), 1.02, 1.8), 512 * 0.53, 512 * 1.25))

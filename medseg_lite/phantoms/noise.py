@@ -7,6 +7,7 @@ numbers give the same field on a coarse and on a fine grid.
 
 from __future__ import annotations
 
+import operator
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -122,11 +123,15 @@ def make_affine(axes: Axes, spacing: Sequence[float]) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ checks and cohorts
 
 
-def check_whole(name: str, value, least: int, most: int | None = None) -> None:
-    """Raise a ValueError unless the argument is a whole number in this range."""
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
+def check_whole(name: str, value, least: int, most: int | None = None) -> int:
+    """Return the argument as an int. Raise a ValueError unless it is a whole number of any kind in this range."""
+    try:
+        whole = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        whole = -1
+    if whole < least or (most is not None and whole > most):
         raise ValueError(f"{name} is {value!r}; expected a whole number, {least} {f'to {most}' if most else 'or more'}")
+    return whole
 
 
 def check_grid(spacing: float, shape: Sequence[int] | None, usual: str) -> None:

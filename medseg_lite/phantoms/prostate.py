@@ -66,12 +66,12 @@ def prostate(seed: int, *, site: str = "A", size: int | None = None) -> Case:
         A case of one channel, "t2", slices along W. `image` holds whole numbers; `label` is 1 in the prostate. `info` has the
         seed, the site, whether there is a "coil", "prostate_ml" and the names of the "classes".
     """
-    check_whole("seed", seed, 0)
+    seed = check_whole("seed", seed, 0)
     if site not in PROSTATE_SITES:
         raise ValueError(f"site is {site!r}; expected one of {', '.join(PROSTATE_SITES)}")
     scanner = PROSTATE_SITES[site]
     size = scanner.size if size is None else size
-    check_whole("size", size, 32, 512)
+    size = check_whole("size", size, 32, 512)
     pixel = scanner.pixel_mm * scanner.size / size
     spacing = (pixel, pixel, scanner.slice_mm)
     axes = centred_axes((size, size, scanner.slices), spacing)

@@ -101,6 +101,7 @@ def havaei(
     Source: Finzel 2017, section 3.1; Havaei et al. 2017, sections 3.2 and 3.3. The weight penalties are DeepMedic's.
     Taught in notebook 02.
     """
+    steps, phase2_steps = int(steps), int(phase2_steps)
     if phase2_steps < 0:
         raise ValueError(f"phase2_steps={phase2_steps}; expected 0 or more")
     if isinstance(network, str):

@@ -131,7 +131,7 @@ def prepare_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed))
         model = models.BUILDERS[network](
-            in_channels=channels or len(cases[0].channels), classes=classes, width=width, **options
+            in_channels=channels or len(cases[0].channels), classes=classes, width=float(width), **options
         )
     return model.to(device)
 
@@ -196,7 +196,7 @@ def prepare_schedule(
     if schedule is not None:
         return schedule(optimizer)
     if halvings is not None:
-        return optimizers.HalveAt(optimizer, steps=[round(fraction * steps) for fraction in halvings])
+        return optimizers.HalveAt(optimizer, steps=[round(float(fraction) * int(steps)) for fraction in halvings])
     return paper(optimizer)
 
 
@@ -225,7 +225,7 @@ def train(
         how: further options of `training.fit`.
     """
     machine = {option.name for option in dataclasses.fields(training.Engine)}
-    engine = dict(engine or {})
+    engine, how["seed"] = dict(engine or {}), int(how["seed"])
     how |= {
         "facts": {"validation": _case_codes(validation)} | dict(made_from or {}),
         "steps": steps,
