@@ -94,9 +94,7 @@ def fit(
     steps, validate_every, accumulate, seed = (int(number) for number in (steps, validate_every, accumulate, seed))
     _check_labels(model, sampler, loss)
     schedule = schedule or Schedule(optimizer)
-    gradients = Gradients(
-        model, loss, forward=forward, accumulate=accumulate, l1=float(l1), l2=float(l2), seed=seed, engine=engine
-    )
+    gradients = Gradients(model, loss, forward=forward, accumulate=accumulate, l1=l1, l2=l2, seed=seed, engine=engine)
     identity = {"sampler": describe_sampler(sampler), "loss": loss, "forward": forward, "accumulate": accumulate}
     identity |= {"l1": l1, "l2": l2, "seed": seed, **(facts or {})}
     run = Run(model, optimizer, schedule, gradients.scaler, folder, identity=identity, validate_every=validate_every)

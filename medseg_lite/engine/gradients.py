@@ -63,7 +63,7 @@ class Gradients:
         engine: Engine | None = None,
     ):
         engine = engine or Engine()
-        self.model, self.loss, self.l1, self.l2, self.seed = model, loss, l1, l2, seed
+        self.model, self.loss, self.l1, self.l2, self.seed = model, loss, float(l1), float(l2), seed
         self.accumulate, self.parts = accumulate, 1
         self.device = next(model.parameters()).device
         self.autocast, self.scaler = _precision(engine.precision, self.device)
