@@ -39,12 +39,17 @@ def as_names(names: str | Iterable[object]) -> tuple[str, ...]:
 
 
 def as_image(array: object, source: object = "the image") -> np.ndarray:
-    """Return intensities as float32. Raise ValueError for what is no real number."""
+    """Return intensities as float32. Raise ValueError for what is no real number, or too large."""
     array = as_array(array, source)
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{source} holds {array.dtype}; expected real numbers")
-    with np.errstate(over="ignore"):  # what becomes infinite is refused as such
-        return array.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):
+        image = array.astype(np.float32, copy=False)
+    if array.dtype.itemsize > 4 and np.isinf(image).any() and np.isfinite(array).all():
+        raise ValueError(
+            f"{source} has intensities up to {np.abs(array).max():g}, too large for float32; divide them by a factor"
+        )
+    return image
 
 
 def as_mask(array: object, source: object = "the mask") -> np.ndarray:

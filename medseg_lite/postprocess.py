@@ -42,9 +42,9 @@ def remove_flat_components(
         raise ValueError(f"the label is {label.shape} but {case.name} is {case.shape}; they must share one grid")
     if case.mask is None or case.mask.all():
         raise ValueError(f"{case.name} has no mask that ends at the skull, so nothing is near it; give the case a brain mask")
-    thickness, depth, volume = float(thickness), float(depth), float(volume)
     if min(thickness, depth, volume) <= 0:
         raise ValueError(f"thickness={thickness}, depth={depth}, volume={volume}; all must be positive")
+    thickness, depth, volume = float(thickness), float(depth), float(volume)
     cleaned = label.copy()
     if not label.any():
         return cleaned
