@@ -268,8 +268,6 @@ def test_each_case_has_the_type_that_it_needs(tmp_path):
         assert {c.dtype for c in datasets.store([wide, narrow], tmp_path, normalise=None, dtype=dtype, progress=False)} == {
             dtype
         }
-    with pytest.raises(ValueError, match="wide has intensities up to 1e\\+300, too large for float32; divide"):
-        datasets.store([wide.replace(image=np.full((1, 2, 3, 4), 1e300))], tmp_path, normalise=None, progress=False)
 
 
 def test_two_names_that_are_one_file_on_some_disks(tmp_path, monkeypatch):
