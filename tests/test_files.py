@@ -779,7 +779,11 @@ def test_slopes(tmp_path, slope, inter, expected):
     [
         ("a.hdr", b"x" * 400, "is one half of a pair .hdr and .img; convert the pair"),
         ("a.img", b"x" * 400, "is one half of a pair"),
-        ("a.nii", gzip.compress(b"x" * 400, mtime=0), r"is gzip-compressed, but its name does not say so; rename it to a\.nii\.gz"),
+        (
+            "a.nii",
+            gzip.compress(b"x" * 400, mtime=0),
+            r"is gzip-compressed, but its name does not say so; rename it to a\.nii\.gz",
+        ),
     ],
 )
 def test_files_under_a_name_that_is_not_theirs(tmp_path, name, content, message):
