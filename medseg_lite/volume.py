@@ -79,6 +79,10 @@ class Case:
         if "extra" in changed:
             own["extra"] = {key: None if v is None else as_array(v, f"{self.name}: {key}") for key, v in self.extra.items()}
         self._check_fit()
+        if "affine" in changed and not spans_space(self.affine):
+            raise ValueError(
+                f"{self.name}: the affine {self.affine.tolist()} places no voxels; expected three axes that span the space"
+            )
         if "image" in changed:
             self._check_finite()
 
@@ -243,6 +247,14 @@ class Case:
     def label_block(self, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
         """Return `label[start:stop]`, mirrored beyond the border like the image."""
         return padded_region(self.label, start, stop)
+
+
+def spans_space(affine: np.ndarray) -> bool:
+    """Return whether an affine is finite and its three voxel axes span the space, whatever the voxel size."""
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (np.isfinite(affine).all() and np.isfinite(sizes).all() and (sizes > 0).all()):
+        return False
+    return abs(np.linalg.det(affine[:3, :3] / sizes)) > 1e-3
 
 
 def shear(affine: np.ndarray) -> float:

@@ -231,3 +231,10 @@ def test_downloads_on_the_command_line(decathlon_server, tmp_path, capsys):
     ]:
         assert cli.main(["download", *arguments]) == 1
         assert match in capsys.readouterr().err
+
+
+def test_a_task_given_as_a_dot_with_a_description_saved_by_windows(decathlon, monkeypatch):
+    root = decathlon()
+    (root / "dataset.json").write_text((root / "dataset.json").read_text("utf-8"), "utf-8-sig")
+    monkeypatch.chdir(root)
+    assert msd(".")[0].info["dataset"] == "Task05_Prostate"

@@ -91,12 +91,13 @@ def test_a_change_in_any_file_of_a_case_is_noticed(tmp_path, seen):
         ("Case00_segmentation", (case.label > 0).astype(np.uint8)),
     ):
         kind = "MET_FLOAT" if array.dtype == np.float32 else "MET_UCHAR"
-        header = f"NDims = 3\nDimSize = 9 8 7\nElementSpacing = 1 1 1\nElementType = {kind}\nElementDataFile = {name}.raw\n"
+        # The name of the values is another one, and its letters are as Windows has them.
+        header = f"NDims = 3\nDimSize = 9 8 7\nElementSpacing = 1 1 1\nElementType = {kind}\nElementDataFile = V_{name}.RAW\n"
         (tmp_path / "promise" / f"{name}.mhd").write_text(header)
-        (tmp_path / "promise" / f"{name}.raw").write_bytes(array.tobytes(order="F"))
+        (tmp_path / "promise" / f"V_{name}.raw").write_bytes(array.tobytes(order="F"))
     for cohort, changed in [
         (datasets.brats2017(tmp_path / "brats"), tmp_path / "brats" / "p0" / "p0_t2.nii.gz"),
-        (datasets.promise12(tmp_path / "promise"), tmp_path / "promise" / "Case00_segmentation.raw"),
+        (datasets.promise12(tmp_path / "promise"), tmp_path / "promise" / "V_Case00_segmentation.raw"),
     ]:
         for expected in (1, 0, 1, 0):
             seen.clear()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nibabel.orientations import inv_ornt_aff, io_orientation
+from scipy.spatial.transform import Rotation
 from small_files import affine_of, noise
 
-from medseg_lite.volume import Case, as_label, bounding_box, mirrored, padded_region
+from medseg_lite.volume import Case, as_label, bounding_box, mirrored, orientation, padded_region
 
 
 def case(**changes) -> Case:
@@ -121,3 +125,25 @@ def test_voxels_of_a_group_are_counted(masked):
         "class 2": (label == 2).sum(),
     }
     np.testing.assert_allclose(whole.std, whole.image[:, inside].std(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [np.diag([1, 0, 1]), np.ones((3, 3)), np.zeros((3, 3)), [[1, 0, 1], [0, 1, 0], [0, 0, 1e-9]]])
+def test_an_affine_that_places_no_voxels(steps):
+    affine = np.eye(4)
+    affine[:3, :3] = steps
+    for make in (lambda: case(affine=affine), lambda: case().replace(affine=affine)):
+        with pytest.raises(ValueError, match=r"p1: the affine .* places no voxels; expected three axes"):
+            make()
+
+
+def test_the_orientation_of_a_turned_grid_is_that_of_its_array():
+    """Whatever the angles: permuting and flipping the axes of a grid permutes and flips its orientation, and RAS wins ties."""
+    rng = np.random.default_rng(0)
+    for angles in [*itertools.product((0, 45, 90, 180), repeat=3), *rng.uniform(-180, 180, (200, 3))]:
+        affine = np.eye(4)
+        affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() @ np.diag(rng.uniform(0.3, 5, 3))
+        turned = affine @ inv_ornt_aff(orientation(affine), (4, 5, 6))
+        np.testing.assert_array_equal(orientation(turned), [[0, 1], [1, 1], [2, 1]])
+        cosines = np.abs(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
+        if np.sort(cosines, axis=0)[2].min() > 0.8:  # where nobody is in doubt, nibabel says the same
+            np.testing.assert_array_equal(orientation(affine), io_orientation(affine))

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 import numpy as np
 import torch
 
-from ..files import is_nifti
+from ..files import find_values, is_nifti
 from ..volume import Case
 
 
@@ -134,8 +134,7 @@ def describe(value: object) -> object:
     if isinstance(value, Path):
         if value.is_dir():
             return [_describe_file(path) for path in sorted(value.rglob("*")) if path.is_file()]
-        values = sorted(value.parent.glob(f"{value.stem}.*raw")) if value.suffix.lower() == ".mhd" else []
-        return [_describe_file(path) for path in (value, *values)]
+        return [_describe_file(path) for path in (value, *_beside(value))]
     if isinstance(value, partial):
         return [describe(value.func), describe(value.args), describe(value.keywords)]
     if isinstance(value, Mapping):
@@ -162,6 +161,14 @@ def _describe_function(function: Callable) -> list[str]:
         return [*name, inspect.getsource(function)]
     except OSError:  # typed at a prompt
         return [*name, function.__code__.co_code.hex() + repr(function.__code__.co_consts)]
+
+
+def _beside(path: Path) -> list[Path]:
+    """Return the file with the values of a MetaImage header, which may change while the header stays."""
+    try:
+        return [find_values(path)] if path.suffix.lower() == ".mhd" else []
+    except (OSError, ValueError):  # it is told when the case is read
+        return []
 
 
 def _describe_file(path: Path) -> list:

@@ -7,6 +7,7 @@ at http://medicaldecathlon.com. Unpack one and give its folder.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -60,11 +61,12 @@ def msd(root: str | Path, *, split: str = "training", as_brats: bool = False, ca
         fetch = f", or fetch it with `python -m medseg_lite download {root.name}`" if root.name in TASKS else ""
         raise FileNotFoundError(f"{path} does not exist; {root} holds {contents(root)}: point at the task's own folder{fetch}")
     channels, classes, listed = _read_description(path, split)
+    task = Path(os.path.abspath(root)).name  # also of "."
     names = tuple(classes.get(k, f"class {k}") for k in range(max(classes) + 1))
     readers = {}
     for name, (image, label) in choose(listed, cases, root).items():
         files = _inside(root, image, path), None if label is None else _inside(root, label, path)
-        readers[name] = partial(_read, name, *files, channels, names, sorted(classes), root.name, split)
+        readers[name] = partial(_read, name, *files, channels, names, sorted(classes), task, split)
     if as_brats:
         if set(channels) != {"flair", *_BRATS_CHANNELS} or sorted(classes) != [0, *_BRATS_LABELS]:
             raise ValueError(

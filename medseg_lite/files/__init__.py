@@ -11,12 +11,13 @@ import numpy as np
 
 from ..paths import file_for
 from ..volume import Case, as_label, size_text
-from ._metaimage import read_metaimage
+from ._metaimage import find_values, read_metaimage
 from ._nifti import is_nifti, read_nifti, write_nifti
 from ._scan import Scan, intensities, on_grid_of
 
 __all__ = [
     "Scan",
+    "find_values",
     "is_nifti",
     "read_case",
     "read_image",

@@ -36,15 +36,26 @@ def read_metaimage(path: str | Path) -> Scan:
     path = Path(path)
     check_exists(path, "*.mh[ad]")
     check_content(path)
-    with open(path, "rb") as file:
-        fields = _metaimage_fields(path, file)
-        local = file.read() if fields["ElementDataFile"].upper() == "LOCAL" else None
-    source = path if local is not None else _metaimage_source(path, fields["ElementDataFile"])
+    source, fields, local = _open(path)
     shape, dtype = _metaimage_shape(path, fields)
     values = _metaimage_values(path, fields, shape, dtype, source, source.read_bytes() if local is None else local)
     # The first index varies fastest.
     array = np.frombuffer(values, dtype).reshape(shape[::-1]).T.astype(dtype.newbyteorder("="))
     return as_scan(array, _metaimage_affine(path, fields, len(shape)), None, path)
+
+
+def find_values(path: Path) -> Path:
+    """Return the file that holds the values of a MetaImage: itself, or the one beside it. The values are not read."""
+    return _open(path, local=False)[0]
+
+
+def _open(path: Path, *, local: bool = True) -> tuple[Path, dict[str, str], bytes | None]:
+    """Return the file of the values, the header, and the values if they are in the same file and wanted."""
+    with open(path, "rb") as file:
+        fields = _metaimage_fields(path, file)
+        if fields["ElementDataFile"].upper() == "LOCAL":
+            return path, fields, file.read() if local else None
+    return _metaimage_source(path, fields["ElementDataFile"]), fields, None
 
 
 def _metaimage_fields(path: Path, file: BinaryIO) -> dict[str, str]:

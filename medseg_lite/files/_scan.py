@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 from nibabel import orientations
 
-from ..volume import orientation, size_text
+from ..volume import orientation, size_text, spans_space
 
 GRID_TOLERANCE = 1e-3  # mm: affines that differ by less describe the same grid, unless voxels are smaller than a tenth of a mm
 LOSS = 2**-11  # largest rounding error of intensities, relative to their range
@@ -45,7 +45,7 @@ def as_scan(array: np.ndarray, affine: np.ndarray, header: nibabel.Nifti1Header 
         )
     if not array.size:
         raise ValueError(f"{path} has no voxels ({size_text(array.shape)}); export it again")
-    if not _places_voxels(affine):
+    if not spans_space(affine):
         raise ValueError(
             f"{path} has an unusable affine {affine.tolist()}; set its orientation (sform or qform) and save again"
         )
@@ -57,14 +57,6 @@ def _turned(scan: Scan, turn: np.ndarray) -> Scan:
     """Return a scan with its axes permuted and flipped."""
     affine = scan.affine @ orientations.inv_ornt_aff(turn, scan.array.shape[:3])
     return dataclasses.replace(scan, array=orientations.apply_orientation(scan.array, turn), affine=affine)
-
-
-def _places_voxels(affine: np.ndarray) -> bool:
-    """Return whether the affine is finite and its three axes span the space, whatever the voxel size."""
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or not np.isfinite(spacing).all() or not (spacing > 0).all():
-        return False
-    return abs(np.linalg.det(affine[:3, :3] / spacing)) > 1e-3
 
 
 def check_exists(path: Path, pattern: str) -> None:
