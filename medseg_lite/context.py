@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from . import inference
-from .arrays import as_tensor
+from .arrays import as_array, as_tensor
 from .models.network import Network
 from .paths import atomic_write, file_for
 from .volume import Case, mirrored
@@ -53,6 +53,7 @@ def facing(case: Case, plane: str) -> Case:
 
 def facing_back(array: np.ndarray, plane: str) -> np.ndarray:
     """Return an array that was made for `facing(case, plane)` on the case's own axes `(..., D, H, W)`."""
+    array = as_array(array)
     return np.moveaxis(array, -1, array.ndim - 3 + _axis(plane))
 
 

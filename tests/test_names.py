@@ -226,3 +226,13 @@ def test_predictions_and_classes_of_one_name_in_a_widget():
     widget = CompareSegmentations(case, {1: case.label, "1": 0 * case.label}, classes=["background", "tumour", "tumour"])
     assert widget._scene["predictions"] == ["1", "1 2"]
     assert widget._scene["regions"] == {"all labels": [1, 2], "tumour": [1], "tumour 2": [2]}
+
+
+def test_channels_with_names_of_the_reader(tmp_path):
+    for name in ("there", "t1"):
+        files.write_case(tmp_path / "p1", make_case("p1").replace(channels=[name]))
+    case = datasets.nifti_folder(tmp_path, channels={"there": "there.nii.gz", "t1": "t1.nii.gz"}, mask="all")[0]
+    assert case.channels == ("there", "t1")
+    for name in ("the label", "the mask", "all files"):
+        with pytest.raises(ValueError, match=f"a channel is called '{name}', which stands for something else here"):
+            datasets.nifti_folder(tmp_path, channels={name: "t1.nii.gz"})

@@ -20,8 +20,8 @@ from ..files import read_case
 from ..volume import Case, label_table
 from ._cohort import Cohort, choose, contents, nonzero_mask, some, visible_images
 
-# Keys of label and mask beside the names of the channels. Error messages use them.
-_LABEL, _MASK = "the label", "the mask"
+# Keys of label and mask, and of the names of all files, beside the names of the channels. Error messages use them.
+_LABEL, _MASK, _ALL = "the label", "the mask", "all files"
 
 
 def nifti_folder(
@@ -60,6 +60,8 @@ def nifti_folder(
     if not channels:
         raise ValueError('channels is empty; expected name and pattern of each channel, {"flair": "*flair.nii.gz"}')
     patterns = dict(channels)
+    if reserved := [name for name in (_LABEL, _MASK, _ALL) if name in patterns]:
+        raise ValueError(f"a channel is called {reserved[0]!r}, which stands for something else here; give it another name")
     if label is not None:
         patterns[_LABEL] = label
     if mask not in (None, "all"):
@@ -90,14 +92,14 @@ def _check_patterns(patterns: Mapping[str, str]) -> None:
 
 
 def _find_in_folders(folder: Path, patterns: Mapping[str, str]) -> dict[str, dict]:
-    """Return, for each case, the files that match each pattern, and as "there" the names of all its files."""
+    """Return, for each case, the files that match each pattern, and as `_ALL` the names of all its files."""
     found = {}
     for place in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
         matches = {role: visible_images(place, pattern) for role, pattern in patterns.items()}
         # A folder whose NIfTI files all lie deeper, and match nothing, is no case. It may be the folder of the cases.
         if any(matches.values()) or visible_images(place, "*"):
             there = [path.relative_to(place).as_posix() for path in visible_images(place, "**/*")]
-            found[place.name] = {**matches, "there": there}
+            found[place.name] = {**matches, _ALL: there}
     return found
 
 
@@ -117,9 +119,9 @@ def _find_side_by_side(folder: Path, patterns: Mapping[str, str]) -> dict[str, d
             taken.add(path)
             relative = path.relative_to(folder).as_posix()
             name = relative[len(before) : len(relative) - len(after)]
-            case = found.setdefault(name, {**{r: [] for r in patterns}, "there": []})
+            case = found.setdefault(name, {**{r: [] for r in patterns}, _ALL: []})
             case[role].append(path)
-            case["there"].append(relative)
+            case[_ALL].append(relative)
     return dict(sorted(found.items()))
 
 
@@ -134,13 +136,13 @@ def _one_file_each(
             files[role] = paths[0]
         elif paths:
             raise ValueError(
-                f"{name} in {folder} has {len(paths)} files for {role} ({pattern!r}); it holds {some(matches['there'])}: "
+                f"{name} in {folder} has {len(paths)} files for {role} ({pattern!r}); it holds {some(matches[_ALL])}: "
                 "narrow the pattern"
             )
         elif role != _LABEL or not label_optional:
             remedy = {_LABEL: ", or pass label_optional=True", _MASK: ""}.get(role, ", or leave the case or the channel out")
             raise ValueError(
-                f"{name} in {folder} has no file for {role} ({pattern!r}); it holds {some(matches['there'])}: "
+                f"{name} in {folder} has no file for {role} ({pattern!r}); it holds {some(matches[_ALL])}: "
                 f"correct the pattern or rename the file{remedy}"
             )
     return files
