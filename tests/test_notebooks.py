@@ -180,3 +180,12 @@ def test_nothing_needs_a_solution(notebook):
         needed = {n.id for n in names if isinstance(n.ctx, ast.Load)} & (hidden - known - bound)
         assert not needed, f"{sorted(needed)} come from a solution that a student may have skipped"
         known |= bound
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_tables_have_a_text_form(path):
+    """Text is what terminals, screen readers and comparisons see: it must not be the address of an object."""
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        for output in cell.get("outputs", []):
+            text = "".join((output.get("data") or {}).get("text/plain") or "")
+            assert not re.search(r"<[\w.]+ (object )?at 0x[0-9a-f]+>", text), f"{cell['id']}: {text[:80]}"
