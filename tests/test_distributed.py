@@ -17,7 +17,7 @@ import torch
 from medseg_lite import losses, models, training
 from medseg_lite.engine import distributed
 from medseg_lite.optimizers import NormalizedSGD, RMSpropNesterov
-from medseg_lite.sampling import SegmentSampler
+from medseg_lite.sampling import Sampler, SegmentSampler
 from medseg_lite.volume import Case
 
 pytestmark = pytest.mark.slow
@@ -119,11 +119,11 @@ def validate(model) -> dict[str, float]:
     return {"dice": float(next(model.parameters()).abs().mean())}
 
 
-class Deadly:
-    """A sampler whose process 1 dies by kill -9 when it asks for a batch."""
+class Deadly(Sampler):
+    """A sampler whose process 1 dies by kill -9 when it asks for a batch. Its batches are those of another sampler."""
 
     def __init__(self, sampler, at: int):
-        self.sampler, self.at = sampler, at
+        self.sampler, self.at, self.describe = sampler, at, sampler.describe
 
     def batch(self, step: int):
         if step == self.at and distributed.rank() == 1:

@@ -98,9 +98,11 @@ def run_without_solutions(path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def runs(request) -> dict[Path, Future]:
+def student_runs(request) -> dict[Path, Future]:
     """The runs of all notebooks that this session asks for, two at a time, each on one core."""
-    asked = [item.callspec.params["path"] for item in request.session.items if "runs" in getattr(item, "fixturenames", ())]
+    asked = [
+        item.callspec.params["path"] for item in request.session.items if "student_runs" in getattr(item, "fixturenames", ())
+    ]
     with ThreadPoolExecutor(2) as pool:
         futures = {path: pool.submit(run_without_solutions, path) for path in dict.fromkeys(asked)}
         yield futures
@@ -109,8 +111,8 @@ def runs(request) -> dict[Path, Future]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_runs_without_solutions(path, runs):
+def test_runs_without_solutions(path, student_runs):
     try:
-        runs[path].result()
+        student_runs[path].result()
     except CellExecutionError as error:
         pytest.fail(f"{path.name} stops where no solution was run:\n{error}", pytrace=False)

@@ -14,6 +14,7 @@ over its samples, such as Dice, is given all of them.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,7 @@ def joined(device: str = "auto") -> Iterator[str]:
     try:
         yield device
     finally:
+        gc.collect()  # what still holds the group, such as a network that exchanges its gradients, goes before it
         dist.destroy_process_group()
 
 
