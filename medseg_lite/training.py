@@ -95,8 +95,9 @@ def fit(
     _check_labels(model, sampler, loss)
     schedule = schedule or Schedule(optimizer)
     gradients = Gradients(model, loss, forward=forward, accumulate=accumulate, l1=l1, l2=l2, seed=seed, engine=engine)
-    identity = {"sampler": describe_sampler(sampler), "loss": loss, "forward": forward, "accumulate": accumulate}
-    identity |= {"l1": l1, "l2": l2, "seed": seed, **(facts or {})}
+    identity = {"loss": loss, "forward": forward, "accumulate": accumulate, "l1": l1, "l2": l2, "seed": seed, **(facts or {})}
+    # The codes of all cases are worth their time only where a state is kept.
+    identity["sampler"] = describe_sampler(sampler) if folder else None
     run = Run(model, optimizer, schedule, gradients.scaler, folder, identity=identity, validate_every=validate_every)
     with own_random_numbers(run.device):
         torch.manual_seed(seed)

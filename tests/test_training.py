@@ -454,6 +454,31 @@ def test_a_loss_that_is_not_finite(setup, tmp_path, value):
     assert "kept" not in str(raised.value)
 
 
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(setup, tmp_path):
+    """The loss is finite, its slope is not: the square root of 0. The last update of a run is looked at too."""
+
+    def steep(value):
+        return value + torch.sqrt((value - value.detach()).clamp(min=0))
+
+    for folder, steps, call in ((tmp_path / "middle", 9, 8), (tmp_path / "last", 6, 6), (None, 3, 3)):
+        model, sampler, keywords = setup()
+        with pytest.raises(FloatingPointError, match=rf"the gradient became nan at update {call} .*lower the learning rate"):
+            fit(model, sampler, steps=steps, folder=folder, loss=At(call, steep), **keywords)
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+        if folder:
+            state = torch.load(folder / "last.pt", weights_only=True)
+            assert len(state["history"]) == 4 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_returned(setup, tmp_path):
+    """Loss and gradients are finite, but the step is too long for the numbers."""
+    model, sampler, keywords = setup()
+    keywords["optimizer"] = torch.optim.SGD(model.parameters(), lr=1e38)
+    with pytest.raises(FloatingPointError, match=r"is not finite after update 1|became (nan|inf) at update 2"):
+        fit(model, sampler, steps=1, folder=tmp_path, loss=lambda y, t: 1e3 * losses.cross_entropy(y, t), **keywords)
+    assert not (tmp_path / "last.pt").exists()
+
+
 def test_a_folder_of_another_run(setup, tmp_path):
     model, sampler, keywords = setup()
     fit(model, sampler, steps=2, folder=tmp_path, **keywords)

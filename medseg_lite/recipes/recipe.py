@@ -227,7 +227,7 @@ def train(
     machine = {option.name for option in dataclasses.fields(training.Engine)}
     engine, how["seed"] = dict(engine or {}), int(how["seed"])
     how |= {
-        "facts": {"validation": _case_codes(validation)} | dict(made_from or {}),
+        "facts": {"validation": _case_codes(validation) if how["folder"] else {}} | dict(made_from or {}),
         "steps": steps,
         "validate_every": min(validate_every, steps),
         "validate": make_validation(validation, model.classes),
