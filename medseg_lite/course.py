@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, paths, plotting
+from .devices import describe_device, find_device
 
 SCALES = ("cpu", "gpu")
 
@@ -39,18 +40,17 @@ def start() -> Machine:
     Raises:
         ValueError: for another value of MEDSEG_SCALE.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    scale = os.environ.get("MEDSEG_SCALE") or ("gpu" if device == "cuda" else "cpu")
+    device = find_device()
+    scale = os.environ.get("MEDSEG_SCALE") or ("gpu" if device.type == "cuda" else "cpu")
     if scale not in SCALES:
         raise ValueError(f"MEDSEG_SCALE={scale!r}; expected one of {', '.join(SCALES)}")
-    what = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     size = "the papers' sizes" if scale == "gpu" else "a short run: narrow networks, few cases"
     paths.say(
-        f"medseg_lite {__version__} is ready on {what}, scale {scale} ({size}); "
+        f"medseg_lite {__version__} is ready on {describe_device(device)}, scale {scale} ({size}); "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
     plotting.set_style()
-    return Machine(device, scale)
+    return Machine(device.type, scale)
 
 
 def real_cases_available(dataset: str = "brats2013_deepmedic") -> Path | None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .devices import is_out_of_memory, release_memory
 from .engine.gradients import compiled as through_compiler
-from .engine.gradients import out_of_memory
 from .engine.precision import autocast, number_type
 from .engine.tiles import Tiling, check_fits, cut_output, load_patch, plan
 from .engine.tracing import evaluating
@@ -77,7 +77,7 @@ def predict(
     # A network that pads sees where the volume ends, so the volume must not be cut to its mask.
     box = bounding_box(mask) if model.halo is None else [slice(0, n) for n in case.shape]
     tiling = plan(model, [s.start for s in box], [s.stop for s in box], case.shape, device, tile=tile)
-    dtype = _find_number_type(precision, device)
+    dtype = _find_number_type(precision, model, device)
     result = _background(output, model.classes, case.shape)
     with evaluating(model):
         network = _rearranged(model, device, compiled)
@@ -88,17 +88,16 @@ def predict(
                     np.copyto(result[(..., *inside)], _finished(logits, output), where=keep)
                 return result
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 found = str(error).split("\n")[0]
             # Out here the failed attempt's memory is no longer held.
             tiling = _smaller(tiling, case.name, found)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            release_memory(device)
 
 
-def _find_number_type(precision: str, device: torch.device) -> torch.dtype:
-    dtype = number_type(precision, device, auto=torch.float16)
+def _find_number_type(precision: str, model: Network, device: torch.device) -> torch.dtype:
+    dtype = number_type(precision, device, spatial_dims=model.spatial_dims, guarded=True)
     if dtype != torch.float32 and device.type != "cuda":
         raise ValueError(f"{precision} is for CUDA devices; on the {device.type} use float32, which is faster there")
     return dtype

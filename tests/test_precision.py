@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -8,15 +10,33 @@ from medseg_lite.engine.precision import autocast, number_type
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.mark.parametrize("supported", [True, False])
-def test_auto_is_float32_unless_the_device_has_the_type(monkeypatch, supported):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
-    assert number_type("auto", GPU, auto=torch.bfloat16) == (torch.bfloat16 if supported else torch.float32)
-    assert number_type("auto", GPU, auto=torch.float16) == torch.float16
-    assert number_type("auto", CPU, auto=torch.float16) == torch.float32
-    assert number_type("bfloat16", CPU, auto=torch.float16) == torch.bfloat16
+@pytest.mark.parametrize(
+    ("native", "cudnn", "dims", "training", "guarded"),
+    [
+        (True, 91002, 2, torch.bfloat16, torch.bfloat16),
+        (False, 91002, 2, torch.float32, torch.float16),  # a T4
+        (True, 91002, 3, torch.float32, torch.float32),  # cuDNN's faulty 3-D convolutions
+        (True, 91900, 3, torch.bfloat16, torch.bfloat16),
+        (False, None, 3, torch.float32, torch.float16),
+    ],
+)
+def test_auto_is_the_fastest_type_whose_overflow_is_noticed(monkeypatch, native, cudnn, dims, training, guarded):
+    def supported(including_emulation=True):
+        return native or including_emulation  # PyTorch's own default counts emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    assert number_type("auto", GPU, spatial_dims=dims) == training
+    assert number_type("auto", GPU, spatial_dims=dims, guarded=True) == guarded
+    for other in (CPU, torch.device("mps"), torch.device("xpu")):
+        assert number_type("auto", other, spatial_dims=dims, guarded=True) == torch.float32
+
+
+def test_types_by_name():
+    assert number_type("bfloat16", CPU, spatial_dims=3) == torch.bfloat16
     with pytest.raises(ValueError, match="precision='double'; expected auto, float32, float16, bfloat16"):
-        number_type("double", CPU, auto=torch.float16)
+        number_type("double", CPU, spatial_dims=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from ..devices import find_device
 from ..models.layers import RollingBatchNorm
 
 # The others wait while the first process validates, which may take long; a process that dies is noticed at once all the same.
@@ -58,10 +59,7 @@ def joined(device: str = "auto") -> Iterator[str]:
     Raises:
         ValueError: a GPU is asked for, and PyTorch sees none, or fewer than there are processes on this machine.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device}: PyTorch sees no CUDA GPU here; use cpu")
+    device = str(find_device(device))
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1 or _joined():
         yield device
         return

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import losses
+from ..devices import is_out_of_memory, release_memory
 from ..paths import say
 from . import distributed
 from .precision import autocast, number_type
@@ -22,7 +23,7 @@ class Engine:
     """The use of the machine during a training. None of it changes which samples the network sees.
 
     Attributes:
-        precision: "float32", "bfloat16", "float16", or "auto" (bfloat16 on CUDA where it is supported, else float32).
+        precision: "float32", "bfloat16", "float16", or "auto" (bfloat16 on GPUs that compute in it, else float32).
         compiled: run the network through `torch.compile`, or as it is where that fails.
         channels_last: keep the channels of a voxel side by side in memory, which some GPUs and CPUs convolve faster.
         workers: number of threads that prepare batches ahead. Batches do not depend on it.
@@ -66,7 +67,7 @@ class Gradients:
         self.model, self.loss, self.l1, self.l2, self.seed = model, loss, float(l1), float(l2), seed
         self.accumulate, self.parts = accumulate, 1
         self.device = next(model.parameters()).device
-        self.autocast, self.scaler = _precision(engine.precision, self.device)
+        self.autocast, self.scaler = _precision(engine.precision, self.device, model.spatial_dims)
         self.format = None
         if engine.channels_last:
             self.format = torch.channels_last_3d if model.spatial_dims == 3 else torch.channels_last
@@ -104,7 +105,7 @@ class Gradients:
                 number = self._add_up(batches, kept)
                 break
             except RuntimeError as error:  # of which torch.OutOfMemoryError is one
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 largest = max((len(label) for _, label in kept), default=1)
                 found = str(error).split("\n")[0]
@@ -214,8 +215,7 @@ class Gradients:
             remedy = "a single sample is too large: choose a smaller crop or block, or train in bfloat16"
         else:
             self.parts = min(2 * self.parts, largest)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            release_memory(self.device)
             say(
                 f"out of memory with {-(-largest * 2 // self.parts)} samples at a time: going on with at most "
                 f"{-(-largest // self.parts)}, at the same result and some more time"
@@ -229,11 +229,6 @@ class Gradients:
             return t.contiguous(memory_format=self.format) if self.format and t.is_floating_point() else t
 
         return _each(part, moved)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, on a GPU or in the machine."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class _Forward(nn.Module):
@@ -262,7 +257,7 @@ class _Compiled(nn.Module):
                 self.works = True
                 return result
             except Exception as error:  # of many kinds: no compiler, an unknown operation, …
-                if out_of_memory(error):
+                if is_out_of_memory(error):
                     raise
                 self.works = False
                 reason = next((line for line in str(error).splitlines() if line.strip()), "").strip()
@@ -275,8 +270,8 @@ def compiled(network: nn.Module) -> nn.Module:
     return _Compiled(network)
 
 
-def _precision(precision: str, device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:
-    dtype = number_type(precision, device, auto=torch.bfloat16)
+def _precision(precision: str, device: torch.device, spatial_dims: int) -> tuple[torch.autocast, torch.amp.GradScaler]:
+    dtype = number_type(precision, device, spatial_dims=spatial_dims)
     if device.type == "cpu" and dtype == torch.float16:
         raise ValueError("float16 training needs a CUDA device; use precision='float32' on the CPU")
     return autocast(dtype, device), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arrays import as_tensor
+from ..devices import free_memory
 from ..models.layers import convolutions
 from ..models.network import Network
 from ..volume import Case, padded_region
@@ -161,13 +161,10 @@ def plan(
 
 def workspace(device: torch.device, most: float) -> float:
     """Return the bytes that feature maps may take at a time: half the free memory, and on a CPU `most` at most."""
-    if device.type == "cuda":
-        return 0.5 * torch.cuda.mem_get_info(device)[0]
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not on macOS or Windows
+    free = free_memory(device)
+    if free is None:
         return most
-    return min(most, 0.5 * free)
+    return min(most, 0.5 * free) if device.type == "cpu" else 0.5 * free
 
 
 def load_patch(image: np.ndarray, tile: Tile, network: Network, device: torch.device) -> Tensor:
