@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 
@@ -21,11 +19,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
     ],
 )
 def test_auto_is_the_fastest_type_whose_overflow_is_noticed(monkeypatch, native, cudnn, dims, training, guarded):
-    def supported(including_emulation=True):
-        return native or including_emulation  # PyTorch's own default counts emulation
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if native else (7, 5))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
     assert number_type("auto", GPU, spatial_dims=dims) == training
     assert number_type("auto", GPU, spatial_dims=dims, guarded=True) == guarded

@@ -36,10 +36,9 @@ def number_type(precision: str, device: torch.device, *, spatial_dims: int, guar
 def _fastest(device: torch.device, spatial_dims: int, guarded: bool) -> torch.dtype:
     if device.type != "cuda" or (spatial_dims == 3 and _cudnn_is_faulty()):
         return torch.float32
-    with torch.cuda.device(device):
-        # A T4 emulates bfloat16, which is slow and takes memory; PyTorch counts that as supported unless it is asked so.
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
+    # Older GPUs emulate bfloat16, slowly and with more memory, and PyTorch's `is_bf16_supported` counts that. AMD's have it.
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
     return torch.float16 if guarded else torch.float32
 
 
