@@ -67,10 +67,10 @@ def page(browser):
     context = browser.new_context(viewport={"width": 1280, "height": 1000})
     page = context.new_page()
     errors = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("pageerror", lambda error: errors.append(error.stack or str(error)))
     yield page
     context.close()
-    assert not errors, errors
+    assert not errors, "\n\n".join(errors)
 
 
 @pytest.fixture(scope="session")
