@@ -78,7 +78,7 @@ function render({ model, el }) {
       return { channel: view.order[place], position: within(next) };
     };
     drag(stage, (event) => moveTo(pointAt(stage, event)));
-    stage.addEventListener("pointermove", (event) => say(view, pointAt(stage, event), model.get(channelKey)));
+    stage.addEventListener("pointermove", (event) => say(view, pointAt(stage, event), channelNow(view)));
     tiles.addEventListener("click", (event) => { const hit = tileAt(event); if (hit) set(channelKey, hit.channel); });
     tiles.addEventListener("pointermove", (event) => { const hit = tileAt(event); if (hit) say(view, hit.position ?? model.get("position"), hit.channel); });
     for (const box of [stage, tiles]) box.addEventListener("pointerleave", () => say(view));
@@ -89,7 +89,7 @@ function render({ model, el }) {
       const end = { Home: 0, End: view.order.length - 1 }[event.key];
       if (by === undefined && end === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
       event.preventDefault();
-      const next = view.order[end ?? view.order.indexOf(model.get(channelKey)) + by];
+      const next = view.order[end ?? view.order.indexOf(channelNow(view)) + by];
       if (next !== undefined) set(channelKey, next);
     });
     return view;
@@ -119,6 +119,9 @@ function render({ model, el }) {
     view.root.dataset.layer = layer.name;
     onColours(view);
   }
+
+  /** The chosen channel. Another layer can have fewer; then the last one counts until Python has chosen anew. */
+  const channelNow = (view) => clamp(model.get(view.channelKey), 0, view.about ? view.about.shape[0] - 1 : 0);
 
   const signed = (view) => ({ signed: true, sequential: false })[model.get("colours")] ?? view.about.signed;
 
@@ -160,7 +163,7 @@ function render({ model, el }) {
 
   function reveal(view) { // scroll the channels until the chosen one is in sight
     if (!view.layout) return;
-    const { columns, high, gap } = view.layout, place = view.order.indexOf(model.get(view.channelKey));
+    const { columns, high, gap } = view.layout, place = view.order.indexOf(channelNow(view));
     const top = Math.floor(place / columns) * (high + gap + LABEL), bottom = top + high + gap + LABEL;
     view.tiles.scrollTop = clamp(view.tiles.scrollTop, bottom - view.tiles.clientHeight, top);
   }
@@ -203,7 +206,7 @@ function render({ model, el }) {
     view.stage.style.aspectRatio = `${shape[x]} / ${shape[y] * aspect}`;
     const context = fit(view.picture, width, height), here = position[cut] - start[cut];
     stamp(context, sliceImage(volumes[sequenceNow()], shape, 0, plane, here, greyTable(sequences[sequenceNow()])), 0, 0, width, height);
-    const channel = model.get(view.channelKey), { field, offset, stride } = view.about;
+    const channel = channelNow(view), { field, offset, stride } = view.about;
     const [left, wide] = place(view, x), [top, high] = place(view, y);
     context.globalAlpha = model.get("opacity");
     stamp(context, slicer(view, plane, position)(channel), left * scale, top * tall, wide * scale, high * tall);
@@ -237,7 +240,7 @@ function render({ model, el }) {
     view.grid.style.width = `${room}px`;
     view.grid.style.height = `${total}px`;
     const context = fit(view.grid, room, total), position = model.get("position"), tile = slicer(view, plane, position);
-    const text = getComputedStyle(view.tiles).color, chosen = model.get(view.channelKey);
+    const text = getComputedStyle(view.tiles).color, chosen = channelNow(view);
     context.font = "11px system-ui, sans-serif";
     context.textBaseline = "middle";
     const part = (axis) => 1 - (position[axis] - offset[axis] + stride[axis] / 2) / (stride[axis] * size[axis]);
@@ -264,7 +267,7 @@ function render({ model, el }) {
   }
 
   function drawNumbers(view) { // histogram, colour bar, counts
-    const channel = model.get(view.channelKey), { about } = view, [a, b] = span(view, channel);
+    const channel = channelNow(view), { about } = view, [a, b] = span(view, channel);
     const width = view.stage.clientWidth || 340, height = 62, context = fit(view.histogram, width, height);
     view.histogram.style.width = `${width}px`;
     view.histogram.style.height = `${height}px`;
@@ -321,14 +324,14 @@ function render({ model, el }) {
   }
 
   /** The read-out: at the crosshair, or under the pointer. */
-  function say(view, position = model.get("position"), channel = model.get(view.channelKey)) {
+  function say(view, position = model.get("position"), channel = channelNow(view)) {
     if (!view.data || !volumes.length) return;
     const { name, low, high } = sequences[sequenceNow()];
     const facts = [["voxel", position.join(", ")], [name, short(low + (volumes[sequenceNow()][at(position)] * (high - low)) / 255)]];
     if (label) facts.push(["truth", classes.find(([k]) => k === label[at(position)])?.[1] ?? "background"]);
     const shown = view === undefined ? views : [view, ...views.filter((other) => other !== view && other.data)];
     for (const one of shown.sort((a, b) => a.number - b.number)) {
-      const c = one === view ? channel : model.get(one.channelKey);
+      const c = one === view ? channel : channelNow(one);
       facts.push([`${model.get(one.layerKey)}, channel ${c}`, short(valueOf(one, position, c))]);
     }
     tell(readout, facts);

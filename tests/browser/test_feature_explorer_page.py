@@ -115,6 +115,19 @@ def test_layer_and_channel(opened):
     opened.wait_for_function("() => document.querySelector('[aria-pressed=true]').innerText.startsWith('1')")
 
 
+def test_a_layer_with_fewer_channels_than_the_chosen_one(opened):
+    """Python corrects the channel in a message of its own, which comes after the layer."""
+    opened.locator(".pathway", has_text="low").locator("button").nth(7).click()
+    opened.wait_for_selector("[data-layer='low.7']")
+    opened.focus("[data-view=grid0]")
+    opened.keyboard.press("End")
+    opened.wait_for_function("() => document.querySelector('.readout').innerText.includes('channel 14')")
+    opened.locator(".strip button", has_text="classifier").click()
+    opened.wait_for_selector("[data-layer='classifier']")
+    opened.wait_for_function("() => document.querySelector('.readout').innerText.includes('classifier, channel 2')")
+    assert "Channel 2: mean" in opened.inner_text(".counts")
+
+
 def test_sorting_is_that_of_python(opened, explored):
     index = shot(opened, "grid0")
     for sort in ("activity", "selectivity", "correlation"):
