@@ -1,5 +1,5 @@
-"""Comparisons of methods: the paired t-test and the mean (sd) tables of the papers, and corrections when many methods are
-compared at once."""
+"""Comparisons of methods: the paired t-test and the mean (sd) tables of the papers, corrections when many methods are compared at
+once, intervals over training runs and cases, and agreement of measurements."""
 
 from __future__ import annotations
 
@@ -252,3 +252,158 @@ def ranks(scores: pd.DataFrame, *, higher_is_better: bool = True, level: float =
     p = 1.0 if alike else float(stats.friedmanchisquare(*values.T).pvalue)
     q = stats.studentized_range.ppf(1 - level, methods, np.inf) / math.sqrt(2)
     return Ranking(mean, p, float(q * math.sqrt(methods * (methods + 1) / (6 * count))), count)
+
+
+# ------------------------------------------------------------------------------------------------- runs, cases, agreement
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The result of `two_way`; `print` it for one readable line.
+
+    Attributes:
+        mean: mean over runs and cases, or the difference of two such means.
+        low, high: the interval around it.
+        runs: number of training runs; of two methods, that of the one with fewer.
+        cases: number of cases.
+        level: share of repeated studies whose interval holds the true mean.
+    """
+
+    mean: float
+    low: float
+    high: float
+    runs: int
+    cases: int
+    level: float = 0.95
+
+    @property
+    def decided(self) -> bool:
+        """The answer to whether the interval leaves 0 out, so that the sign of a difference is known."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.mean:+.4g} ({self.level:.0%} interval {self.low:+.4g} to {self.high:+.4g} "
+            f"over {self.runs} runs and {self.cases} cases)"
+        )
+
+
+def two_way(a, b=None, *, level: float = 0.95, draws: int = 4000, seed: int = 0) -> Interval:
+    """Estimate the mean score of a method over its training runs and over cases, or the difference of two methods.
+
+    Another seed and other patients would both have given other scores, so the bootstrap draws both again. The runs of two methods are
+    drawn apart: run 1 of one has nothing to do with run 1 of the other. The cases are drawn once for both, because both methods
+    segment the same patients. Of n runs or cases each draw takes n − 1 with replacement, which makes the variance of their mean
+    unbiased. The quantiles of the draws are stretched by Student's t over the normal quantile, because three runs know their own
+    spread badly.
+
+    Args:
+        a: scores `(runs, cases)` of a method.
+        b: scores of a rival on the same cases, which may have another number of runs. None estimates the mean of `a`.
+        level: share of repeated studies whose interval shall hold the true mean.
+        draws: number of draws of the bootstrap.
+        seed: seed of the draws.
+
+    Raises:
+        ValueError: fewer than two runs or cases, other cases in `b`, or a NaN.
+    """
+    tables = [_as_scores(scores, name) for scores, name in ((a, "a"), (b, "b")) if scores is not None]
+    cases = tables[0].shape[1]
+    if tables[-1].shape[1] != cases:
+        raise ValueError(f"a has {cases} cases and b {tables[-1].shape[1]}; expected the same cases in both")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}; expected a share between 0 and 1, for example 0.95")
+    rng = np.random.default_rng(seed)
+    signs = (1, -1)[: len(tables)]
+    mean = sum(sign * table.mean() for sign, table in zip(signs, tables))
+
+    columns = rng.multinomial(cases - 1, np.full(cases, 1 / cases), draws) / (cases - 1)
+    drawn, variance, freedom = np.zeros(draws), 0.0, 0.0
+    for sign, table in zip(signs, tables):
+        runs = len(table)
+        rows = rng.multinomial(runs - 1, np.full(runs, 1 / runs), draws) / (runs - 1)
+        drawn += sign * np.einsum("dr,rc,dc->d", rows, table, columns, optimize=True)
+        part = table.mean(axis=1).var(ddof=1) / runs
+        variance, freedom = variance + part, freedom + part**2 / (runs - 1)
+    part = sum(sign * table.mean(axis=0) for sign, table in zip(signs, tables)).var(ddof=1) / cases
+    variance, freedom = variance + part, freedom + part**2 / (cases - 1)
+    tail = (1 - level) / 2
+    low, high = np.quantile(drawn - mean, [tail, 1 - tail])
+    # Welch and Satterthwaite's degrees of freedom of a sum of variances.
+    stretch = stats.t.ppf(1 - tail, variance**2 / freedom) / stats.norm.ppf(1 - tail) if freedom else 1.0
+    low, high = mean + stretch * low, mean + stretch * high
+    return Interval(float(mean), float(low), float(high), min(map(len, tables)), cases, level)
+
+
+def noise_floor(runs) -> float:
+    """Return the largest difference between mean scores of runs that differ by nothing that matters.
+
+    Train a baseline several times from the same start, with weights changed by a millionth (`training.perturb_weights`). What their
+    scores differ by is rounding that has grown. An effect that is not clearly larger shows nothing.
+
+    Args:
+        runs: scores `(runs, cases)`.
+    """
+    means = _as_scores(runs, "runs").mean(axis=1)
+    return float(means.max() - means.min())
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The result of `bland_altman`; `print` it for one readable line.
+
+    Attributes:
+        bias: mean of measured − reference.
+        low, high: limits of agreement, bias ± 1.96 standard deviations. About 95 % of single differences lie between them.
+        trend: rank correlation of the difference with the mean of both. Below 0, large objects are measured too small or small ones
+            too large, which a bias near 0 hides.
+        p: probability of a trend at least this strong if there were none.
+        n: number of cases.
+    """
+
+    bias: float
+    low: float
+    high: float
+    trend: float
+    p: float
+    n: int
+
+    def __str__(self) -> str:
+        return (
+            f"bias {self.bias:+.3g} (limits of agreement {self.low:+.3g} to {self.high:+.3g}), "
+            f"trend with size {self.trend:+.2f} (p = {self.p:.2g}), n = {self.n}"
+        )
+
+
+def bland_altman(measured: Sequence[float], reference: Sequence[float]) -> Agreement:
+    """Compare two measurements of one quantity, such as lesion volumes by a network and by hand.
+
+    Two measurements may be closely correlated and still disagree. So look at their difference, and at whether it depends on the size.
+
+    Args:
+        measured, reference: one value for each case, in the same unit and order, without NaN. At least three cases.
+
+    Source: Bland and Altman 1986, "Statistical methods for assessing agreement between two methods of clinical measurement".
+    """
+    measured, reference = _as_numbers(measured), _as_numbers(reference)
+    if measured.ndim != 1 or measured.shape != reference.shape or len(measured) < 3:
+        raise ValueError(
+            f"measured has shape {measured.shape} and reference {reference.shape}; expected the same three cases or more"
+        )
+    if not (np.isfinite(measured).all() and np.isfinite(reference).all()):
+        raise ValueError("measured or reference holds values that are not finite; leave those cases out of both, and say so")
+    difference, size = measured - reference, (measured + reference) / 2
+    bias, spread = float(difference.mean()), float(difference.std(ddof=1))
+    constant = np.ptp(difference) == 0 or np.ptp(size) == 0
+    trend, p = (0.0, 1.0) if constant else map(float, stats.spearmanr(size, difference))
+    return Agreement(bias, bias - 1.96 * spread, bias + 1.96 * spread, trend, p, len(difference))
+
+
+def _as_scores(scores, name: str) -> np.ndarray:
+    """Return scores as `(runs, cases)`, after a check."""
+    scores = as_array(scores).astype(float)
+    if scores.ndim != 2 or min(scores.shape) < 2:
+        raise ValueError(f"{name} has shape {scores.shape}; expected (runs, cases) with at least two of each")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{name} holds scores that are not finite; leave those cases out of all runs, and say so")
+    return scores

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from medseg_lite.statistics import holm, paired_t_test, pairwise, ranks, summary
+from medseg_lite.statistics import bland_altman, holm, noise_floor, paired_t_test, pairwise, ranks, summary, two_way
 
 ALTERNATIVES = ("two-sided", "greater", "less")
 
@@ -261,3 +261,84 @@ def test_unsigned_numbers_do_not_wrap_around():
 def test_a_group_without_a_name_is_not_lost():
     table = pd.DataFrame({"region": ["x", None, None], "dice": [1.0, 2.0, 4.0]})
     assert summary(table)["dice"].tolist() == ["1.00 (–)", "3.00 (1.41)"]
+
+
+# ------------------------------------------------------------------------------------------------- runs, cases, agreement
+
+
+def made_up(rng, runs: int, cases: int, *, of_runs: float, of_cases: float, rest: float = 0.3):
+    """Scores with mean 0 that vary by run, by case, and by both; the cases' part is returned to be shared with a rival."""
+    shared = rng.normal(0, of_cases, (1, cases))
+    return lambda: shared + rng.normal(0, of_runs, (runs, 1)) + rng.normal(0, rest, (runs, cases))
+
+
+@pytest.mark.parametrize(("of_runs", "of_cases"), [(1.0, 0.1), (0.1, 1.0), (0.5, 0.5)])
+def test_the_interval_over_runs_and_cases_holds_the_truth_as_often_as_it_says(of_runs, of_cases):
+    rng, held, studies = np.random.default_rng(0), 0, 300
+    for number in range(studies):
+        draw = made_up(rng, 3, 15, of_runs=of_runs, of_cases=of_cases)
+        held += (result := two_way(draw(), draws=400, seed=number)).low < 0 < result.high
+    assert 0.9 <= held / studies <= 0.995
+
+
+def test_cases_are_paired_and_runs_are_not():
+    rng = np.random.default_rng(1)
+    draw = made_up(rng, 5, 20, of_runs=0.05, of_cases=5.0, rest=0.05)
+    a, b = draw() + 0.3, draw()
+    result = two_way(a, b)
+    assert result.decided and result.mean == pytest.approx((a - b).mean())  # the cases' large spread cancels
+    assert not two_way(a).decided
+    nobody = two_way(b[::-1], b)  # the order of runs means nothing
+    assert nobody.low < 0 < nobody.high and "over 5 runs and 20 cases" in str(nobody)
+    shuffled = two_way(a[rng.permutation(5)], b)
+    assert (shuffled.low, shuffled.high) == pytest.approx((result.low, result.high), abs=0.03)
+
+
+def test_more_cases_do_not_make_up_for_few_runs():
+    rng = np.random.default_rng(2)
+    widths = []
+    for cases in (10, 1000):
+        result = two_way(made_up(rng, 3, cases, of_runs=1.0, of_cases=0.1)())
+        widths.append(result.high - result.low)
+    assert widths[1] > 1 and two_way(np.ones((3, 4))).low == 1
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (np.ones(3), None, r"a has shape \(3,\)"),
+        (np.ones((1, 5)), None, "at least two of each"),
+        (np.ones((2, 5)), np.ones((2, 4)), "a has 5 cases and b 4"),
+        (np.full((2, 5), np.nan), None, "not finite"),
+    ],
+)
+def test_two_way_refuses(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        two_way(a, b)
+    with pytest.raises(ValueError, match="level=95"):
+        two_way(np.eye(3), level=95)
+
+
+def test_noise_floor():
+    assert noise_floor([[0.5, 0.7], [0.6, 0.8], [0.55, 0.75]]) == pytest.approx(0.1)
+
+
+def test_agreement_by_hand():
+    # Differences 1, -1, 3: mean 1, sd 2.
+    result = bland_altman([2.0, 4.0, 9.0], [1.0, 5.0, 6.0])
+    assert (result.bias, result.low, result.high) == pytest.approx((1, 1 - 3.92, 1 + 3.92))
+    assert "bias +1 (limits of agreement -2.92 to +4.92)" in str(result)
+
+
+def test_a_bias_near_zero_can_hide_a_trend():
+    truth = np.linspace(10, 100, 19)
+    shrunk = 55 + 0.6 * (truth - 55)  # small ones too large, large ones too small
+    result = bland_altman(shrunk, truth)
+    assert abs(result.bias) < 1e-9 and result.trend == pytest.approx(-1) and result.p < 1e-6
+    assert bland_altman(truth, truth).trend == 0
+
+
+@pytest.mark.parametrize("measured", [[1.0, 2.0], [1.0, np.nan, 2.0], [1.0, 2.0, 3.0, 4.0]])
+def test_agreement_refuses(measured):
+    with pytest.raises(ValueError):
+        bland_altman(measured, [1.0, 2.0, 3.0])

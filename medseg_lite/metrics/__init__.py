@@ -18,6 +18,7 @@ counts cases without enhancing tumour as 0 (Kamnitsas et al. 2017, footnote 3). 
 one cannot be compared with averages made with the other.
 """
 
+from .operating import best_threshold, operating_points
 from .overlap import dice, jaccard, precision, sensitivity, specificity, volume_difference
 from .partitions import v_info, v_rand
 from .surfaces import assd, boundary_distance, count_borders, hausdorff, slice_inconsistency, surface, surface_distances
@@ -27,6 +28,7 @@ __all__ = [
     "DEFAULT_METRICS",
     "as_regions",
     "assd",
+    "best_threshold",
     "boundary_distance",
     "count_borders",
     "dice",
@@ -34,6 +36,7 @@ __all__ = [
     "evaluate_cohort",
     "hausdorff",
     "jaccard",
+    "operating_points",
     "precision",
     "read_table",
     "regions",

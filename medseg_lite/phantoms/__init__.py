@@ -6,9 +6,11 @@ from .hand import hand, hand_cohort
 from .liver import liver, liver_cohort
 from .mri import SITES
 from .prostate import PROSTATE_SITES, prostate, prostate_cohort
+from .puzzles import PUZZLES, puzzle_cohort
 
 __all__ = [
     "PROSTATE_SITES",
+    "PUZZLES",
     "SITES",
     "brain",
     "brain_cohort",
@@ -20,4 +22,5 @@ __all__ = [
     "liver_cohort",
     "prostate",
     "prostate_cohort",
+    "puzzle_cohort",
 ]
