@@ -49,35 +49,16 @@ from torch.utils.flop_counter import flop_registry
 PRESETS = {"T4": ("Tesla T4", (7, 5), 15e9), "L4": ("NVIDIA L4", (8, 9), 23e9), "A100": ("NVIDIA A100-SXM4-40GB", (8, 0), 40e9)}
 HALF = (torch.float16, torch.bfloat16)
 KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float32", torch.float64: "float64"}
-CPU = torch.device("cpu")
+CPU, XLA = torch.device("cpu"), torch.device("xla", 0)
 aten = torch.ops.aten
 
 # In half precision these are computed in float32 and rounded, because a GPU adds up in float32. Zeros where nothing is computed.
-PRODUCTS = {
-    aten.convolution,
-    aten.convolution_backward,
-    aten.mm,
-    aten.addmm,
-    aten.bmm,
-    aten.baddbmm,
-    aten.mv,
-    aten.addmv,
-    aten.dot,
-}
+PRODUCTS = {getattr(aten, name) for name in "convolution convolution_backward mm addmm bmm baddbmm mv addmv dot".split()}
 COPIES = {aten.copy_, aten._to_copy, aten._foreach_copy_}  # from one device to another
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}  # indices may lie on the CPU
 # Operations whose result, or the shape of it, the CPU waits for.
-WAITS = {
-    aten._local_scalar_dense: "item",
-    aten.nonzero: "nonzero",
-    aten.masked_select: "mask as index",
-    aten.bincount: "bincount",
-    aten._unique2: "unique",
-    aten.unique_dim: "unique",
-    aten.unique_consecutive: "unique",
-    aten.repeat_interleave: "repeat_interleave",
-    aten.equal: "equal",
-}
+WAITS = {getattr(aten, name): name for name in "nonzero bincount repeat_interleave equal unique_dim unique_consecutive".split()}
+WAITS |= {aten._local_scalar_dense: "item", aten.masked_select: "mask as index", aten._unique2: "unique"}
 _active = threading.Lock()
 _guards: list = []
 
@@ -101,6 +82,7 @@ class Gpu:
         self.syncs, self.flops, self.bytes, self.launches = Counter(), Counter(), Counter(), Counter()
         self.used = self.peak = self.reserved = 0
         self.held: dict[int, weakref.ref] = {}  # pieces of memory, by their address
+        self.generators: dict[int, torch.Generator] = {}  # by their address in C++, where they are of the CPU
         self.lock = threading.RLock()
         self.seed(0)
 
@@ -148,16 +130,9 @@ class FakeTensor(torch.Tensor):
                 "Please use float32 instead."
             )
         gpu.hold(elem.untyped_storage())
-        key = torch._C.DispatchKey.AutocastMPS if gpu.device.type == "mps" else torch._C.DispatchKey.AutocastCUDA
-        self = torch.Tensor._make_wrapper_subclass(
-            cls,
-            elem.shape,
-            strides=elem.stride(),
-            storage_offset=elem.storage_offset(),
-            dtype=elem.dtype,
-            device=torch.device("xla", 0),
-            _extra_dispatch_keys=torch._C.DispatchKeySet(key),
-        )
+        places = {"strides": elem.stride(), "storage_offset": elem.storage_offset(), "dtype": elem.dtype, "device": XLA}
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+        self = torch.Tensor._make_wrapper_subclass(cls, elem.shape, **places, _extra_dispatch_keys=keys)
         self.elem, self.gpu = elem, gpu
         return self
 
@@ -171,11 +146,11 @@ class FakeTensor(torch.Tensor):
         gpu = next(t.gpu for t in tree_leaves((args, kwargs)) if isinstance(t, FakeTensor))
         return run(gpu, func, args, kwargs or {})
 
-    def to(self, *args, **kwargs):
+    def to(self, *args, copy=False, **kwargs):
         """Return the tensor itself where nothing changes, as PyTorch does."""
         device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
         same = (device is None or self.gpu.owns(device)) and dtype in (None, self.dtype) and memory_format is None
-        return self if same and not kwargs.get("copy") else super().to(*args, **kwargs)
+        return self if same and not copy else super().to(*args, copy=copy, **kwargs)
 
     def cuda(self, device=None, **_):
         return self.to("cuda" if device is None else device)
@@ -191,6 +166,9 @@ class FakeTensor(torch.Tensor):
 
     def tolist(self):
         return self.cpu().tolist()
+
+    def __format__(self, spec):
+        return format(self.item(), spec) if self.ndim == 0 else super().__format__(spec)
 
     def __repr__(self, **_):
         return f"{self.elem!r} on {self.device}"
@@ -215,17 +193,17 @@ def run(gpu: Gpu, func, args: tuple, kwargs: dict):
     inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     here = [t for t in inputs if isinstance(t, FakeTensor)]
     device = kwargs.get("device")
-    wanted = bool(here) if device is None else gpu.owns(device)
+    wanted = bool(here) if device is None else gpu.owns(device)  # is the result the GPU's?
     if not here and not wanted:
         return func(*args, **kwargs)
     if here:
         check_devices(func, args, inputs)
-        count_waits(gpu, func, args, wanted)
+        count_waits(gpu, func, args, device)
     if wanted and device is not None:
         kwargs = {**kwargs, "device": CPU}
-    if wanted and kwargs.get("generator") is not None and kwargs["generator"].device != gpu.device:
-        found = kwargs["generator"].device.type
-        raise RuntimeError(f"Expected a '{gpu.device.type}' device type for generator but found '{found}'")
+    generator = kwargs.get("generator")
+    if wanted and generator is not None and generator._cdata not in gpu.generators:
+        raise RuntimeError(f"Expected a '{gpu.device.type}' device type for generator but found 'cpu'")
 
     half = next((t.dtype for t in here if t.dtype in HALF), None) if func.overloadpacket in PRODUCTS else None
     result = compute(gpu, func, *tree_map(functools.partial(lower, half), (args, kwargs)))
@@ -287,13 +265,15 @@ def check_devices(func, args: tuple, inputs: list) -> None:
             )
 
 
-def count_waits(gpu: Gpu, func, args: tuple, wanted: bool) -> None:
+def count_waits(gpu: Gpu, func, args: tuple, device) -> None:
     """Count an operation that makes the CPU wait for the GPU."""
     packet = func.overloadpacket
     reason = WAITS.get(packet)
-    if (packet is aten._to_copy and not wanted) or (packet is aten.copy_ and not isinstance(args[0], FakeTensor)):
+    if (packet is aten._to_copy and device is not None and device.type == "cpu") or (
+        packet is aten.copy_ and not isinstance(args[0], FakeTensor)
+    ):
         reason = "copy to the CPU"
-    elif packet in INDEXED and any(t is not None and t.dtype == torch.bool for t in args[1]):
+    elif packet in INDEXED and any(isinstance(t, FakeTensor) and t.dtype == torch.bool for t in args[1]):
         reason = "mask as index" if packet is aten.index or args[2].numel() != 1 else None
     if reason:
         gpu.syncs[reason] += 1
@@ -368,6 +348,9 @@ def replacements(gpu: Gpu) -> dict:
     def release():
         gpu.reserved = gpu.used
 
+    def reset_peak(device=None):
+        gpu.peak = gpu.used
+
     common = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -378,11 +361,8 @@ def replacements(gpu: Gpu) -> dict:
         "manual_seed": gpu.seed,
     }
     if gpu.device.type == "mps":
-        return common | {
-            "current_allocated_memory": lambda: gpu.used,
-            "driver_allocated_memory": lambda: gpu.reserved,
-            "recommended_max_memory": lambda: gpu.memory,
-        }
+        sizes = {"current_allocated_memory": "used", "driver_allocated_memory": "reserved", "recommended_max_memory": "memory"}
+        return common | {name: functools.partial(getattr, gpu, attribute) for name, attribute in sizes.items()}
     facts = types.SimpleNamespace(name=gpu.name, major=gpu.capability[0], minor=gpu.capability[1], total_memory=gpu.memory)
     return common | {
         "is_initialized": lambda: True,
@@ -397,6 +377,7 @@ def replacements(gpu: Gpu) -> dict:
         "memory_allocated": lambda device=None: gpu.used,
         "memory_reserved": lambda device=None: gpu.reserved,
         "max_memory_allocated": lambda device=None: gpu.peak,
+        "reset_peak_memory_stats": reset_peak,
         "manual_seed_all": gpu.seed,
     }
 
@@ -429,7 +410,11 @@ def own_functions(gpu: Gpu) -> list:
         device = property(lambda self: gpu.device)
 
         def __new__(cls, device="cpu"):
-            return super().__new__(cls) if gpu.owns(device) else real_generator(device)
+            if not gpu.owns(device):
+                return real_generator(device)
+            new = super().__new__(cls)
+            gpu.generators[new._cdata] = new
+            return new
 
     accelerator = {
         "current_accelerator": lambda check_available=False: torch.device(gpu.device.type),
@@ -447,12 +432,13 @@ def own_functions(gpu: Gpu) -> list:
         (threading.Thread, "run", _run),
         (optimizers, "_foreach_supported_types", supported),
         (torch.version, "cuda", "12.8" if gpu.device.type == "cuda" else None),
+        (torch.backends.mps, "is_available", lambda: gpu.device.type == "mps"),
         *((torch.accelerator, name, function) for name, function in accelerator.items()),
     ]
 
 
 @contextlib.contextmanager
-def fake(gpu: Gpu, *patches) -> Iterator[Gpu]:
+def fake(gpu: Gpu) -> Iterator[Gpu]:
     """Have a GPU inside the block, in this thread and in those that start meanwhile."""
     if not _active.acquire(blocking=False):
         raise RuntimeError("a fake GPU is in use already; one at a time")
@@ -460,7 +446,7 @@ def fake(gpu: Gpu, *patches) -> Iterator[Gpu]:
         install_guards("XLA", gpu.device.type.upper())
         module = torch.get_device_module(gpu.device)
         with contextlib.ExitStack() as stack:
-            for owner, name, new in [*((module, *pair) for pair in replacements(gpu).items()), *own_functions(gpu), *patches]:
+            for owner, name, new in [*((module, *pair) for pair in replacements(gpu).items()), *own_functions(gpu)]:
                 stack.enter_context(mock.patch.object(owner, name, new))
             stack.enter_context(one_thread(gpu))
             yield gpu
@@ -486,5 +472,14 @@ def mps(*, memory: float = 12e9, compute: bool = True):
     """Return a context in which PyTorch has Apple's GPU, which refuses float64. It skips the test where there is a real one."""
     if torch.backends.mps.is_available() and not _active.locked():
         pytest.skip("there is a real GPU")
-    gpu = Gpu(torch.device("mps", 0), "Apple M", (0, 0), memory, compute)
-    return fake(gpu, (torch.backends.mps, "is_available", lambda: True))
+    return fake(Gpu(torch.device("mps", 0), "Apple M", (0, 0), memory, compute))
+
+
+def real() -> types.SimpleNamespace:
+    """Return the facts of the real CUDA GPU, which counts nothing."""
+    device = torch.device("cuda", 0)
+    facts = torch.cuda.get_device_properties(device)
+    capability = (facts.major, facts.minor)
+    return types.SimpleNamespace(
+        device=device, name=facts.name, capability=capability, memory=facts.total_memory, counted=False
+    )
