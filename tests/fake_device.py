@@ -17,7 +17,7 @@ OutOfMemoryError); numbers that are read back too often; float64 on an Apple GPU
 What it cannot see: speed; cuDNN, the memory that it works in, and TF32; assertions inside kernels; kernels that a GPU lacks for a
 type; streams, and copies to the GPU that wait; NCCL; torch.compile. It differs from CUDA in these points: dropout makes three
 launches, not one; copies of a tensor's memory by `data_ptr` and safetensors need `.cpu()` first; a mask as index that sets a single
-number counts as no wait, because PyTorch fills by mask then.
+number counts as no wait, because PyTorch fills by mask then; a network cannot be moved while a result of it waits for its gradient.
 
 How it works: a tensor is a wrapper around a CPU tensor. For Python it is on "cuda:0". For PyTorch's C++ code it is of the kind "xla",
 which has no streams (autograd would ask CUDA for them) and which CUDA's autocast accepts. A dispatch mode catches what is made on

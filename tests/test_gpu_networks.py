@@ -141,6 +141,17 @@ def test_segmenting_gives_the_cpu_s_numbers(gpu, network, stir):
         assert error(fast(inputs if len(inputs) > 1 else inputs[0]).cpu(), expected) < 1e-2
 
 
+@by_name(NETWORKS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("gpu", ["A100"], indirect=True)
+def test_segmenting_in_bfloat16_is_close(gpu, network, stir, device):
+    model, x = example(network)
+    stir(model).to(device)
+    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
+        fast, slow = (net(x.to(device)).float().cpu() for net in (model.for_inference(), model))
+    assert error(fast, slow) < 0.05
+
+
 def facts(path) -> tuple[dict, dict]:
     """Return what a checkpoint holds: its metadata, and the bytes of each tensor."""
     with safe_open(path, framework="np") as file:

@@ -115,7 +115,8 @@ class FoldedDeepMedic(Network):
         if below is None:
             z = piece.flatten(0, -2) @ before.matrix
         else:
-            z = _repeat(below, shape).flatten(0, -2).addmm_(piece.flatten(0, -2), before.matrix)
+            # Autocast leaves operations in place alone.
+            z = _repeat(below, shape).flatten(0, -2).addmm_(piece.flatten(0, -2), before.matrix.to(piece.dtype))
         for layer in rest:
             z = F.prelu(z, before.slope) @ layer.matrix
             before = layer
