@@ -281,8 +281,9 @@ def test_the_momentum_schedule(gpu):
     assert_same(there, here)
 
 
-def test_steps_of_many_parameters_are_few_kernels(gpu):
-    """RMSpropNesterov works on lists, so the number of kernels does not depend on the number of parameters."""
+@pytest.mark.parametrize("kind", [RMSpropNesterov, NormalizedSGD])
+def test_updates_of_many_parameters_take_few_kernels(gpu, kind):
+    """The optimisers work on lists, so the number of kernels does not depend on the number of parameters."""
     if not gpu.counted:
         pytest.skip("a real GPU counts nothing")
     launches = []
@@ -290,7 +291,7 @@ def test_steps_of_many_parameters_are_few_kernels(gpu):
         parameters = [nn.Parameter(torch.ones(2, device="cuda")) for _ in range(count)]
         for p in parameters:
             p.grad = torch.ones_like(p)
-        optimizer = RMSpropNesterov(parameters)
+        optimizer = kind(parameters)
         optimizer.step()
         gpu.launches.clear()
         optimizer.step()
