@@ -97,14 +97,11 @@ class Gpu:
             if key in self.held:
                 return
             if self.used + size > self.memory:
-                raise torch.OutOfMemoryError(
-                    f"{self.device.type.upper()} out of memory. Tried to allocate {size / 2**20:.2f} MiB. GPU 0 has a total capacity "
-                    f"of {self.memory / 2**30:.2f} GiB, of which {self.used / 2**30:.2f} GiB are in use (a fake GPU)."
-                )
+                tried = f"Tried to allocate {size / 2**20:.2f} MiB beside {self.used / 2**20:.2f} MiB (a fake GPU)"
+                raise torch.OutOfMemoryError(f"{self.device.type.upper()} out of memory. {tried}")
             self.held[key] = weakref.ref(storage, functools.partial(self.let_go, key, size))
             self.used += size
-            self.peak = max(self.peak, self.used)
-            self.reserved = max(self.reserved, self.used)
+            self.peak, self.reserved = max(self.peak, self.used), max(self.reserved, self.used)
 
     def let_go(self, key: int, size: int, _) -> None:
         with self.lock:
@@ -125,10 +122,8 @@ class FakeTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, elem: torch.Tensor, gpu: Gpu):
         if gpu.device.type == "mps" and elem.dtype in (torch.float64, torch.complex128):
-            raise TypeError(
-                f"Cannot convert a MPS Tensor to {str(elem.dtype)[6:]} dtype as the MPS framework doesn't support float64. "
-                "Please use float32 instead."
-            )
+            kind = str(elem.dtype).removeprefix("torch.")
+            raise TypeError(f"Cannot convert a MPS Tensor to {kind} dtype as the MPS framework doesn't support float64.")
         gpu.hold(elem.untyped_storage())
         places = {"strides": elem.stride(), "storage_offset": elem.storage_offset(), "dtype": elem.dtype, "device": XLA}
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
@@ -140,6 +135,7 @@ class FakeTensor(torch.Tensor):
     device = property(lambda self: self.gpu.device)
     is_cuda = property(lambda self: self.gpu.device.type == "cuda")
     is_mps = property(lambda self: self.gpu.device.type == "mps")
+    data = property(lambda self: self.detach())  # which cannot be set
 
     @classmethod
     def __torch_dispatch__(cls, func, kinds, args=(), kwargs=None):
@@ -156,13 +152,7 @@ class FakeTensor(torch.Tensor):
         return self.to("cuda" if device is None else device)
 
     def numpy(self, **_):
-        raise TypeError(
-            f"can't convert {self.device} device type tensor to numpy. "
-            "Use Tensor.cpu() to copy the tensor to host memory first."
-        )
-
-    def __array__(self, *_, **__):
-        return self.numpy()
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() to copy it first.")
 
     def tolist(self):
         return self.cpu().tolist()
@@ -195,7 +185,8 @@ def run(gpu: Gpu, func, args: tuple, kwargs: dict):
     device = kwargs.get("device")
     wanted = bool(here) if device is None else gpu.owns(device)  # is the result the GPU's?
     if not here and not wanted:
-        return func(*args, **kwargs)
+        with gpu.lock if torch.Tag.nondeterministic_seeded in func.tags else contextlib.nullcontext():
+            return func(*args, **kwargs)
     if here:
         check_devices(func, args, inputs)
         count_waits(gpu, func, args, device)
@@ -206,26 +197,24 @@ def run(gpu: Gpu, func, args: tuple, kwargs: dict):
         raise RuntimeError(f"Expected a '{gpu.device.type}' device type for generator but found 'cpu'")
 
     half = next((t.dtype for t in here if t.dtype in HALF), None) if func.overloadpacket in PRODUCTS else None
-    result = compute(gpu, func, *tree_map(functools.partial(lower, half), (args, kwargs)))
 
-    def raised(t):
+    def lower(t):
+        if not isinstance(t, FakeTensor):
+            return t
+        return t.elem.float() if half and t.dtype == half else t.elem
+
+    def lift(t):
         if not isinstance(t, torch.Tensor) or isinstance(t, FakeTensor):
             return t
         return FakeTensor(t.to(half) if half and t.dtype == torch.float32 else t, gpu)
 
+    result = compute(gpu, func, *tree_map(lower, (args, kwargs)))
     if wanted:
-        result = return_and_correct_aliasing(func, args, kwargs, tree_map(raised, result))
+        result = return_and_correct_aliasing(func, args, kwargs, tree_map(lift, result))
     if any(t.elem.shape != t.shape for t in here):
         raise NotImplementedError(f"{func} changes the shape of a tensor in place, which the fake GPU cannot follow")
     count_work(gpu, func, args, kwargs, inputs, result)
     return result
-
-
-def lower(half: torch.dtype | None, t):
-    """Return the CPU tensor of a GPU tensor, in float32 for products in half precision."""
-    if isinstance(t, FakeTensor):
-        return t.elem.float() if half and t.dtype == half else t.elem
-    return t
 
 
 def compute(gpu: Gpu, func, args: tuple, kwargs: dict):
@@ -258,20 +247,17 @@ def check_devices(func, args: tuple, inputs: list) -> None:
     numbers = torch.Tag.pointwise in func.tags or packet in INDEXED or "_foreach" in func.name()
     for t in inputs:
         if not isinstance(t, FakeTensor) and not (numbers and t.ndim == 0):
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, "
-                f"{next(f.device for f in inputs if isinstance(f, FakeTensor))} and {t.device}! "
-                f"({func}, shapes {[tuple(i.shape) for i in inputs]})"
-            )
+            found = f"{next(f.device for f in inputs if isinstance(f, FakeTensor))} and {t.device}! ({func})"
+            raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {found}")
 
 
 def count_waits(gpu: Gpu, func, args: tuple, device) -> None:
     """Count an operation that makes the CPU wait for the GPU."""
     packet = func.overloadpacket
     reason = WAITS.get(packet)
-    if (packet is aten._to_copy and device is not None and device.type == "cpu") or (
-        packet is aten.copy_ and not isinstance(args[0], FakeTensor)
-    ):
+    if packet is aten._to_copy and device is not None and device.type == "cpu":
+        reason = "copy to the CPU"
+    elif packet is aten.copy_ and not isinstance(args[0], FakeTensor):
         reason = "copy to the CPU"
     elif packet in INDEXED and any(isinstance(t, FakeTensor) and t.dtype == torch.bool for t in args[1]):
         reason = "mask as index" if packet is aten.index or args[2].numel() != 1 else None
@@ -341,7 +327,7 @@ def replacements(gpu: Gpu) -> dict:
     """Return what `torch.cuda` or `torch.mps` answers, by its name there."""
 
     def set_random(state, device=None):
-        if not isinstance(state, torch.Tensor) or state.device != CPU or state.dtype != torch.uint8:
+        if state.device != CPU or state.dtype != torch.uint8:
             raise TypeError("RNG state must be a torch.ByteTensor")
         gpu.random = state.clone()
 
@@ -351,9 +337,8 @@ def replacements(gpu: Gpu) -> dict:
     def reset_peak(device=None):
         gpu.peak = gpu.used
 
-    common = {
-        "is_available": lambda: True,
-        "device_count": lambda: 1,
+    always, now = {"is_available": True, "device_count": 1}, {}
+    functions = {
         "synchronize": lambda device=None: gpu.syncs.update(["synchronize"]),
         "empty_cache": release,
         "get_rng_state": lambda device=None: gpu.random.clone(),
@@ -361,38 +346,25 @@ def replacements(gpu: Gpu) -> dict:
         "manual_seed": gpu.seed,
     }
     if gpu.device.type == "mps":
-        sizes = {"current_allocated_memory": "used", "driver_allocated_memory": "reserved", "recommended_max_memory": "memory"}
-        return common | {name: functools.partial(getattr, gpu, attribute) for name, attribute in sizes.items()}
-    facts = types.SimpleNamespace(name=gpu.name, major=gpu.capability[0], minor=gpu.capability[1], total_memory=gpu.memory)
-    return common | {
-        "is_initialized": lambda: True,
-        "_lazy_init": lambda: None,
-        "_check_bf16_tensor_supported": lambda device: True,  # a T4 says so: it emulates bfloat16, slowly
-        "current_device": lambda: 0,
-        "set_device": lambda device: None,
-        "get_device_name": lambda device=None: gpu.name,
-        "get_device_capability": lambda device=None: gpu.capability,
-        "get_device_properties": lambda device=None: facts,
-        "mem_get_info": lambda device=None: (gpu.memory - gpu.reserved, gpu.memory),
-        "memory_allocated": lambda device=None: gpu.used,
-        "memory_reserved": lambda device=None: gpu.reserved,
-        "max_memory_allocated": lambda device=None: gpu.peak,
-        "reset_peak_memory_stats": reset_peak,
-        "manual_seed_all": gpu.seed,
-    }
+        now |= {"current_allocated_memory": "used", "driver_allocated_memory": "reserved", "recommended_max_memory": "memory"}
+    else:
+        facts = types.SimpleNamespace(name=gpu.name, major=gpu.capability[0], minor=gpu.capability[1], total_memory=gpu.memory)
+        always |= {"is_initialized": True, "_lazy_init": None, "current_device": 0, "set_device": None}
+        always |= {"get_device_name": gpu.name, "get_device_capability": gpu.capability, "get_device_properties": facts}
+        always |= {"_check_bf16_tensor_supported": True}  # a T4 says so: it emulates bfloat16, slowly
+        now |= {"memory_allocated": "used", "memory_reserved": "reserved", "max_memory_allocated": "peak"}
+        functions |= {
+            "mem_get_info": lambda device=None: (gpu.memory - gpu.reserved, gpu.memory),
+            "reset_peak_memory_stats": reset_peak,
+            "manual_seed_all": gpu.seed,
+        }
+    functions |= {name: lambda device=None, value=value: value for name, value in always.items()}
+    return functions | {name: lambda device=None, value=value: getattr(gpu, value) for name, value in now.items()}
 
 
 def own_functions(gpu: Gpu) -> list:
     """Return the patches of PyTorch's functions that have to know of the GPU: (object, name, new function)."""
-    apply, load, run_thread, real_generator = torch.nn.Module._apply, torch.load, threading.Thread.run, torch.Generator
-
-    def _apply(self, function, recurse=True):  # parameters stay the objects that they were, as on a real GPU
-        before = torch.__future__.get_swap_module_params_on_conversion()
-        torch.__future__.set_swap_module_params_on_conversion(True)
-        try:
-            return apply(self, function, recurse)
-        finally:
-            torch.__future__.set_swap_module_params_on_conversion(before)
+    load, run_thread, real_generator = torch.load, threading.Thread.run, torch.Generator
 
     def _load(file, map_location=None, **options):
         if not isinstance(map_location, (str, torch.device)) or not gpu.owns(map_location):
@@ -416,24 +388,19 @@ def own_functions(gpu: Gpu) -> list:
             gpu.generators[new._cdata] = new
             return new
 
-    accelerator = {
-        "current_accelerator": lambda check_available=False: torch.device(gpu.device.type),
-        "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "current_device_index": lambda: 0,
-        "current_stream": lambda device=None: types.SimpleNamespace(is_capturing=lambda: False),
-    }
-    supported = [*optimizers._foreach_supported_types, FakeTensor]  # PyTorch's optimisers work on lists of tensors on a GPU
+    stream, kind = types.SimpleNamespace(is_capturing=lambda: False), torch.device(gpu.device.type)
+    accelerator = {"current_accelerator": kind, "is_available": True, "device_count": 1}
+    accelerator |= {"current_device_index": 0, "current_stream": stream}
     return [
-        (torch.nn.Module, "_apply", _apply),
+        (torch.__future__, "_swap_module_params_on_conversion", True),  # a moved network keeps its parameters
         (torch, "load", _load),
         (torch.Tensor, "pin_memory", lambda self, device=None: self.clone()),
         (torch, "Generator", Generator),
         (threading.Thread, "run", _run),
-        (optimizers, "_foreach_supported_types", supported),
+        (optimizers, "_foreach_supported_types", [*optimizers._foreach_supported_types, FakeTensor]),
         (torch.version, "cuda", "12.8" if gpu.device.type == "cuda" else None),
         (torch.backends.mps, "is_available", lambda: gpu.device.type == "mps"),
-        *((torch.accelerator, name, function) for name, function in accelerator.items()),
+        *((torch.accelerator, name, lambda *_, value=value, **__: value) for name, value in accelerator.items()),
     ]
 
 
@@ -477,9 +444,6 @@ def mps(*, memory: float = 12e9, compute: bool = True):
 
 def real() -> types.SimpleNamespace:
     """Return the facts of the real CUDA GPU, which counts nothing."""
-    device = torch.device("cuda", 0)
-    facts = torch.cuda.get_device_properties(device)
-    capability = (facts.major, facts.minor)
-    return types.SimpleNamespace(
-        device=device, name=facts.name, capability=capability, memory=facts.total_memory, counted=False
-    )
+    facts = torch.cuda.get_device_properties(0)
+    sizes = {"capability": (facts.major, facts.minor), "memory": facts.total_memory}
+    return types.SimpleNamespace(device=torch.device("cuda", 0), name=facts.name, counted=False, **sizes)

@@ -454,12 +454,11 @@ def test_apple_s_gpu_has_no_float64():
 @pytest.mark.parametrize("kind", [fake_device.cuda, fake_device.mps])
 def test_nothing_stays_changed(kind):
     places = (torch, torch.cuda, torch.mps, torch.accelerator, torch.backends.mps, torch.version, torch.Tensor, nn.Module)
-    places += (threading.Thread, optimizers)
+    places += (threading.Thread, optimizers, torch.__future__)
 
     def picture():
         flags = torch._C._only_lift_cpu_tensors(), torch.autograd.is_multithreading_enabled(), torch.is_grad_enabled()
-        swap = torch.__future__.get_swap_module_params_on_conversion()
-        return [dict(vars(place)) for place in places], flags, swap, torch.utils._python_dispatch._len_torch_dispatch_stack()
+        return [dict(vars(place)) for place in places], flags, torch.utils._python_dispatch._len_torch_dispatch_stack()
 
     devices.find_device()  # reads what is made at its first use
     before = picture()
