@@ -153,14 +153,20 @@ class NormalizedSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moved = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not moved:
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        grads = [p.grad for _, params in groups for p in params]
+        if not grads:
             return loss
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for _, p in moved])))
-        for group, p in moved:
-            if not self.state[p]:
-                self.state[p]["velocity"] = torch.zeros_like(p)
-            velocity = self.state[p]["velocity"].mul_(group["momentum"])
-            velocity.sub_(torch.where(norm > 0, p.grad * (group["lr"] / norm), 0.0))
-            p.add_(velocity)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        for group, params in groups:
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["velocity"] = torch.zeros_like(p)
+            velocity = [self.state[p]["velocity"] for p in params]
+            factor = torch.where(norm > 0, group["lr"] / norm, 0.0)
+            torch._foreach_mul_(velocity, group["momentum"])
+            torch._foreach_sub_(velocity, torch._foreach_mul([p.grad for p in params], factor))
+            torch._foreach_add_(params, velocity)
         return loss

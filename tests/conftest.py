@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fake_device
 import numpy as np
 import pytest
 import torch
@@ -74,6 +75,20 @@ def stir():
         return model.eval()
 
     return apply
+
+
+@pytest.fixture
+def gpu(request, monkeypatch):
+    """A CUDA GPU: the real one where there is one, else a fake T4, or what `@pytest.mark.parametrize("gpu", ["A100"], indirect=True)` says.
+
+    A real one counts nothing: `gpu.counted` is False. It computes float32 products in float32, as the fake one does.
+    """
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        yield fake_device.real()
+    else:
+        with fake_device.cuda(getattr(request, "param", "T4")) as fake:
+            yield fake
 
 
 @pytest.fixture

@@ -22,6 +22,15 @@ DOWN = 3  # sub-sampling factor of the low-resolution pathway
 PIECE = 12000  # voxels in a piece of the 1×1×1 layers: 150 channels of them stay in the cache of most CPUs
 
 
+class _Layer(nn.Module):
+    """The tensors of one layer, as buffers, so that they move with the network."""
+
+    def __init__(self, **tensors: Tensor | None):
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+
 class FoldedDeepMedic(Network):
     """The network that `DeepMedic.for_inference` returns: the same input and output, without gradients."""
 
@@ -36,9 +45,9 @@ class FoldedDeepMedic(Network):
             self.low = self._fold_pathway(model.low) if model.low_resolution else None
             self._fold_dense(model)
 
-    def _fold_pathway(self, blocks: nn.Sequential) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _fold_pathway(self, blocks: nn.Sequential) -> nn.ModuleList:
         """Return the kernel, bias and PReLU slopes of each layer, with zeros for the channels that fill up."""
-        layers, inputs = [], blocks[0].conv.in_channels
+        layers, inputs = nn.ModuleList(), blocks[0].conv.in_channels
         for n, block in enumerate(blocks):
             weight, bias, slope = _fold(block)
             last = n == len(blocks) - 1
@@ -48,7 +57,7 @@ class FoldedDeepMedic(Network):
             bias, slope = (F.pad(t, (0, outputs - len(weight))) for t in (bias, slope))
             if last:
                 bias[len(weight)] = slope[len(weight)] = 1
-            layers.append((wide.contiguous(memory_format=self.format), bias, slope))
+            layers.append(_Layer(weight=wide.contiguous(memory_format=self.format), bias=bias, slope=slope))
             inputs = outputs
         return layers
 
@@ -57,29 +66,30 @@ class FoldedDeepMedic(Network):
         features = model.normal[-1].conv.out_channels
         layers = [_fold(block) for block in model.hidden]
         layers.append((model.classifier.weight.detach(), model.classifier.bias.detach(), None))
-        self.dense, self.context = [], None
-        inputs, ones = self.normal[-1][0].shape[0], features
+        self.dense = nn.ModuleList()
+        self.register_buffer("context", None)
+        inputs, ones = self.normal[-1].weight.shape[0], features
         for n, (weight, bias, slope) in enumerate(layers):
             weight, final = weight.flatten(1), n == len(layers) - 1
             outputs = len(weight) if final else _padded(len(weight) + 1)
             matrix = weight.new_zeros(inputs, outputs)
             matrix[ones, : len(weight)] = bias
             if n == 0 and self.low_resolution:
-                self.context = weight.new_zeros(self.low[-1][0].shape[0], outputs)
+                self.context = weight.new_zeros(self.low[-1].weight.shape[0], outputs)
                 self.context[:features, : len(weight)] = weight[:, features:].T
                 weight = weight[:, :features]
             matrix[: weight.shape[1], : len(weight)] = weight.T
             if not final:
                 matrix[ones, len(weight)] = 1
                 slope = F.pad(slope, (0, outputs - len(slope)), value=1.0)
-            self.dense.append((matrix, slope))
+            self.dense.append(_Layer(matrix=matrix, slope=slope))
             inputs, ones = outputs, len(weight)
 
-    def _pathway(self, x: Tensor, layers) -> Tensor:
+    def _pathway(self, x: Tensor, layers: nn.ModuleList) -> Tensor:
         """Run a pathway: `(B, C, *n)` to features `(B, *n_out, F)`."""
         x = x.contiguous(memory_format=self.format)
-        for weight, bias, slope in layers:
-            x = F.prelu(self.conv(x, weight, bias), slope)
+        for layer in layers:
+            x = F.prelu(self.conv(x, layer.weight, layer.bias), layer.slope)
         return x.movedim(1, -1).contiguous()
 
     @torch.no_grad()
@@ -89,7 +99,7 @@ class FoldedDeepMedic(Network):
         local = self._pathway(inputs[0], self.normal)  # (B, *n, F)
         # A 1×1×1 layer commutes with repetition, so its low-resolution half is 27 times cheaper before it.
         context = self._pathway(inputs[1], self.low) @ self.context if self.low_resolution else None  # (B, *(n / 3), F)
-        out = local.new_empty(*local.shape[:-1], self.dense[-1][0].shape[1])
+        out = local.new_empty(*local.shape[:-1], self.dense[-1].matrix.shape[1])
         step = max(1, PIECE // local[0, 0, ..., 0].numel() // DOWN) * DOWN
         for b in range(len(local)):
             for i in range(0, local.shape[1], step):
@@ -101,14 +111,15 @@ class FoldedDeepMedic(Network):
     def _dense(self, piece: Tensor, below: Tensor | None) -> Tensor:
         """Apply the 1×1×1 layers to `(*n, F)`, given the first one's share from the low-resolution pathway."""
         shape = piece.shape[:-1]
-        (matrix, slope), *rest = self.dense
+        before, *rest = self.dense
         if below is None:
-            z = piece.flatten(0, -2) @ matrix
+            z = piece.flatten(0, -2) @ before.matrix
         else:
-            z = _repeat(below, shape).flatten(0, -2).addmm_(piece.flatten(0, -2), matrix)
-        for matrix, following in rest:
-            z = F.prelu(z, slope) @ matrix
-            slope = following
+            # Autocast leaves operations in place alone.
+            z = _repeat(below, shape).flatten(0, -2).addmm_(piece.flatten(0, -2), before.matrix.to(piece.dtype))
+        for layer in rest:
+            z = F.prelu(z, before.slope) @ layer.matrix
+            before = layer
         return z.view(*shape, -1)
 
 
