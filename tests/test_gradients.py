@@ -44,7 +44,7 @@ def gradients_of(model, *, loss=dice, accumulate=2, **options) -> tuple[float, d
     engine = Engine(precision="float32", **options)
     gradients = Gradients(model, loss, accumulate=accumulate, l2=1e-2, seed=0, engine=engine)
     with gradients.together():
-        number = gradients(batches(accumulate), 1)
+        number, _ = gradients(batches(accumulate), 1)
     return number, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -170,7 +170,7 @@ def test_channels_last(dims, layout):
         engine = Engine(precision="float32", channels_last=channels_last)
         gradients = Gradients(model, losses.cross_entropy, engine=engine)
         with gradients.together():
-            return gradients(iter([(x, label)]), 1), {n: p.grad for n, p in model.named_parameters()}
+            return gradients(iter([(x, label)]), 1)[0], {n: p.grad for n, p in model.named_parameters()}
 
     assert_close(run(build(), True), run(build(), False))
     assert seen == [True, False] and not x.is_contiguous(memory_format=layout)
