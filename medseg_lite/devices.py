@@ -71,6 +71,14 @@ def module_of(device: torch.device):
     return torch.get_device_module(device)
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device. A GPU gets it without the CPU waiting for what the GPU still has to do.
+
+    Apple's GPUs are waited for: there a copy without waiting can read memory that is in other use by then (pytorch#189690).
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def free_memory(device: torch.device) -> float | None:
     """Return the bytes that new tensors can take on a device, or None where the system does not tell.
 

@@ -1,4 +1,8 @@
-"""The papers' cost functions. A loss takes logits `(B, K, *space)` and class numbers `(B, *space)`, and returns a scalar."""
+"""The papers' cost functions. A loss takes logits `(B, K, *space)` and class numbers `(B, *space)`, and returns a scalar.
+
+Logits in half precision are made float32 first. Nothing here makes the CPU wait for a GPU, so class numbers and weights that lie on a
+GPU already are not looked at.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .devices import send
 from .models.layers import convolutions
 
 
@@ -23,18 +28,17 @@ def cross_entropy(
         target: class numbers 0 to K − 1, `(B, *space)`.
         mask: `(B, *space)`, True where a voxel counts. An empty mask gives zero, with a zero gradient.
         class_weights: K numbers, the weights of the classes. The mean is then weighted by the weight of each voxel's true
-            class. With the inverse of the class frequencies as weights, all classes count the same.
+            class. With the inverse of the class frequencies as weights, all classes count the same. They are float32, because one
+            over the frequency of a rare class exceeds the range of float16.
 
     Source: Kamnitsas et al. 2017, eq. 3 (one voxel per patch) and eq. 4 (V voxels per segment); Kayalibay et al. 2017,
     sections 4.1 and 5.2 (class weights).
     Taught in notebooks 03 and 06.
     """
-    target = _check(logits, target)
+    logits, target = _check(logits, target)
     weights = None
     if class_weights is not None:
-        weights = torch.as_tensor(class_weights, dtype=logits.dtype, device=logits.device)
-        if weights.shape != logits.shape[1:2] or bool((weights < 0).any()):
-            raise ValueError(f"class_weights={class_weights}; expected {logits.shape[1]} numbers, none of them negative")
+        weights = _check_weights("class_weights", class_weights, logits)
     if mask is None:
         return F.cross_entropy(logits, target, weights)
     if mask.shape != target.shape:
@@ -63,12 +67,11 @@ def balanced_cross_entropy(logits: Tensor, target: Tensor, *, target_weights: Se
     here, because the weights already sum to 1.
     Taught in notebooks 09 and 10.
     """
-    target = _check(logits, target)
-    weights = torch.as_tensor(target_weights, dtype=torch.float32, device=logits.device)
-    if weights.shape != logits.shape[1:2] or bool((weights < 0).any()) or abs(float(weights.sum()) - 1) > 1e-4:
-        raise ValueError(f"target_weights={target_weights}; expected {logits.shape[1]} numbers, none negative, that sum to 1")
-    counts = torch.bincount(target.flatten(), minlength=len(weights))
-    return F.cross_entropy(logits.float(), target, weights / counts.clamp(min=1), reduction="sum")
+    logits, target = _check(logits, target)
+    weights = _check_weights("target_weights", target_weights, logits, total=1)
+    # PyTorch's bincount would make the CPU wait for the largest class number.
+    counts = torch.stack([(target == c).sum() for c in range(len(weights))])
+    return F.cross_entropy(logits, target, weights / counts.clamp(min=1), reduction="sum")
 
 
 def deep_supervision(
@@ -104,22 +107,18 @@ def jaccard_distance(logits: Tensor, target: Tensor, *, per_class: bool = False)
     gradient is 0.
 
     Args:
-        logits: network output `(B, K, *space)`. Sums are computed in float32 or float64, because they run over more voxels
-            than float16 can count.
+        logits: network output `(B, K, *space)`.
         target: class numbers 0 to K − 1, `(B, *space)`.
         per_class: whether to return the K terms instead of their sum.
 
     Source: Kayalibay et al. 2017, eq. 3 and 4.
     Taught in notebook 06.
     """
-    target = _check(logits, target)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    with torch.autocast(logits.device.type, enabled=False):
-        p = logits.softmax(dim=1).clamp(1e-8, 1).transpose(0, 1).flatten(1)  # (K, voxels), never all zero
-        t = F.one_hot(target, p.shape[0]).to(p.dtype).flatten(0, -2).T
-        both = (p * t).sum(1)
-        distances = 1 - both / (p.square().sum(1) + t.sum(1) - both)
+    logits, target = _check(logits, target)
+    p = logits.softmax(dim=1).clamp(1e-8, 1).transpose(0, 1).flatten(1)  # (K, voxels), never all zero
+    t = F.one_hot(target, p.shape[0]).to(p.dtype).flatten(0, -2).T
+    both = (p * t).sum(1)
+    distances = 1 - both / (p.square().sum(1) + t.sum(1) - both)
     return distances if per_class else distances.sum()
 
 
@@ -127,7 +126,8 @@ def minmax_jaccard(prediction: Tensor, target: Tensor) -> Tensor:
     """Return Σ min(P, T) / Σ max(P, T) of class numbers: the multi-class Jaccard index that the paper rejects.
 
     It treats class numbers as quantities. To predict class 0 for a voxel of class 2 costs more than to predict class 1, and
-    another numbering of the classes gives another score. Two empty maps give 1.
+    another numbering of the classes gives another score. Two empty maps give 1. The score is computed on the CPU, in float64, which
+    Apple's GPUs lack.
 
     Source: Kayalibay et al. 2017, eq. 5.
     Taught in notebook 06.
@@ -136,6 +136,7 @@ def minmax_jaccard(prediction: Tensor, target: Tensor) -> Tensor:
         raise ValueError(
             f"the prediction has shape {tuple(prediction.shape)}; expected that of the target, {tuple(target.shape)}"
         )
+    prediction, target = prediction.cpu(), target.cpu()
     most = torch.maximum(prediction, target).double().sum()
     least = torch.minimum(prediction, target).double().sum()
     return torch.where(most > 0, least / most.clamp(min=1), 1.0)
@@ -156,9 +157,7 @@ def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1.0) -> Tensor:
     Source: Drozdzal et al. 2018, section 3.3.
     Taught in notebook 08.
     """
-    target = _check(logits, target)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
+    logits, target = _check(logits, target)
     if logits.shape[1] == 1:
         object_, truth = logits.sigmoid(), (target > 0).unsqueeze(1)
     else:
@@ -184,8 +183,20 @@ def weight_penalty(model: nn.Module, *, l1: float = 0.0, l2: float = 0.0) -> Ten
     return total
 
 
-def _check(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the target as PyTorch's losses take it, int64, after checking its shape and kind."""
+def _check_weights(name: str, given: Tensor | Sequence[float], logits: Tensor, *, total: float | None = None) -> Tensor:
+    """Return the weights of the classes on the device of the logits, after checking their number, and their values on the CPU."""
+    weights = torch.as_tensor(given, dtype=logits.dtype)
+    wrong = weights.shape != logits.shape[1:2]
+    if not wrong and weights.device.type == "cpu":
+        wrong = not (weights >= 0).all() or (total is not None and abs(float(weights.sum()) - total) > 1e-4)
+    if wrong:
+        rule = "none of them negative" if total is None else f"none negative, that sum to {total}"
+        raise ValueError(f"{name}={given}; expected {logits.shape[1]} numbers, {rule}")
+    return send(weights, logits.device)
+
+
+def _check(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits and target as they are computed with, float32 (or float64) and int64, after checking shape and kind."""
     expected = (logits.shape[0], *logits.shape[2:])
     if tuple(target.shape) != expected:
         raise ValueError(
@@ -194,4 +205,4 @@ def _check(logits: Tensor, target: Tensor) -> Tensor:
         )
     if target.is_floating_point() or target.is_complex():
         raise ValueError(f"the target holds {target.dtype}; expected class numbers, whole numbers of any integer type")
-    return target.long()
+    return logits if logits.dtype == torch.float64 else logits.float(), target.long()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import secrets
@@ -192,3 +193,9 @@ def say(text: object, file: TextIO | None = None) -> None:
     file = sys.stdout if file is None else file
     encoding = getattr(file, "encoding", None) or "utf-8"
     print(str(text).encode(encoding, "replace").decode(encoding), file=file, flush=True)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Print a line, unless this process has printed it before."""
+    say(text)

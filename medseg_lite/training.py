@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from .engine.random_state import own_random_numbers
 from .engine.run import BEST, STATE, Interruptible, Reports, Run, made_ahead
 from .models import Network
 from .optimizers import Schedule
+from .paths import say_once
 from .sampling import Sampler, check_label, describe_sampler
 from .volume import Case
 
@@ -55,7 +57,8 @@ def fit(
     Args:
         model: the network, changed in place.
         sampler: any object with `batch(step) -> (inputs, label)` that depends on the step alone.
-        steps: number of updates in all, those of an interrupted run included.
+        steps: number of updates in all, those of an interrupted run included. For a quick look, the environment variable MEDSEG_STEPS
+            sets a number that no training exceeds.
         optimizer: optimizer of `model.parameters()`.
         loss: function `loss(logits, label)` that returns a scalar.
         forward: function that turns inputs into the loss's first argument, if it is not the model itself: `model.with_auxiliary`, say.
@@ -84,21 +87,21 @@ def fit(
     Raises:
         FloatingPointError: the loss, a gradient or a weight is not finite. The last saved state is still there.
         ValueError: `folder` holds another run, or a setting is out of range.
-        MemoryError: a batch does not fit the memory even in parts.
+        MemoryError: a batch does not fit the memory even in parts, or the sampler cannot make it there.
         ConnectionError: another process of the run has ended.
     """
     engine = Engine(**(engine or {}))
     _check_settings(
         patience, validate, steps=steps, validate_every=validate_every, accumulate=accumulate, workers=engine.workers
     )
-    steps, validate_every, accumulate, seed = (int(number) for number in (steps, validate_every, accumulate, seed))
-    _check_labels(model, sampler, loss)
+    steps, validate_every, accumulate, seed = (int(number) for number in (_limited(steps), validate_every, accumulate, seed))
     schedule = schedule or Schedule(optimizer)
     gradients = Gradients(model, loss, forward=forward, accumulate=accumulate, l1=l1, l2=l2, seed=seed, engine=engine)
     identity = {"loss": loss, "forward": forward, "accumulate": accumulate, "l1": l1, "l2": l2, "seed": seed, **(facts or {})}
     # The codes of all cases are worth their time only where a state is kept.
     identity["sampler"] = describe_sampler(sampler) if folder else None
-    run = Run(model, optimizer, schedule, gradients.scaler, folder, identity=identity, validate_every=validate_every)
+    run = Run(model, optimizer, schedule, gradients.precision, folder, identity=identity, validate_every=validate_every)
+    sampler = _with_checked_labels(model, sampler, loss)
     with own_random_numbers(run.device):
         torch.manual_seed(seed)
         done = run.resume(steps)
@@ -109,7 +112,7 @@ def fit(
             for step in range(done + 1, steps + 1):
                 if run.patience_lost(patience, step - 1):
                     break
-                row = run.note(step, gradients(batches, step), gradients.norm())  # forward and backward
+                row = run.note(step, *gradients(batches, step))  # forward and backward
                 gradients.update(optimizer)
                 due = step % validate_every == 0 or step == steps
                 if due and validate is not None:
@@ -128,13 +131,53 @@ def fit(
     return pd.DataFrame(run.history)
 
 
-def _check_labels(model: nn.Module, sampler, loss: Callable) -> None:
-    """Raise ValueError where a case of our samplers has a label beyond the classes, which our losses would fail on in some batch."""
+def _limited(steps: int) -> int:
+    """Return the number of updates that the environment variable MEDSEG_STEPS leaves."""
+    given = os.environ.get("MEDSEG_STEPS")
+    if not given:
+        return steps
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"MEDSEG_STEPS={given!r}; expected the largest number of updates of a training, or no such variable")
+    if int(given) < steps and distributed.rank() == 0:
+        say_once(f"MEDSEG_STEPS={given}: no training makes more updates than that")
+    return min(steps, int(given))
+
+
+def _with_checked_labels(model: nn.Module, sampler, loss: Callable):
+    """Return a sampler without labels beyond the classes, which our losses would fail on in some batch.
+
+    Our samplers know their highest label beforehand. Batches of others are looked at before they go to the GPU, where a class number
+    that does not exist ends not only the training but the process.
+
+    Raises:
+        ValueError: a case of our samplers has such a label.
+    """
     while isinstance(loss, partial):
         loss = loss.func
-    ours = isinstance(model, Network) and isinstance(sampler, Sampler) and loss.__module__ == losses.__name__
-    if ours and model.classes > 1:
+    if not isinstance(model, Network) or model.classes < 2 or loss.__module__ != losses.__name__:
+        return sampler
+    if isinstance(sampler, Sampler):
         check_label(sampler.labelled_highest, sampler.highest_label, model.classes)
+        return sampler
+    return _LookedAt(sampler, model.classes)
+
+
+class _LookedAt:
+    """A sampler whose labels are compared with the number of classes, as far as they are made on the CPU."""
+
+    def __init__(self, sampler, classes: int):
+        self.sampler, self.classes = sampler, classes
+
+    def batch(self, step: int):
+        inputs, label = self.sampler.batch(step)
+        if label.device.type == "cpu" and label.numel() and not label.is_floating_point():
+            least, most = (int(value) for value in label.long().aminmax())
+            if least < 0 or most >= self.classes:
+                raise ValueError(
+                    f"batch {step} has labels from {least} to {most}; with classes={self.classes} labels are 0 to {self.classes - 1}: "
+                    "renumber them, or leave voxels out with the mask of losses.cross_entropy"
+                )
+        return inputs, label
 
 
 def _check_settings(patience: int | None, validate: Callable | None, **counts: int) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from medseg_lite import losses, models
+from medseg_lite.engine import gradients as gradients_module
 from medseg_lite.engine.gradients import Engine, Gradients
 
 
 class Network(nn.Module):
     """Two outputs, one of them auxiliary, and a memory for batches of at most `room` samples."""
-
-    spatial_dims = 2
 
     def __init__(self, room: int = 99, norm: bool = False):
         super().__init__()
@@ -44,7 +46,7 @@ def gradients_of(model, *, loss=dice, accumulate=2, **options) -> tuple[float, d
     engine = Engine(precision="float32", **options)
     gradients = Gradients(model, loss, accumulate=accumulate, l2=1e-2, seed=0, engine=engine)
     with gradients.together():
-        number = gradients(batches(accumulate), 1)
+        number, _ = gradients(batches(accumulate), 1)
     return number, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -117,6 +119,57 @@ def test_what_cannot_be_halved(capsys):
         gradients_of(Network(), loss=broken)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_loss_and_norm_of_the_gradients(parts):
+    """Against sums by hand; a loss may have one element in a row, or float64."""
+    model = Network()
+    gradients = Gradients(model, lambda outputs, target: dice(outputs, target).double().view(1), accumulate=2)
+    gradients.parts = parts
+    with gradients.together():
+        loss, norm = gradients(batches(2), 1)
+    assert norm == pytest.approx(sum(float(p.grad.square().sum()) for p in model.parameters()) ** 0.5, rel=1e-5)
+    with torch.no_grad():
+        assert loss == pytest.approx(sum(float(dice(model(x), y)) for x, y in batches(2)) / 2, rel=1e-6)
+
+
+def test_outputs_in_a_dictionary_are_in_float32_for_the_loss():
+    def named(x):
+        logits, (other,) = model(x)
+        return {"main": logits, "others": [other]}
+
+    def loss(outputs, target):
+        seen.extend([outputs["main"].dtype, outputs["others"][0].dtype])
+        return losses.cross_entropy(outputs["main"], target)
+
+    model, seen = Network(), []
+    gradients = Gradients(model, loss, forward=named, engine=Engine(precision="bfloat16"))
+    with gradients.together():
+        gradients(batches(1), 1)
+    assert seen == [torch.float32] * 2
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+
+def test_buffers_are_not_exchanged_and_pytorch_warns_of_nothing(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            shared = DistributedDataParallel(nn.BatchNorm1d(2), **gradients_module._own_buffers())
+        assert shared.broadcast_buffers is False  # which 2.13 keeps as another name of the new option
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_name_of_that_option_before_pytorch_2_13(monkeypatch):
+    def old(module, broadcast_buffers=True):
+        pass
+
+    monkeypatch.setattr(gradients_module, "DistributedDataParallel", old)
+    assert gradients_module._own_buffers() == {"broadcast_buffers": False}
+
+
 # ----------------------------------------------------------------------------------------------------- torch.compile
 
 
@@ -170,7 +223,7 @@ def test_channels_last(dims, layout):
         engine = Engine(precision="float32", channels_last=channels_last)
         gradients = Gradients(model, losses.cross_entropy, engine=engine)
         with gradients.together():
-            return gradients(iter([(x, label)]), 1), {n: p.grad for n, p in model.named_parameters()}
+            return gradients(iter([(x, label)]), 1)[0], {n: p.grad for n, p in model.named_parameters()}
 
     assert_close(run(build(), True), run(build(), False))
     assert seen == [True, False] and not x.is_contiguous(memory_format=layout)

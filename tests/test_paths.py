@@ -339,6 +339,13 @@ def test_a_console_shows_what_it_can(monkeypatch, encoding):
     assert shown == [text.encode(encoding, "replace").decode(encoding).lstrip("\ufeff")] * 2
 
 
+def test_say_once(capsys):
+    paths.say_once.cache_clear()
+    for text in ("a", "b", "a"):
+        paths.say_once(text)
+    assert capsys.readouterr().out == "a\nb\n"
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 @pytest.mark.parametrize("arguments", [["recipes"], ["--help"], ["train", "--help"], ["segment", "--model", "→.safetensors"]])
 def test_the_command_line_on_a_console_of_few_letters(monkeypatch, encoding, arguments):

@@ -33,6 +33,13 @@ def test_types_by_name():
         number_type("double", CPU, spatial_dims=3)
 
 
+def test_a_device_without_autocast_computes_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: False)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: pytest.fail("there is none here"))
+    with autocast(torch.float32, torch.device("mps")):
+        assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(dtype):
     with autocast(dtype, CPU):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from medseg_lite import losses, models, training
+from medseg_lite import losses, models, paths, training
 from medseg_lite.engine import distributed
 from medseg_lite.engine.run import Interruptible
 from medseg_lite.optimizers import HalveAt, HalveOnPlateau, HalveOnSlowLoss, RMSpropNesterov
@@ -538,6 +538,47 @@ def test_bad_settings(setup):
     ]:
         with pytest.raises(ValueError, match=message):
             fit(model, sampler, **(keywords | options))
+
+
+def test_labels_of_a_foreign_sampler(setup):
+    """Only where the loss is ours, which has a class for every label; a loss of the reader's may leave voxels out by their number."""
+    model, sampler, keywords = setup()
+
+    class Foreign:
+        def batch(self, step):
+            inputs, label = sampler.batch(step)
+            return inputs, torch.where(label > 0, self.label, label)
+
+    foreign = Foreign()
+    for label in (2, 255, -100):
+        foreign.label = label
+        with pytest.raises(ValueError, match=r"batch 0 has labels from .*; with classes=2 labels are 0 to 1: renumber them"):
+            fit(model, foreign, steps=1, **keywords)
+    fit(model, foreign, steps=1, loss=lambda y, t: losses.cross_entropy(y, t.clamp(min=0), mask=t >= 0), **keywords)
+
+
+def test_medseg_steps_limits_every_training(setup, tmp_path, monkeypatch, capsys):
+    whole, sampler, keywords = setup(schedule=lambda o: HalveAt(o, steps=[2]))
+    history = fit(whole, sampler, steps=6, **keywords)
+    paths.say_once.cache_clear()
+    monkeypatch.setenv("MEDSEG_STEPS", "3")
+    for folder in (tmp_path, None):
+        model, sampler, keywords = setup(schedule=lambda o: HalveAt(o, steps=[2]))
+        assert_same_history(fit(model, sampler, steps=6, folder=folder, **keywords), history[:3])
+    fit(model, sampler, steps=2, **keywords)  # fewer than that anyway
+    assert capsys.readouterr().out == "MEDSEG_STEPS=3: no training makes more updates than that\n"
+    monkeypatch.delenv("MEDSEG_STEPS")
+    model, sampler, keywords = setup(schedule=lambda o: HalveAt(o, steps=[2]))
+    assert_same_history(fit(model, sampler, steps=6, folder=tmp_path, **keywords), history)
+    assert_same_network(whole, model)
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "1.5", "few"])
+def test_a_bad_value_of_medseg_steps(setup, monkeypatch, value):
+    model, sampler, keywords = setup()
+    monkeypatch.setenv("MEDSEG_STEPS", value)
+    with pytest.raises(ValueError, match=f"MEDSEG_STEPS='{value}'; expected the largest number of updates of a training"):
+        fit(model, sampler, steps=2, **keywords)
 
 
 def test_bfloat16(setup):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import losses
-from ..devices import is_out_of_memory, release_memory
+from ..devices import is_out_of_memory, release_memory, send
+from ..models.layers import convolutions
 from ..paths import say
 from . import distributed
-from .precision import autocast, number_type
+from .precision import TrainingPrecision
 from .random_state import random_state, set_random_state
 
 
@@ -22,8 +25,14 @@ from .random_state import random_state, set_random_state
 class Engine:
     """The use of the machine during a training. None of it changes which samples the network sees.
 
+    `torch.backends.cudnn.benchmark` stays as it is, which is off by default. It tries algorithms by the clock, so a resumed run could
+    compute with others than the run it goes on from, and the fastest may need gigabytes of memory to work in. To try it, set it
+    before the training.
+
     Attributes:
-        precision: "float32", "bfloat16", "float16", or "auto" (bfloat16 on GPUs that compute in it, else float32).
+        precision: number type of the network's computations; weights, their updates and the loss are float32. "float32", "bfloat16",
+            "float16" (CUDA only), or "auto": bfloat16 on GPUs that compute in it, else float32. Where numbers of the network exceed
+            65504, the largest of float16, the training says so and goes on in float32.
         compiled: run the network through `torch.compile`, or as it is where that fails.
         channels_last: keep the channels of a voxel side by side in memory, which some GPUs and CPUs convolve faster.
         workers: number of threads that prepare batches ahead. Batches do not depend on it.
@@ -66,11 +75,12 @@ class Gradients:
         engine = engine or Engine()
         self.model, self.loss, self.l1, self.l2, self.seed = model, loss, float(l1), float(l2), seed
         self.accumulate, self.parts = accumulate, 1
-        self.device = next(model.parameters()).device
-        self.autocast, self.scaler = _precision(engine.precision, self.device, model.spatial_dims)
+        self.device, self.finite = next(model.parameters()).device, False
+        dims = max((kernel.weight.ndim - 2 for kernel in convolutions(model)), default=2)
+        self.precision = TrainingPrecision(engine.precision, self.device, spatial_dims=dims)
         self.format = None
         if engine.channels_last:
-            self.format = torch.channels_last_3d if model.spatial_dims == 3 else torch.channels_last
+            self.format = torch.channels_last_3d if dims == 3 else torch.channels_last
             model.to(memory_format=self.format)
         self.world_size, self.rank = distributed.world_size(), distributed.rank()
         self.own_batches = self.world_size > 1 and accumulate >= self.world_size
@@ -78,7 +88,7 @@ class Gradients:
         if engine.compiled:
             network = compiled(network)
         if self.world_size > 1:
-            network = DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=forward is not None)
+            network = DistributedDataParallel(network, find_unused_parameters=forward is not None, **_own_buffers())
         self.network = network
 
     def numbers(self, first: int, last: int) -> Iterator[int]:
@@ -93,49 +103,71 @@ class Gradients:
         with distributed.shared_statistics(self.model, one_batch=not self.own_batches) as self.settle:
             yield
 
-    def __call__(self, batches: Iterator, step: int) -> float:
-        """Give the parameters the gradients of update `step`, and return the mean loss without the penalties."""
+    def __call__(self, batches: Iterator, step: int) -> tuple[float, float]:
+        """Give the parameters the gradients of update `step`.
+
+        Returns:
+            The mean loss without the penalties, and the Euclidean norm of all gradients together, 0 in float16, where updates that are
+            not finite are skipped. Both come from the GPU at once. The CPU waits for it here and nowhere else in an update.
+        """
         if self.world_size > 1:  # other numbers for dropout in every process, and the same again after an interruption
             torch.manual_seed(hash((self.seed, step, self.rank)) % 2**63)
         self._clear()
         kept: list = []
         state = random_state(self.device)
+        # What batch normalisation has measured; an overflow would stay in it.
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()] if self.in_float16 else []
         while True:
+            lacking = None
             try:
-                number = self._add_up(batches, kept)
-                break
+                loss, norm = self._read(self._add_up(batches, kept))
             except RuntimeError as error:  # of which torch.OutOfMemoryError is one
                 if not is_out_of_memory(error):
                     raise
-                largest = max((len(label) for _, label in kept), default=1)
-                found = str(error).split("\n")[0]
-            self._halve(largest, found)  # out here, where the failed attempt's memory is no longer held
+                lacking = str(error).split("\n")[0]
+            if lacking is not None:  # out here, where the failed attempt's memory is no longer held
+                self._halve(max((len(label) for _, label in kept), default=1), lacking)
+            else:
+                self.settle()
+                if math.isfinite(loss) or not self.in_float16:
+                    break
+                self.precision.leave_float16(f"update {step}: numbers of the network exceed 65504, the largest of float16")
+                for buffer, before in buffers:
+                    buffer.copy_(before)
             self._clear()
             set_random_state(self.device, state)
-        self.settle()
-        return number
+        self.finite = math.isfinite(norm)
+        return loss, 0.0 if self.in_float16 else norm
 
-    def norm(self) -> float:
-        """Return the Euclidean norm of all gradients together; 0 in float16, where the scaler skips updates that are not finite."""
+    @property
+    def in_float16(self) -> bool:
+        """True while the network computes in float16, whose overflow has to be looked for."""
+        return self.precision.dtype == torch.float16
+
+    def _read(self, values: list[Tensor]) -> tuple[float, float]:
+        """Return the mean of the batches' losses, and the norm of the gradients, which is scaled in float16."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if self.scaler.is_enabled() or not gradients:
-            return 0.0
-        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        norm = values[0].new_zeros(())
+        if gradients:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        *numbers, norm = torch.stack([*values, norm]).tolist()
+        loss = sum(number / self.accumulate for number in numbers)
+        return distributed.total(loss) if self.own_batches else loss, norm
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer change the weights by these gradients."""
-        self.scaler.step(optimizer)
-        self.scaler.update()
+        self.precision.step(optimizer, finite=self.finite)
 
     def _clear(self) -> None:
         for p in self.model.parameters():
             p.grad = None
 
-    def _add_up(self, batches: Iterator, kept: list) -> float:
+    def _add_up(self, batches: Iterator, kept: list) -> list[Tensor]:
+        """Add up the gradients of the batches of an update, and return the loss of each."""
         due = self.accumulate
         if self.own_batches:
             due = len(range(self.rank, self.accumulate, self.world_size))
-        total = 0.0
+        values = []
         for n in range(due):
             if n == len(kept):
                 kept.append(next(batches))
@@ -143,16 +175,16 @@ class Gradients:
             # Several processes exchange their gradients with the last batch only.
             waiting = self.world_size > 1 and n + 1 < due
             with self.network.no_sync() if waiting else nullcontext():
-                total += self._add(inputs, label) / self.accumulate
-        return distributed.total(total) if self.own_batches else total
+                values.append(self._add(inputs, label).detach().to(self.device).reshape(()))
+        return values
 
-    def _add(self, inputs, label: Tensor) -> float:
+    def _add(self, inputs, label: Tensor) -> Tensor:
         """Add the gradients of one batch and return its loss."""
         if self.parts > 1:
             value = self._add_in_parts(inputs, label)
             if self.l1 or self.l2:
                 self._backward(self._penalty())
-            return float(value)
+            return value
         own = slice(None)
         if self.world_size > 1 and not self.own_batches:
             if len(label) < self.world_size:
@@ -161,18 +193,20 @@ class Gradients:
                     f"{self.world_size} processes; start fewer, or give one of the two at least as many"
                 )
             own = distributed.shares(len(label))[self.rank]
-        with self.autocast:
+        with self.precision.autocast:
             outputs = self.network(_each(inputs, lambda t: t[own]))
-            if own != slice(None):
-                outputs = _each(outputs, lambda t: distributed.whole_batch(t, len(label)))
-            value = self.loss(outputs, label)
-            # DistributedDataParallel takes the mean over processes. Each has a part of the loss, and all have the penalties,
-            # unless each has batches of its own, with the penalties of those.
-            total = value * self.world_size
-            if self.l1 or self.l2:
-                total = total + self._penalty() * (self.world_size if self.own_batches else 1)
+        if self.precision.dtype != torch.float32:
+            outputs = _each(outputs, _full)
+        if own != slice(None):
+            outputs = _each(outputs, lambda t: distributed.whole_batch(t, len(label)))
+        value = self.loss(outputs, label)
+        # DistributedDataParallel takes the mean over processes. Each has a part of the loss, and all have the penalties,
+        # unless each has batches of its own, with the penalties of those.
+        total = value * self.world_size
+        if self.l1 or self.l2:
+            total = total + self._penalty() * (self.world_size if self.own_batches else 1)
         self._backward(total)
-        return float(value.detach())
+        return value
 
     def _add_in_parts(self, inputs, label: Tensor) -> Tensor:
         """Do the same with one part of the batch in memory at a time.
@@ -182,23 +216,22 @@ class Gradients:
         """
         slices = [slice(len(label) * n // self.parts, len(label) * (n + 1) // self.parts) for n in range(self.parts)]
         states, outputs = [], []
-        with torch.no_grad(), self.autocast:
+        with torch.no_grad(), self.precision.autocast:
             for part in slices:
                 states.append(random_state(self.device))
                 outputs.append(self.network(_each(inputs, lambda t, part=part: t[part])))
         leaves = [torch.cat(pieces).requires_grad_() for pieces in zip(*map(_leaves, outputs))]
-        with self.autocast:
-            value = self.loss(_rebuilt(outputs[0], iter(leaves)), label)
+        value = self.loss(_rebuilt(outputs[0], map(_full, leaves)), label)
         self._backward(value)
         for part, state in zip(slices, states):
             set_random_state(self.device, state)
-            with self.autocast:
+            with self.precision.autocast:
                 again = self.network(_each(inputs, lambda t, part=part: t[part]))
             torch.autograd.backward(_leaves(again), [leaf.grad[part] for leaf in leaves])
-        return value.detach()
+        return value
 
     def _backward(self, value: Tensor) -> None:
-        self.scaler.scale(value / self.accumulate if self.accumulate > 1 else value).backward()
+        self.precision.scaler.scale(value / self.accumulate if self.accumulate > 1 else value).backward()
 
     def _penalty(self) -> Tensor:
         return losses.weight_penalty(self.model, l1=self.l1, l2=self.l2)
@@ -225,7 +258,7 @@ class Gradients:
 
     def _here(self, part):
         def moved(t: Tensor) -> Tensor:
-            t = t.to(self.device, non_blocking=True)
+            t = send(t, self.device)
             return t.contiguous(memory_format=self.format) if self.format and t.is_floating_point() else t
 
         return _each(part, moved)
@@ -270,16 +303,24 @@ def compiled(network: nn.Module) -> nn.Module:
     return _Compiled(network)
 
 
-def _precision(precision: str, device: torch.device, spatial_dims: int) -> tuple[torch.autocast, torch.amp.GradScaler]:
-    dtype = number_type(precision, device, spatial_dims=spatial_dims)
-    if device.type == "cpu" and dtype == torch.float16:
-        raise ValueError("float16 training needs a CUDA device; use precision='float32' on the CPU")
-    return autocast(dtype, device), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+def _own_buffers() -> dict[str, bool]:
+    """Return the option by which DistributedDataParallel leaves buffers alone between updates. PyTorch 2.13 gave it a new name."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+
+
+def _full(value: Tensor) -> Tensor:
+    """Return a tensor in float32 where it is in half precision."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def _each(value, function: Callable[[Tensor], Tensor]):
-    """Apply a function to every tensor in nested tuples and lists, and return nested tuples."""
-    return function(value) if isinstance(value, Tensor) else tuple(_each(part, function) for part in value)
+    """Apply a function to every tensor in nested tuples, lists and dictionaries. Lists become tuples."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: _each(part, function) for name, part in value.items()}
+    return tuple(_each(part, function) for part in value)
 
 
 def _leaves(value) -> list[Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..devices import is_out_of_memory
 from ..models import save as save_network
 from ..optimizers import Schedule
 from ..paths import atomic_write, say
@@ -25,6 +26,7 @@ from ..plain import make_plain
 from ..schedules import NO_SCORES
 from . import distributed
 from .identity import describe, find_differences
+from .precision import TrainingPrecision
 from .random_state import own_random_numbers, random_state, set_random_state
 
 STATE, BEST = "last.pt", "best.safetensors"
@@ -36,7 +38,7 @@ class Run:
 
     Args:
         model, optimizer, schedule: the parts whose state is kept.
-        scaler: gradient scaler of a training in float16, whose state is kept too.
+        precision: number type of the training, whose state is kept too.
         folder: folder of the run, or None to keep nothing.
         identity: description of all that makes the run, see `identity.describe`. A state with another one is refused.
         validate_every: number of updates between validations.
@@ -47,14 +49,14 @@ class Run:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
-        scaler: torch.amp.GradScaler,
+        precision: TrainingPrecision,
         folder: str | Path | None,
         *,
         identity: Mapping[str, object],
         validate_every: int,
     ):
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
-        self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "schedule": schedule}
+        self.parts = {"model": model, "optimizer": optimizer, "scaler": precision, "schedule": schedule}
         self.device = next(model.parameters()).device
         # The learning rate may change, and how PyTorch computes; other settings would be replaced by those of the state.
         settings = {name: value for name, value in optimizer.defaults.items() if name not in MAY_CHANGE}
@@ -121,7 +123,8 @@ class Run:
         if not all(found):
             return None
         try:
-            state = torch.load(self.path, map_location=self.device, weights_only=True)
+            # To the CPU first: Adam's counters stay there, and would be waited for on a GPU. Each part puts the rest in its place.
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
             identity, _, _ = state["identity"], state["rng"], state["plan"]["schedule"]["name"]
         except Exception:  # whatever is wrong with it; PyTorch's own message would advise to load it unsafely
             raise ValueError(
@@ -154,8 +157,10 @@ class Run:
 
     def check_weights(self, step: int) -> None:
         """Raise FloatingPointError where a weight, or a statistic of batch normalisation, is not finite."""
-        for name, value in self.model.state_dict().items():
-            if value.is_floating_point() and not value.isfinite().all():
+        values = {name: value for name, value in self.model.state_dict().items() if value.is_floating_point()}
+        finite = torch.stack([value.isfinite().all() for value in values.values()]).tolist()  # read from the GPU at once
+        for name, is_finite in zip(values, finite):
+            if not is_finite:
                 self._stop_for(f"{name} is not finite after update {step}")
 
     def _stop_for(self, reason: str) -> None:
@@ -177,7 +182,7 @@ class Run:
         name, score = next(iter(scores.items()))
         self.score = f", {name.replace('_', ' ')} {score:.3f}"
         if self.best is None or score > self.best["score"]:
-            weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            weights = {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()}
             self.best = {"score": score, "step": step, "weights": weights}
             if self.path is not None and distributed.rank() == 0 and self.model.config:
                 save_network(self.path.with_name(BEST), self.model, {"step": step, name: score})
@@ -304,12 +309,24 @@ class Reports:
 
 
 def made_ahead(sampler, numbers: Iterable[int], workers: int) -> Iterator:
-    """Yield the batches of these numbers, made by threads while the network works on those before."""
+    """Yield the batches of these numbers, made by threads while the network works on those before.
+
+    Raises:
+        MemoryError: the sampler ran out of memory. Halving the batches, which helps the network, does not help it.
+    """
     numbers = iter(numbers)
     with ThreadPoolExecutor(max_workers=workers) as pool:
         waiting = deque(pool.submit(sampler.batch, n) for n in islice(numbers, workers))
         while waiting:
-            batch = waiting.popleft().result()
+            try:
+                batch = waiting.popleft().result()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise MemoryError(
+                    f"the sampler ran out of memory while it made a batch ({str(error).splitlines()[0]}); give it the device 'cpu', or "
+                    "choose a smaller batch size or crop"
+                ) from error
             waiting.extend(pool.submit(sampler.batch, n) for n in islice(numbers, 1))
             yield batch
 

@@ -54,7 +54,9 @@ class RollingBatchNorm(nn.Module):
     def remember(self, mean: Tensor, var: Tensor) -> None:
         """Add the mean and the unbiased variance `(C,)` of one more batch to the average."""
         window = self.recent.shape[0]
-        self.recent[self.batches % window] = torch.stack([mean, var])
+        # An index that stays on the GPU: `recent[number]` would make the CPU wait for the number, and end a compiled graph.
+        place = (self.batches % window).view(1)
+        self.recent.index_copy_(0, place, torch.stack([mean, var])[None].to(self.recent.dtype))
         self.batches += 1
         filled = torch.arange(window, device=mean.device) < self.batches
         average = (self.recent * filled[:, None, None]).sum(0) / filled.sum()
