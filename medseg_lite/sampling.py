@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import as_tensor
+from .devices import find_device, is_out_of_memory
 from .engine.identity import describe
 from .engine.stored import StoredCase, to_float32
+from .paths import say
 from .volume import Case, array_code, bounding_box, group_voxels, padded_region, size_text
 
 SCHEMES = ("foreground", "uniform", "equal")
@@ -96,17 +97,42 @@ def _widened(start: Sequence[int], stop: Sequence[int], margin: Sequence[int]) -
 
 
 class Sampler:
-    """The base class of our samplers, which can say what their batches are made of.
+    """The base class of our samplers. It makes batches on a device, and can say what they are made of.
+
+    The cohort stays in main memory, or on disk. What was drawn for a batch is moved to the device and augmented there. All random
+    numbers are drawn on the CPU, from the seed and the step. So every device gets the same batches, up to the rounding of
+    interpolated intensities, and a run may go on on another device.
 
     Attributes:
         settings: names of the attributes that decide what a batch holds.
+        device: device on which batches lie.
         highest_label: the highest class in the labels of all cases.
         labelled_highest: name of a case that has it.
     """
 
     settings: tuple[str, ...] = ()
+    device: torch.device = torch.device("cpu")
     highest_label: int = 0
     labelled_highest: str = ""
+
+    def batch(self, step: int) -> Batch:
+        """Return batch number `step`, on the device. Where that runs out of memory, batches are made on the CPU from then on."""
+        try:
+            return self._make(int(step), self.device)
+        except RuntimeError as error:
+            if self.device.type == "cpu" or not is_out_of_memory(error):
+                raise
+            found = str(error).split("\n")[0]
+        # Out here the failed attempt's memory is no longer held.
+        say(
+            f"out of memory on {self.device} where batches are made ({found}); the CPU makes them from now on, in some more time"
+        )
+        self.device = torch.device("cpu")
+        return self._make(int(step), self.device)
+
+    def _make(self, step: int, device: torch.device) -> Batch:
+        """Return batch number `step` on a device."""
+        raise NotImplementedError
 
     def describe(self) -> dict:
         """Return a plain description of the sampler: its settings, and a code of the content of every case."""
@@ -116,6 +142,16 @@ class Sampler:
     def case_codes(self) -> Iterator[tuple[str, str]]:
         """Yield the name of every case and a code of its content."""
         raise NotImplementedError
+
+
+def _settle_device(device: str | torch.device) -> torch.device:
+    """Return a device that computes, with its number: batches are made in threads, in which another GPU may be the current one."""
+    return torch.empty(0, device=find_device(device)).device
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device. A CUDA GPU fetches it from pinned memory when it comes to it, and the CPU does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def describe_sampler(sampler) -> object:
@@ -150,8 +186,10 @@ class SegmentSampler(Sampler):
         spatial_dims: 3, or 2 for axial slices.
         augment: function `augment(image, label, rng=...)` that changes every batch, such as `transforms.distort`. Both have the size of
             the patches, so that they may be moved together; afterwards the label is cut to the predicted voxels, and the image to
-            the network's inputs.
+            the network's inputs. Both lie on `device`; `rng` is NumPy's generator.
         seed: seed of all random choices.
+        device: device on which batches are augmented and handed over: "cpu", "cuda", …, or "auto" (see `devices.find_device`). The
+            cases stay where they are.
 
     Source: Kamnitsas et al. 2017, sections 2.2, 3.2 and 4.1.2.
     Taught in notebooks 01 and 03.
@@ -173,6 +211,7 @@ class SegmentSampler(Sampler):
         spatial_dims: int = 3,
         augment: Augment | None = None,
         seed: int = 0,
+        device: str | torch.device = "cpu",
     ):
         if scheme not in SCHEMES:
             raise ValueError(f"scheme={scheme!r}; expected one of {', '.join(SCHEMES)}")
@@ -190,7 +229,7 @@ class SegmentSampler(Sampler):
             "uniform": ["mask"],
             "equal": ["background", *(f"class {c}" for c in range(1, 1 + self.highest_label))],
         }[scheme]
-        self.channels = cases[0].channels
+        self.channels, self.device = cases[0].channels, _settle_device(device)
         self._cases = [self._prepare(case) for case in cases]
         # For every group of voxels, the cases that have any.
         self._holders = {g: np.array([n for n, case in enumerate(self._cases) if case.count(g)]) for g in self._groups}
@@ -215,35 +254,43 @@ class SegmentSampler(Sampler):
             return _InMemory(case, self._groups, self.output, self.margin, around)
         return _OnDisk(case, self.margin, around)
 
-    def batch(self, step: int) -> Batch:
-        """Return batch number `step`."""
-        rng = np.random.default_rng([self.seed, int(step)])
-        inputs, label = None, None
+    def _make(self, step: int, device: torch.device) -> Batch:
+        rng = np.random.default_rng([self.seed, step])
+        inputs, label, offsets = self._draw(rng)
+        inputs, label = [_moved(part, device) for part in inputs], _moved(label, device).long()
+        if self.shift:
+            offsets = _moved(offsets, device).reshape(*offsets.shape, *(1,) * self.spatial_dims)
+            inputs = [part.add_(offsets) for part in inputs]
+        if self.augment is not None:
+            patch, label = self.augment(inputs[0], label, rng=rng)
+            margin = self.margin[: self.spatial_dims]
+            label = label[(slice(None), *(slice(m, n - m) for m, n in zip(margin, label.shape[1:])))]
+            inputs = self.cut(patch)
+        return Batch(tuple(inputs) if len(inputs) > 1 else inputs[0], label)
+
+    def _draw(self, rng: np.random.Generator) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Return the inputs of a batch, the label (uint8) and the shift of each channel `(B, C)`, in main memory."""
+        inputs, label = [], None
+        offsets = torch.zeros(self.batch_size, len(self.channels))
         for n, group in enumerate(self._draw_groups(rng)):
-            case = self._cases[rng.choice(self._holders[group])]
+            holders = self._holders[group]
+            case = self._cases[holders[rng.integers(len(holders))]]
             patch, target = case.cut(group, rng.integers(case.count(group)), self.output)
             if self.spatial_dims == 2:
                 patch, target = patch[..., 0], target[..., 0]
             if self.flip and rng.random() < 0.5:
                 patch, target = patch[:, ::-1], target[::-1]
+            if self.shift:
+                offsets[n] = torch.from_numpy(rng.normal(0, self.shift, len(patch)) * case.std)
             parts = (patch,) if self.augment else self.cut(patch)
-            if inputs is None:
-                inputs = tuple(np.empty((self.batch_size, *p.shape), np.float32) for p in parts)
-                label = np.empty((self.batch_size, *target.shape), np.int64)
-            offset = rng.normal(0, self.shift, len(patch)) * case.std if self.shift else None
-            for store, part in zip(inputs, parts):
+            if label is None:
+                inputs = [torch.empty(self.batch_size, *p.shape) for p in parts]
+                label = torch.empty(self.batch_size, *target.shape, dtype=torch.uint8)
+                stores, labels = [part.numpy() for part in inputs], label.numpy()
+            for store, part in zip(stores, parts):
                 store[n] = to_float32(part) if part.dtype == np.float16 else part
-                if offset is not None:
-                    store[n] += offset.astype(np.float32).reshape(-1, *(1,) * self.spatial_dims)
-            label[n] = target
-        tensors = tuple(torch.from_numpy(i) for i in inputs)
-        label = torch.from_numpy(label)
-        if self.augment is not None:
-            patch, label = self.augment(tensors[0], label, rng=rng)
-            margin = self.margin[: self.spatial_dims]
-            label = label[(slice(None), *(slice(m, n - m) for m, n in zip(margin, label.shape[1:])))]
-            tensors = tuple(self.cut(patch))
-        return Batch(tensors if len(tensors) > 1 else tensors[0], label)
+            labels[n] = target
+        return inputs, label, offsets
 
     def case_codes(self) -> Iterator[tuple[str, str]]:
         return ((case.name, case.code()) for case in self._cases)
@@ -266,14 +313,15 @@ class VolumeSampler(Sampler):
 
     Args:
         cases: labelled cases, normalised for the network, all with the same channels. Stored cases (`datasets.store`) are read
-            when they are drawn. Other cases are kept in memory, on `device`.
+            when they are drawn. Other cases are kept in main memory: float32 images, uint8 labels.
         crop: number of voxels of a crop along each axis, one number or three. Crops lie anywhere in the volume. None for whole
             volumes.
         multiple: size of which the sides of a whole volume become multiples, by mirroring: `model.multiple`.
         batch_size: number of volumes in a batch. They must have one size.
-        augment: function `augment(image, label, rng=...)` that changes every batch, such as `transforms.augment`.
+        augment: function `augment(image, label, rng=...)` that changes every batch, such as `transforms.augment`. Both lie on
+            `device`; `rng` is NumPy's generator.
         seed: seed of all random choices.
-        device: device on which batches are made and augmented.
+        device: device on which batches are augmented and handed over, see `SegmentSampler`.
     """
 
     settings = ("channels", "crop", "batch_size", "augment", "seed")
@@ -304,24 +352,28 @@ class VolumeSampler(Sampler):
                     )
         elif batch_size > 1 and len({case.shape for case in cases}) > 1:
             raise ValueError("the cases are of different sizes, so whole volumes make no batch; use batch_size=1 or a crop")
-        self.batch_size, self.augment, self.seed, self.device = batch_size, augment, seed, torch.device(device)
+        self.batch_size, self.augment, self.seed, self.device = batch_size, augment, seed, _settle_device(device)
         self._sizes = [c.shape if self.crop else tuple(-(-n // multiple) * multiple for n in c.shape) for c in cases]
         self._volumes = [self._load(c, (0, 0, 0), s) if c.in_memory else None for c, s in zip(cases, self._sizes)]
         self._stored = [None if c.in_memory else c for c in cases]
         self.channels, self._names = cases[0].channels, [c.name for c in cases]
 
-    def batch(self, step: int) -> Batch:
-        """Return batch number `step`."""
-        rng = np.random.default_rng([self.seed, int(step)])
-        images, labels = zip(*(self._cut(n, rng) for n in self._turns(int(step))))
-        image, label = torch.stack(images), torch.stack(labels)
+    def _make(self, step: int, device: torch.device) -> Batch:
+        rng, numbers = np.random.default_rng([self.seed, step]), self._turns(step)
+        size = self.crop or self._sizes[numbers[0]]
+        image = torch.empty(self.batch_size, len(self.channels), *size)
+        label = torch.empty(self.batch_size, *size, dtype=torch.uint8)
+        for n, number in enumerate(numbers):
+            image.numpy()[n], label.numpy()[n] = self._cut(number, rng)
+        image, label = _moved(image, device), _moved(label, device).long()
         if self.augment is not None:
             image, label = self.augment(image, label, rng=rng)
         return Batch(image, label)
 
     def case_codes(self) -> Iterator[tuple[str, str]]:
         for name, volume, stored in zip(self._names, self._volumes, self._stored):
-            yield name, stored.code() if volume is None else array_code(*(part.cpu().numpy() for part in volume))
+            # Labels were int64 in earlier versions, whose runs go on.
+            yield name, stored.code() if volume is None else array_code(volume[0], volume[1].astype(np.int64))
 
     def _turns(self, step: int) -> list[int]:
         """Return the numbers of the cases in a batch."""
@@ -330,7 +382,7 @@ class VolumeSampler(Sampler):
         order = {r: np.random.default_rng([self.seed, r, 1]).permutation(count) for r in {n // count for n in numbers}}
         return [int(order[n // count][n % count]) for n in numbers]
 
-    def _cut(self, number: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _cut(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         size = self._sizes[number]
         crop = self.crop or size
         start = [int(rng.integers(n - c + 1)) if self.crop else 0 for n, c in zip(size, crop)]
@@ -340,11 +392,10 @@ class VolumeSampler(Sampler):
         image, label = self._volumes[number]
         return image[(slice(None), *map(slice, start, stop))], label[tuple(map(slice, start, stop))]
 
-    def _load(self, case: Case, start: Sequence[int], stop: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return a part of image and label, mirrored beyond the border, on the device."""
+    def _load(self, case: Case, start: Sequence[int], stop: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return a part of image (float32) and label (uint8), mirrored beyond the border."""
         image = np.ascontiguousarray(case.block(start, stop), np.float32)
-        label = np.ascontiguousarray(case.label_block(start, stop), np.int64)
-        return as_tensor(image).to(self.device), torch.from_numpy(label).to(self.device)
+        return image, np.ascontiguousarray(case.label_block(start, stop))
 
 
 def check_label(name: str, label: int, classes: int | None) -> None:

@@ -1,4 +1,6 @@
+import inspect
 from functools import partial
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from medseg_lite import context, datasets, inference, losses, models, recipes, s
 from medseg_lite.recipes import recipe
 from medseg_lite.sampling import SegmentSampler
 from medseg_lite.volume import Case
+
+mlynarski_module = import_module("medseg_lite.recipes.mlynarski")  # the name `recipes.mlynarski` is the function
 
 
 @pytest.fixture
@@ -406,3 +410,108 @@ def test_a_loop_of_its_own_is_told_of_labels_too(cases_of_two):
         [with_highest(cases_of_two[0], 3)], output=9, batch_size=1, margin=model.margin, cut=model.cut
     )
     training.fit(model, sampler, loss=lambda logits, label: losses.cross_entropy(logits, label.clamp(max=2)), **how)
+
+
+def test_incomplete_cases_are_looked_at_before_the_first_update(gappy, monkeypatch):
+    monkeypatch.setattr(training, "fit", lambda *args, **options: pytest.fail("the training began"))
+    options = {"classes": 2, "pretrain_steps": 1, "steps": 1, "width": 0.1, **QUICK}
+    *before, last = gappy
+    with pytest.raises(ValueError, match="no flair has label 4; with classes=2 labels are 0 to 1: set classes=5"):
+        recipes.mlynarski(before[:1], incomplete=[before[1], last.replace(label=4 * last.label)], **options)
+    with pytest.raises(ValueError, match="no flair has no label; training needs one"):
+        recipes.mlynarski(before[:1], incomplete=[before[1], last.replace(label=None)], **options)
+
+
+# ---------------------------------------------------------------------------------------- what reaches every stage
+
+
+def stages(cases, gappy, folder) -> dict:
+    """Calls of all recipes, by what they are of, with the number of trainings in each."""
+    first = models.two_path_cnn(in_channels=1, classes=2, width=0.1)
+    start = models.deepmedic(in_channels=1, classes=2, width=0.1)
+    path = models.save(folder / "start.safetensors", start, {})
+    havaei = {"phase2_steps": 2, "batch_size": 2}
+    slices = {"network": "unet2d", "crop": 16, "batch_size": 2}
+    squares = {"output": 16, "batch_size": 2, "accumulate": 2}
+    helped = squares | {"pretrain_steps": 2, "incomplete": gappy[1:], "drop": 0.5}
+    return {
+        "deepmedic": (1, recipes.deepmedic, cases, {"batch_size": 2}),
+        "deepmedic from a start": (1, recipes.deepmedic, cases, {"batch_size": 2, "start": path}),
+        "havaei": (2, recipes.havaei, cases, havaei),
+        "havaei cascade": (2, recipes.havaei, cases, {"network": "input_cascade_cnn", "first": first} | havaei),
+        "kayalibay": (1, recipes.kayalibay, cases, {"crop": 16}),
+        "drozdzal": (1, recipes.drozdzal, cases, slices),
+        "mlynarski 2d": (1, recipes.mlynarski, cases, squares),
+        "mlynarski 2d, pre-trained": (4, recipes.mlynarski, gappy[:1], helped),
+        "mlynarski 3d": (1, recipes.mlynarski, cases, {"network": "mlynarski_3d", "output": 4, "accumulate": 2}),
+    }
+
+
+NAMES = (
+    *("deepmedic", "deepmedic from a start", "havaei", "havaei cascade", "kayalibay", "drozdzal"),
+    *("mlynarski 2d", "mlynarski 2d, pre-trained", "mlynarski 3d"),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_engines_options_reach_every_stage(name, cases, gappy, tmp_path, monkeypatch):
+    seen, fit, rows = [], training.fit, []
+
+    def recorded(model, sampler, **options):
+        seen.append((options["engine"], sampler.device, next(model.parameters()).device, options.get("on_update")))
+        return fit(model, sampler, **options)
+
+    monkeypatch.setattr(training, "fit", recorded)
+    count, recipe, cohort, options = stages(cases, gappy, tmp_path)[name]
+    engine = {"precision": "float32", "channels_last": True, "workers": 2}
+    recipe(cohort, steps=1, width=0.1, progress=False, engine=engine | {"on_update": rows.append}, **options)
+    assert [given for given, *_ in seen] == [engine] * count
+    assert all(place == device for _, place, device, _ in seen)
+    own = [on_update for *_, on_update in seen if on_update]  # that of the network itself, not of a subnetwork before it
+    assert len(own) == (2 if "havaei" in name else 1) and seen[-1][-1] and len(rows) >= 1
+
+
+def test_pretraining_by_itself_takes_options_of_both_kinds(gappy):
+    model, rows = models.mlynarski_2d(in_channels=3, classes=2, width=0.1), []
+    how = {"channels": ("flair", "t1", "t1c"), "steps": 3} | QUICK
+    recipes.pretrain_subnetwork(model, "t1", gappy, engine={"workers": 2, "on_update": rows.append}, **how)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    with pytest.raises(ValueError, match="precision='float8'; expected auto, float32"):
+        recipes.pretrain_subnetwork(model, "t1", gappy, engine={"precision": "float8"}, **how)
+
+
+def test_recipes_find_the_device_themselves(cases):
+    for train in (recipes.deepmedic, recipes.havaei, recipes.kayalibay, recipes.drozdzal, recipes.mlynarski):
+        assert inspect.signature(train).parameters["device"].default == "auto"
+    with pytest.raises(ValueError, match="device 'abacus': PyTorch knows no such device"):
+        recipes.kayalibay(cases, device="abacus", crop=16, steps=1, width=0.1)
+    model = recipes.kayalibay(cases, crop=16, steps=1, width=0.1, progress=False)
+    assert model.card["device"].startswith("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_sequences_are_dropped_beside_an_augmentation(gappy):
+    def bright(image, label, *, rng):
+        return image.abs() + 1, label
+
+    seen = []
+
+    def watch(image, label, *, rng):
+        seen.append(image)
+        return image, label
+
+    both = mlynarski_module._with_dropping(bright, 1.0)
+    image, label = torch.randn(5, 3, 4, 4), torch.zeros(5, 4, 4, dtype=torch.long)
+    dropped, _ = both(image, label, rng=np.random.default_rng(0))
+    assert ((dropped == 0).flatten(2).all(2).sum(1) == 1).all() and int((dropped >= 1).flatten(2).all(2).sum()) == 10
+    assert mlynarski_module._with_dropping(bright, 0) is bright and mlynarski_module._with_dropping(None, 0) is None
+    recipes.mlynarski(gappy[:1], steps=1, width=0.1, drop=0.5, augment=watch, **QUICK)
+    assert len(seen) == 2  # the batches of the update
+
+
+@pytest.mark.parametrize("precision", ["auto", "bfloat16"])
+def test_a_cpu_validates_in_float32(precision, cases, monkeypatch):
+    told, predict = [], inference.predict
+    monkeypatch.setattr(inference, "predict", lambda *args, **how: told.append(how["precision"]) or predict(*args, **how))
+    options = {"crop": 16, "steps": 1, "width": 0.1, "progress": False, "engine": {"precision": precision}}
+    recipes.kayalibay(cases[:1], validation=cases[1:], **options)
+    assert told == ["auto"]

@@ -9,7 +9,7 @@ from scipy import stats
 
 from medseg_lite import datasets, models, transforms
 from medseg_lite.sampling import SegmentSampler, VolumeSampler
-from medseg_lite.volume import Case
+from medseg_lite.volume import Case, array_code
 
 
 def segments(sampler: SegmentSampler, batches: int):
@@ -382,6 +382,12 @@ def test_volumes_are_not_changed_by_augmentation(noise_case):
     plain = VolumeSampler([case]).batch(0)
     np.testing.assert_array_equal(plain.inputs[0], case.image)
     np.testing.assert_array_equal(plain.label[0], case.label)
+
+
+def test_the_codes_of_cases_stay_so_that_runs_of_earlier_versions_go_on(noise_case):
+    case = noise_case((8, 9, 10), name="c0")
+    (name, code), *_ = VolumeSampler([case]).case_codes()
+    assert (name, code) == ("c0", array_code(case.image, case.label.astype(np.int64)))  # labels were int64 then
 
 
 def test_volume_sampler_errors(noise_case):

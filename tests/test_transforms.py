@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from torch.nn import functional
 
 from medseg_lite import phantoms, transforms
 from medseg_lite.transforms import augment, mirror_healthy, standardise
@@ -141,15 +142,36 @@ def test_quarter_turns_are_those_of_rot90(plane):
     assert torch.equal(labels, torch.rot90(label, 1, [a + 1, b + 1]))
 
 
+@pytest.mark.parametrize("plane", [(0, 1), (0, 2), (1, 2)])
 @pytest.mark.parametrize("degrees", [17.0, -60.0])
-def test_rotation_against_scipy(degrees):
-    """A volume whose sides differ: voxels stay cubes."""
-    image, label = batch(14, 10, 6, channels=1, count=1)
-    turned, _ = augment(image, label, rng=Draws(2, plane=(0, 1), degrees=degrees))
-    low = float(image.min())
-    shifted = image[0, 0].numpy() - low
-    peer = low + ndimage.rotate(shifted, degrees, axes=(0, 1), reshape=False, order=1, mode="grid-constant")
-    np.testing.assert_allclose(turned[0, 0], peer, atol=1e-3)
+def test_rotation_against_scipy(degrees, plane):
+    """A volume whose sides differ: voxels stay cubes. Each channel has its own lowest value."""
+    image, label = batch(14, 10, 6, count=1)
+    turned, _ = augment(image, label, rng=Draws(2, plane=plane, degrees=degrees))
+    for channel, found in zip(image[0].numpy(), turned[0].numpy()):
+        low = float(channel.min())
+        peer = low + ndimage.rotate(channel - low, degrees, axes=plane, reshape=False, order=1, mode="grid-constant")
+        np.testing.assert_allclose(found, peer, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape, plane", [((9, 8, 7), (0, 1)), ((9, 8, 7), (2, 0)), ((5, 9, 6), (1, 2)), ((9, 7), (1, 0))])
+@pytest.mark.parametrize("degrees", [33.0, -121.0])
+def test_rotation_is_that_of_one_grid_over_the_whole_volume(shape, plane, degrees):
+    """The same by the textbook: three matrices in all dimensions, and one interpolation."""
+    image, label = batch(*shape)
+    turned, labels = augment(image, label, rng=Draws(2, plane=plane, degrees=degrees))
+    a, b = plane
+    angle, half = np.deg2rad(degrees), np.diag([(n - 1) / 2 for n in shape])
+    rotation = np.eye(len(shape))
+    rotation[[a, b, a, b], [a, b, b, a]] = np.cos(angle), np.cos(angle), np.sin(angle), -np.sin(angle)
+    theta = (np.linalg.inv(half) @ rotation @ half)[::-1, ::-1]
+    theta = torch.from_numpy(np.concatenate([theta, np.zeros((len(shape), 1))], axis=1)).float().expand(2, -1, -1)
+    grid = functional.affine_grid(theta, [2, 1, *shape], align_corners=True)
+    low = image.flatten(2).amin(2).reshape(2, 2, *(1,) * len(shape))
+    expected = functional.grid_sample(image - low, grid, align_corners=True) + low
+    torch.testing.assert_close(turned, expected, rtol=0, atol=1e-4)
+    nearest = functional.grid_sample(label[:, None].float(), grid, mode="nearest", align_corners=True)[:, 0]
+    assert (labels != nearest).float().mean() < 0.005  # but for ties
 
 
 def test_image_and_label_turn_together_and_no_new_labels_appear():

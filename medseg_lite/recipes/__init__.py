@@ -17,10 +17,16 @@ All recipes share these arguments:
                     weights; None trains to the end
     folder          folder of the run; the same call goes on from an interrupted run. None keeps nothing
     width           factor of every number of feature maps; 1 is the paper's size
-    device          "cpu", "cuda", …
+    device          "cpu", "cuda", …, or "auto" (the default): a CUDA GPU where there is one that works, else the CPU
+                    (`devices.find_device`). Every stage of a recipe computes there, and batches are augmented there; the cases stay
+                    in main memory or on disk
     progress        whether to show a bar
-    engine          options of `training.Engine` for the machine at hand (precision, compiled, channels_last, workers, tensorboard), and
-                    options of `training.fit` that replace the recipe's, such as `validate` or `on_update`
+    engine          options of `training.Engine` for the machine at hand (precision, compiled, channels_last, workers, tensorboard), for
+                    every stage; and options of `training.fit` that replace the recipe's, such as `validate` or `on_update`. On a CUDA
+                    GPU the validation has the training's precision; with "auto" both follow the rule of `engine.precision`
+
+All recipes return the network in evaluation mode, on the device where it was trained. `network.history` (a table of pandas) and
+`network.card` (a dictionary) hold plain numbers and texts. An `augment` function is given a batch on that device.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def deepmedic(
     patience: int | None = None,
     folder: str | Path | None = None,
     width: float = 1.0,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     seed: int = 0,
     progress: bool = True,
     engine: Mapping[str, object] | None = None,

@@ -60,7 +60,7 @@ def havaei(
     validate_every: int = 500,
     folder: str | Path | None = None,
     width: float = 1.0,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     seed: int = 0,
     progress: bool = True,
     engine: Mapping[str, object] | None = None,

@@ -45,7 +45,7 @@ def kayalibay(
     patience: int | None = None,
     folder: str | Path | None = None,
     width: float = 1.0,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     seed: int = 0,
     progress: bool = True,
     engine: Mapping[str, object] | None = None,
@@ -86,6 +86,7 @@ def kayalibay(
         batch_size=batch_size,
         augment=augment if callable(augment) else transforms.augment if augment else None,
         seed=seed,
+        device=next(model.parameters()).device,
     )
     optimizer = prepare_optimizer(model, optimizer, learning_rate, torch.optim.Adam, 5e-5)
     run = {"steps": steps, "validation": validation, "validate_every": validate_every, "patience": patience, "folder": folder}

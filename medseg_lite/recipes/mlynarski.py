@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from .. import context, losses, models, optimizers, training, transforms
 from ..models import Network
@@ -30,6 +31,7 @@ from .recipe import (
     prepare_network,
     prepare_optimizer,
     prepare_schedule,
+    split_engine,
     train,
 )
 
@@ -66,7 +68,7 @@ def mlynarski(
     patience: int | None = None,
     folder: str | Path | None = None,
     width: float = 1.0,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     seed: int = 0,
     progress: bool = True,
     engine: Mapping[str, object] | None = None,
@@ -90,7 +92,7 @@ def mlynarski(
         target_weights: weight of each class in a batch; by default .7 for the background in 2D and .4 in 3D, and the same for
             each of the others, as in the paper.
         loss: function of logits and label, by default `losses.balanced_cross_entropy` with these weights.
-        augment: function `(image, label, *, rng)` of each batch, or None.
+        augment: function `(image, label, *, rng)` of each batch, or None. Sequences are dropped (`drop`) after it.
         output: side of the predicted square (by default 192) or cube (28, from 70³ voxels).
         batch_size: number of squares or cubes per batch, by default 4 or 1.
         accumulate: number of batches per update, 10 (2D) or 5 (3D) in the paper.
@@ -100,7 +102,7 @@ def mlynarski(
             (`transforms.drop_channels`; not in the paper).
         incomplete: further labelled cases, each without some sequence, for `pretrain_steps`. The network as a whole never sees them.
         pretrain_steps: number of updates of every 2D subnetwork of one sequence by itself, on the cases and incomplete cases that have
-            the sequence (`pretrain_subnetwork`), before the network is trained.
+            the sequence (`pretrain_subnetwork`), before the network is trained. Of `engine` it takes the options of the machine.
         seed: seed of the initial weights and the samples.
         options: further options of the builder, such as subnets=2 or variant="a".
 
@@ -111,16 +113,16 @@ def mlynarski(
     Taught in notebooks 09 and 10.
     """
     build = {"classes": classes, "width": width, "seed": seed, "device": device, "validation": validation, **options}
-    model = _prepare(network, cases, **build)
+    model = _prepare(network, cases, others=incomplete, **build)
     flat = isinstance(model, Mlynarski2d)
     _check_2d_only(flat, incomplete=incomplete, pretrain_steps=pretrain_steps, drop=drop)
     samples, accumulate = _choose_samples(model, accumulate, output=output, batch_size=batch_size, scheme=scheme)
     weights = _choose_weights(model, target_weights)
     if pretrain_steps:
         how = samples | {"target_weights": weights, "window": window, "accumulate": accumulate, "flip": flip, "seed": seed}
-        _pretrain_subnetworks(model, cases, incomplete, pretrain_steps, learning_rate, folder, progress=progress, **how)
-    augment = partial(transforms.drop_channels, probability=drop) if drop else augment
-    sampler = make_segments(cases, model, flip=flip, augment=augment, seed=seed, **samples)
+        how |= {"progress": progress, "engine": split_engine(engine)[0]}
+        _pretrain_subnetworks(model, cases, incomplete, pretrain_steps, learning_rate, folder, **how)
+    sampler = make_segments(cases, model, flip=flip, augment=_with_dropping(augment, drop), seed=seed, **samples)
     loss = loss or partial(losses.balanced_cross_entropy, target_weights=weights)
     optimizer = prepare_optimizer(model, optimizer, learning_rate, optimizers.NormalizedSGD, 0.25)
     slow = partial(optimizers.HalveOnSlowLoss, window=window)
@@ -157,6 +159,18 @@ def _check_2d_only(flat: bool, *, incomplete: Sequence[Case], pretrain_steps: in
         raise ValueError("incomplete, pretrain_steps and drop are for mlynarski_2d: only it has a subnetwork for each sequence")
     if incomplete and not pretrain_steps:
         raise ValueError("incomplete cases serve to pre-train subnetworks only; give pretrain_steps=, or leave them out")
+
+
+def _with_dropping(augment: Callable | None, drop: float) -> Callable | None:
+    """Return the augmentation, followed by sequences dropped with a probability."""
+    if not drop:
+        return augment
+    dropping = partial(transforms.drop_channels, probability=drop)
+    return partial(_augment_and_drop, augment=augment, drop=dropping) if augment else dropping
+
+
+def _augment_and_drop(image: Tensor, label: Tensor, *, rng, augment: Callable, drop: Callable) -> tuple[Tensor, Tensor]:
+    return drop(*augment(image, label, rng=rng), rng=rng)
 
 
 def _choose_samples(model: Network, accumulate: int | None, **given) -> tuple[dict, int]:
@@ -196,11 +210,12 @@ def pretrain_subnetwork(
     folder: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
+    engine: Mapping[str, object] | None = None,
 ) -> pd.DataFrame:
     """Train the subnetwork of one sequence by itself, on all cases that have the sequence.
 
     Where every case lacks some sequence, no more than a few can show the whole network all of them; but each subnetwork
-    can learn from most. The network is changed in place: the subnetwork and its auxiliary classifier.
+    can learn from most. The network is changed in place, on the device that it lies on: the subnetwork and its auxiliary classifier.
 
     Args:
         model: a 2D network.
@@ -208,7 +223,7 @@ def pretrain_subnetwork(
         cases: labelled cases, normalised. Those whose `channels` lack this one are left aside.
         channels: the network's sequences in the order of its inputs.
         steps: number of updates.
-        target_weights, learning_rate, window, output, batch_size, accumulate, scheme, flip, folder, seed, progress: as for
+        target_weights, learning_rate, window, output, batch_size, accumulate, scheme, flip, folder, seed, progress, engine: as for
             `mlynarski`.
 
     Returns:
@@ -236,19 +251,17 @@ def pretrain_subnetwork(
     weights = _choose_weights(model, target_weights)
     sampler = make_segments(having, subnetwork, output=output, batch_size=batch_size, scheme=scheme, flip=flip, seed=seed)
     optimizer = optimizers.NormalizedSGD(subnetwork.parameters(), lr=learning_rate)
-    return training.fit(
-        subnetwork,
-        sampler,
-        steps=steps,
-        optimizer=optimizer,
-        loss=partial(losses.balanced_cross_entropy, target_weights=weights),
-        accumulate=accumulate,
-        schedule=optimizers.HalveOnSlowLoss(optimizer, window=window),
-        validate_every=steps,
-        folder=folder,
-        seed=seed,
-        progress=progress,
-    )
+    machine, replaced = split_engine(engine)
+    how = {
+        "loss": partial(losses.balanced_cross_entropy, target_weights=weights),
+        "accumulate": accumulate,
+        "schedule": optimizers.HalveOnSlowLoss(optimizer, window=window),
+        "validate_every": steps,
+        "folder": folder,
+        "seed": seed,
+        "progress": progress,
+    }
+    return training.fit(subnetwork, sampler, steps=steps, optimizer=optimizer, engine=machine, **(how | replaced))
 
 
 def class_weights(classes: int, background: float) -> list[float]:

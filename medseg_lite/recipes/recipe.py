@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import models, optimizers, training
 from ..datasets import case_names
+from ..devices import find_device
 from ..models import Network
 from ..sampling import SegmentSampler, check_label
 from ..volume import Case, new_name
@@ -82,10 +83,13 @@ def prepare_network(
     seed: int,
     device: str | torch.device,
     validation: Sequence[Case] = (),
+    others: Sequence[Case] = (),
     channels: int | None = None,
     **options,
 ) -> Network:
     """Build a network with the weights that the seed draws, or take one that is built already, once cases and network are checked.
+
+    The checks come first, so nothing reaches the device before them. The network then lies on the device.
 
     Args:
         network: name of a builder, one of `names`, or a built network.
@@ -94,20 +98,18 @@ def prepare_network(
         classes: number of classes; None for the highest label plus one.
         width, options: options of the builder.
         seed: seed of the weights.
-        device: device of the training.
+        device: device of the training, or "auto", see `devices.find_device`.
         validation: labelled cases for the validation.
+        others: further labelled cases, for a part of the network. They may lack channels.
         channels: number of channels of the image, by default those of the first case.
 
     Raises:
         ValueError: there are no cases, one has no label, other channels or a label beyond the classes, or the network is unknown or
-            does not fit what else was given.
+            does not fit what else was given; or there is no such device.
     """
     if not cases:
         raise ValueError("no cases to train on; give at least one labelled case")
-    everyone = [*cases, *validation]
-    for case in everyone:
-        if not case.labelled:
-            raise ValueError(f"{case.name} has no label; training needs one")
+    everyone = [*cases, *validation, *others]
     for case in validation:
         if case.channels != cases[0].channels:
             raise ValueError(
@@ -121,24 +123,26 @@ def prepare_network(
             names = ", ".join(name for name, is_given in given.items() if is_given)
             raise ValueError(f"{names}: the network is built already; give these options to its builder")
         check_labels(everyone, network.classes)
-        return network.to(device)
+        return network.to(find_device(device))
     if network not in names:
         raise ValueError(f"network={network!r}; expected one of {', '.join(names)}, or a built network")
     check_labels(everyone if classes else cases, classes)
     if classes is None:
         classes = 1 + max(case.highest_label for case in cases)
-        check_labels(validation, classes)
+        check_labels(everyone, classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed))
         model = models.BUILDERS[network](
             in_channels=channels or len(cases[0].channels), classes=classes, width=float(width), **options
         )
-    return model.to(device)
+    return model.to(find_device(device))
 
 
 def check_labels(cases: Sequence[Case], classes: int | None) -> None:
-    """Raise ValueError where a label is beyond the classes of a network, see `sampling.check_label`. Stored cases are not read."""
+    """Raise ValueError where a case has no label or one beyond the classes, see `sampling.check_label`. Stored cases are not read."""
     for case in cases:
+        if not case.labelled:
+            raise ValueError(f"{case.name} has no label; training needs one")
         check_label(case.name, case.highest_label, classes)
 
 
@@ -148,14 +152,15 @@ def network_name(model: Network) -> str:
 
 
 def make_segments(cases: Sequence[Case], model: Network, **how) -> SegmentSampler:
-    """Return a sampler of segments that fit a network.
+    """Return a sampler of segments that fit a network, on the network's device.
 
     Args:
         cases: labelled cases.
         model: network, which decides the margin, the inputs that are cut out of a patch, and the dimensions.
         how: other options of `SegmentSampler`.
     """
-    return SegmentSampler(cases, margin=model.margin, cut=model.cut, spatial_dims=model.spatial_dims, **how)
+    device = next(model.parameters()).device
+    return SegmentSampler(cases, margin=model.margin, cut=model.cut, spatial_dims=model.spatial_dims, device=device, **how)
 
 
 def prepare_optimizer(
@@ -224,16 +229,16 @@ def train(
         made_from: further facts that make the run what it is, such as the code of the weights that it starts from.
         how: further options of `training.fit`.
     """
-    machine = {option.name for option in dataclasses.fields(training.Engine)}
-    engine, how["seed"] = dict(engine or {}), int(how["seed"])
+    machine, replaced = split_engine(engine)
+    how["seed"] = int(how["seed"])
+    device = next(model.parameters()).device
     how |= {
         "facts": {"validation": _case_codes(validation) if how["folder"] else {}} | dict(made_from or {}),
         "steps": steps,
         "validate_every": min(validate_every, steps),
-        "validate": make_validation(validation, model.classes),
+        "validate": make_validation(validation, model.classes, _validation_precision(machine, device)),
     }
-    how |= {name: engine.pop(name) for name in list(engine) if name not in machine}
-    model.history = training.fit(model, sampler, engine=engine, **how)
+    model.history = training.fit(model, sampler, engine=machine, **(how | replaced))
     model.card = {
         "network": network_name(model),
         "channels": list(cases[0].channels),
@@ -241,9 +246,21 @@ def train(
         "trained_on": case_names(cases),
         "steps": steps,
         "seed": how["seed"],
-        "device": str(next(model.parameters()).device),
+        "device": str(device),
     } | dict(facts or {})
     return model
+
+
+def split_engine(engine: Mapping[str, object] | None) -> tuple[dict, dict]:
+    """Return the options of `training.Engine`, which are for every stage of a recipe, and those of `training.fit`."""
+    machine = {option.name for option in dataclasses.fields(training.Engine)}
+    given = dict(engine or {})
+    return {n: v for n, v in given.items() if n in machine}, {n: v for n, v in given.items() if n not in machine}
+
+
+def _validation_precision(machine: Mapping[str, object], device: torch.device) -> str:
+    """Return the precision of the validation: the training's on a CUDA GPU. Other devices segment in float32 alone."""
+    return machine.get("precision", "auto") if device.type == "cuda" else "auto"
 
 
 def _case_codes(cases: Sequence[Case]) -> dict[str, str]:
@@ -253,9 +270,15 @@ def _case_codes(cases: Sequence[Case]) -> dict[str, str]:
     return codes
 
 
-def make_validation(cases: Sequence[Case], classes: int) -> Callable | None:
-    """Return the validation for `training.fit`, or None where there are no cases for it."""
-    return training.validate_on(cases, regions=regions_for(classes)) if cases else None
+def make_validation(cases: Sequence[Case], classes: int, precision: str = "auto") -> Callable | None:
+    """Return the validation for `training.fit`, or None where there are no cases for it.
+
+    Args:
+        cases: labelled cases.
+        classes: number of the network's classes.
+        precision: number type of the predictions, see `inference.predict`.
+    """
+    return training.validate_on(cases, regions=regions_for(classes), precision=precision) if cases else None
 
 
 def regions_for(classes: int) -> str | dict[str, list[int]]:
