@@ -51,8 +51,8 @@ def fit(
     """Train a network on the device that it lies on.
 
     In several processes (`torchrun`, see `engine.distributed`) each takes its share of every batch, or of the `accumulate` batches of
-    an update, with the same result but for the random numbers of dropout. The first process validates and writes; `folder` must
-    be on a disk that all of them see.
+    an update, with the same result but for the random numbers of dropout, and a part of the cases of `validate_on`. The first process
+    makes any other validation, and writes; `folder` must be on a disk that all of them see.
 
     Args:
         model: the network, changed in place.
@@ -190,15 +190,21 @@ def _check_settings(patience: int | None, validate: Callable | None, **counts: i
 def validate_on(cases: Sequence[Case], *, regions: str = "brats2015", **options) -> Callable[[nn.Module], dict[str, float]]:
     """Return a validation for `fit`, which segments `cases` and returns the mean Dice of each region, `{"dice_whole": ...}`.
 
+    Several processes share the cases, with the result of one.
+
     Args:
         cases: labelled cases, normalised like the training cases.
         regions: as in `metrics.evaluate`.
         options: options of `inference.predict`.
     """
 
+    @distributed.Shared
     def validate(model: nn.Module) -> dict[str, float]:
-        predictions = (inference.predict(model, case, progress=False, **options) for case in cases)
-        table = metrics.evaluate_cohort(predictions, cases, regions=regions, metrics=["dice"])
+        def score(case: Case) -> pd.DataFrame:
+            prediction = inference.predict(model, case, progress=False, **options)
+            return metrics.evaluate_cohort([prediction], [case], regions=regions, metrics=["dice"])
+
+        table = pd.concat(distributed.deal_out(score, cases))
         means = table.groupby("region", sort=False)["dice"].mean()
         return {f"dice_{region}": float(value) for region, value in means.items()}
 

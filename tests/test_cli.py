@@ -1,8 +1,11 @@
 """The command line as a user meets it: a whole round on tiny cases, and the mistakes people make."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import nibabel
 import numpy as np
@@ -11,9 +14,13 @@ import pytest
 import torch
 
 from medseg_lite import context, inference, models, transforms
-from medseg_lite.cli import main
+from medseg_lite.cli import _folds, main
+from medseg_lite.cli import train as train_command
+from medseg_lite.cli._folds import FoldProcesses, find_gpus
 from medseg_lite.datasets import nifti_folder
+from medseg_lite.engine import distributed
 from medseg_lite.files import read_nifti, write_case
+from medseg_lite.recipes import RECIPES, cross_validate
 from medseg_lite.volume import Case
 
 AFFINE = np.array([[-2.0, 0, 0, 40], [0, -2, 0, 50], [0, 0, 3, -20], [0, 0, 0, 1]])  # LPS, as scanners often write
@@ -266,7 +273,9 @@ def test_folds_of_a_network(folder, tmp_path):
         ("drozdzal-lits", ["--hold-out", "case0"], "with folds every case is held out once"),
         ("deepmedic-brats2015", ["--crop", "9"], "--crop: the recipe of deepmedic-brats2015 has no such setting"),
         ("deep_plus", ["--folds", "2", "--channels", "flair"], "needs --classes"),
-        ("deep_plus", ["--fold", "2", "--channels", "flair"], "--fold is one of --folds"),
+        ("deep_plus", ["--fold", "2", "--channels", "flair"], "--fold, --folds-on-gpus and --folds-at-once are for --folds"),
+        ("deep_plus", ["--folds-on-gpus", "--channels", "flair"], "--folds-on-gpus and --folds-at-once are for --folds"),
+        ("deep_plus", ["--folds-at-once", "2", "--channels", "flair"], "say how many there are"),
         ("deepmedic-brats2015", ["--channels", "flair", "--folds", "2"], "t1"),
     ],
 )
@@ -280,6 +289,7 @@ def test_recipes_are_listed(capsys):
     told = capsys.readouterr().out
     assert "drozdzal-isbi2012\n  Drozdzal et al. 2018, section 4.1\n  ISBI 2012" in told and "steps 70000" in told
     assert "the paper, Tables 3 to 5, cross-validation over the same 274 cases: dice whole 0.9, core 0.79" in told
+    assert told.count("processes that can share an update: at most ") == len(RECIPES)
 
 
 @pytest.mark.slow
@@ -307,3 +317,216 @@ def test_two_processes_segment_and_train(folder, tmp_path):
     assert done.stdout.count("deep_plus: 3 cases in 3 folds, on 2 processes") == 1 and done.stdout.count("mean (standard") == 1
     assert models.load(tmp_path / "run" / "fold0" / "model.safetensors").card["steps"] == 2
     assert len(pd.read_csv(tmp_path / "run" / "evaluation.csv")) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- folds at once
+
+
+@pytest.mark.slow
+def test_folds_at_once(folder, tmp_path, capsys):
+    """Real processes on the CPU: the files and the table of folds one after the other, also when one fold fails at first."""
+    data = ["--data", str(folder), "--channels", "flair", "t1c", "--classes", "2", "--device", "cpu"]
+    cross = ["train", "deep_plus", *data, "--steps", "2", "--width", "0.1", "--folds", "2"]
+    assert main([*cross, "--out", str(tmp_path / "one")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    at_once = [*cross, "--folds-at-once", "2", "--out", str(tmp_path / "two")]
+    (tmp_path / "two" / "fold1").mkdir(parents=True)
+    (tmp_path / "two" / "fold1" / "last.pt").write_text("no state")
+    assert main(at_once) == 1
+    found = capsys.readouterr()
+    assert "fold 1: medseg_lite train: " in found.out and "last.pt is not a training state" in found.out
+    assert found.err.splitlines()[-1].startswith("medseg_lite train: fold 1 (exit status 1) failed")
+    assert "mean (standard deviation) over 2 cases" in found.out
+
+    (tmp_path / "two" / "fold1" / "last.pt").unlink()
+    assert main(at_once) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "deep_plus: 3 cases in 2 folds, 2 at once, each in a process of its own"
+    own = [line for line in lines[1:] if not line.startswith("fold ")]
+    assert sum("mean (standard deviation)" in line for line in lines) == 1
+    assert own == told[1:], "what the processes say is marked, and the table stands once"
+    for number in range(2):
+        assert f"fold {number}: deep_plus: 3 cases in 2 folds, on cpu" in lines
+        assert any(line.startswith(f"fold {number}: training: 100%") for line in lines)
+    for name in ("evaluation.csv", "fold0/evaluation.csv", "fold1/model.safetensors", "predictions/case1.nii.gz"):
+        one, two = (tmp_path / run / name for run in ("one", "two"))
+        if name.endswith("csv"):
+            assert one.read_text() == two.read_text()
+        elif name.endswith("gz"):
+            assert np.array_equal(read_nifti(one).array, read_nifti(two).array)
+        else:
+            ours, theirs = models.load(one).state_dict(), models.load(two).state_dict()
+            assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """`stand_ins(script)`: in place of a training each process runs `script`; returns a list that collects how they are started."""
+
+    def use(script: str) -> list[list[str]]:
+        started, start = [], subprocess.Popen
+
+        def stand_in(command, **options):
+            assert command[:3] == [sys.executable, "-m", "medseg_lite"]
+            started.append(command[3:])
+            return start([sys.executable, "-c", script, command[command.index("--fold") + 1]], **options)
+
+        monkeypatch.setattr(_folds.subprocess, "Popen", stand_in)
+        return started
+
+    return use
+
+
+def test_every_gpu_takes_the_next_fold(stand_ins, capsys, monkeypatch):
+    """Fold 0 takes long, so the other GPU has the rest. Fold 2 dies, which the others do not notice."""
+    script = (
+        "import os, sys, time\n"
+        "fold, gpu = sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES']\n"
+        "print('on', gpu, 'with', os.environ['OMP_NUM_THREADS'])\n"
+        "time.sleep(3 if fold == '0' else 0)\n"
+        "sys.exit(7 if fold == '2' else 0)"
+    )
+    started = stand_ins(script)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
+    processes = FoldProcesses(
+        ["train", "x", "--out", "y", "--halvings", ".5"], [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in ("5", "GPU-ab")]
+    )
+    processes([0, 1, 2, 3])
+    ends = ["--device", "cuda"]
+    assert started == [["train", "x", "--out", "y", "--halvings", ".5", "--fold", str(n), *ends] for n in range(4)]
+    told = sorted(capsys.readouterr().out.splitlines())
+    assert told == ["fold 0: on 5 with 6", *(f"fold {n}: on GPU-ab with 6" for n in (1, 2, 3))]
+    assert processes.status == {0: 0, 1: 0, 2: 7, 3: 0} and not processes.running
+    with pytest.raises(ChildProcessError, match=r"^fold 2 \(exit status 7\) failed, .* the same command goes on"):
+        processes.check()
+
+
+def test_no_more_processes_than_folds(stand_ins):
+    started = stand_ins("pass")
+    processes = FoldProcesses(["train"], [{}] * 5)
+    processes([3])
+    assert started == [["train", "--fold", "3"]] and processes.status == {3: 0}
+    processes.check()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_reaches_every_fold_once_and_is_waited_for(stand_ins, capsys, name):
+    """A fold in training notes the first Ctrl-C, finishes its update and saves. A second one would stop it at once."""
+    started = stand_ins(
+        "import os, signal, sys, time\n"
+        "heard = []\n"
+        "signal.signal(signal.SIGINT, lambda *_: heard.append(1))\n"
+        "print('ready', os.getsid(0) == os.getpid())\n"  # out of reach of the terminal's Ctrl-C
+        "while not heard: time.sleep(.05)\n"
+        "time.sleep(1.5)\n"
+        "print('saved after', len(heard))\n"
+        "sys.exit(130)"
+    )
+    processes, before = FoldProcesses(["train"], [{}, {}]), signal.getsignal(signal.SIGTERM)
+
+    def press():
+        deadline = time.monotonic() + 60
+        while len(told) < 2 and time.monotonic() < deadline:
+            told.extend(line for line in capsys.readouterr().out.splitlines() if "ready" in line)
+            time.sleep(0.05)
+        os.kill(os.getpid(), getattr(signal, name))
+
+    told: list[str] = []
+    presser = threading.Thread(target=press)
+    presser.start()
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on with every fold"):
+        processes(range(5))
+    presser.join()
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(told) == ["fold 0: ready True", "fold 1: ready True"]
+    assert sorted(lines[-2:]) == ["fold 0: saved after 1", "fold 1: saved after 1"]
+    assert len(started) == 2 and processes.status == {0: 130, 1: 130, 2: None, 3: None, 4: None}
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_progress_bar_is_printed_seldom(stand_ins, capsys, monkeypatch):
+    """A bar is written over and over in one line, which ends at last."""
+    stand_ins(
+        "import sys, time\n"
+        "for n in range(6): sys.stderr.write(f'\\rbar {n}') and sys.stderr.flush() or time.sleep(.2)\n"
+        "print('\\ndone ×')"
+    )
+    FoldProcesses(["train"], [{}])([0])
+    assert capsys.readouterr().out.splitlines() == ["fold 0: bar 5", "fold 0: done ×"]
+    monkeypatch.setattr(_folds, "_BETWEEN_BARS", 0.3)
+    FoldProcesses(["train"], [{}])([0])
+    assert 4 <= len(capsys.readouterr().out.splitlines()) <= 6
+
+
+@pytest.mark.parametrize(
+    "visible, count, device, gpus",
+    [
+        (None, 3, "auto", ["0", "1", "2"]),
+        (None, 3, "cuda", ["0", "1", "2"]),
+        ("6, 7", 2, "auto", ["6", "7"]),
+        ("GPU-1f,GPU-2e,-1,3", 2, "auto", ["GPU-1f", "GPU-2e"]),
+        ("", 0, "auto", []),
+        (None, 3, "cuda:1", []),
+        (None, 3, "cpu", []),
+    ],
+)
+def test_gpus_by_name(monkeypatch, visible, count, device, gpus):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert find_gpus(device) == gpus
+
+
+def test_folds_on_gpus(folder, tmp_path, capsys, monkeypatch, stand_ins):
+    """This process counts the GPUs and leaves them to the others, for which it stores the cases."""
+    started = stand_ins("pass")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    data = ["--data", str(folder), "--channels", "flair", "t1c", "--classes", "2"]
+    cross = ["train", "deep_plus", *data, "--folds", "3", "--out", str(tmp_path / "run"), "--folds-on-gpus", "--device", "cuda"]
+    assert main(cross) == 0  # there is no CUDA device to touch
+    assert capsys.readouterr().out == "deep_plus: 3 cases in 3 folds, 2 at once, each in a process of its own\n"
+    assert sorted(started) == [[*cross, "--fold", str(n), "--device", "cuda"] for n in range(3)]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["cases", "run.json"]
+    assert len(list((tmp_path / "run" / "cases").iterdir())) == 3
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(cross) == 1
+    assert "start processes themselves; leave torchrun out" in capsys.readouterr().err
+
+
+def test_one_gpu_or_none(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    data = ["--data", str(folder), "--channels", "flair", "t1c", "--classes", "2", "--steps", "1", "--width", "0.1"]
+    assert main(["train", "deep_plus", *data, "--folds", "2", "--folds-on-gpus", "--out", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(
+        "--folds-on-gpus: no GPU for --device auto: one fold after the other\ndeep_plus: 3 cases in 2 folds, on "
+    )
+    assert (tmp_path / "run" / "fold1" / "model.safetensors").exists() and "over 3 cases" in told
+
+
+def test_folds_with_scores_of_their_own_are_stored_by_their_processes(folder, tmp_path):
+    cases = nifti_folder(
+        folder, channels={c: f"{c}.nii.gz" for c in ("flair", "t1c")}, label="label.nii.gz", mask="mask.nii.gz"
+    )
+    recipe, launched = {"name": "x", "network": "deep_plus", "channels": ("flair", "t1c"), "classes": 2, "folds": 2}, []
+    for scores in ("scores/fold{fold}", None):
+        out = tmp_path / str(scores is None)
+        table = cross_validate(recipe, cases, out, scores=scores, launch=launched.append, progress=False)
+        assert table.empty and (out / "cases").exists() == (scores is None)
+    assert launched == [[0, 1], [0, 1]]
+
+
+def test_more_gpus_than_an_update_has_parts(folder, tmp_path, capsys, monkeypatch):
+    """It is said before any case is read."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 8)
+    data = ["--data", str(folder), "--channels", "flair", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert main(["train", "kayalibay-brats2015", *data]) == 1
+    assert "a batch of 1 and accumulate=1 leave nothing to do for some of the 8 processes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(distributed, "rank", lambda: 1)  # prints nothing
+    monkeypatch.setattr(train_command, "cross_validate", lambda *_, **settings: calls.append(settings))
+    calls: list[dict] = []
+    assert main(["train", "kayalibay-brats2015", *data, "--batch-size", "8"]) == 0 and calls[0]["batch_size"] == 8

@@ -13,6 +13,7 @@ import sys
 from .. import __version__
 from ..engine import distributed
 from . import download, evaluate, phantom, recipes, scores, segment, train
+from ._folds import find_places
 
 COMMANDS = (train, recipes, scores, segment, evaluate, phantom, download)
 
@@ -29,8 +30,11 @@ examples
     python -m medseg_lite segment --model runs/real/model.safetensors --data brats2013_deepmedic --cases brats_2013_pat0003_1 --out runs/real/predictions
     python -m medseg_lite evaluate --predictions runs/real/predictions --data brats2013_deepmedic --cases brats_2013_pat0003_1
 
-  a paper's complete recipe, in five folds, on all GPUs of the machine (`recipes` lists the others; --fold 0 for one fold)
-    torchrun --nproc-per-node gpu -m medseg_lite train deepmedic-msd-brain --data Task01_BrainTumour --out runs/brains
+  a paper's complete recipe, in five folds, each on a GPU of its own (`recipes` lists the others; --fold 0 for one fold)
+    python -m medseg_lite train deepmedic-msd-brain --data Task01_BrainTumour --out runs/brains --folds-on-gpus
+
+  all GPUs of the machine for each update, or for the cases to segment
+    torchrun --nproc-per-node gpu -m medseg_lite train drozdzal-msd-prostate --data Task05_Prostate --out runs/prostate
     torchrun --nproc-per-node gpu -m medseg_lite segment --model runs/brains/fold0/model.safetensors --data my_scans --out runs/mine
 
   2D networks in three planes, and a 3D network that is told what they see (the same for coronal and sagittal)
@@ -51,9 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that cannot show "×" shows "?"
     options = make_parser().parse_args(arguments)
-    options.typed = "python -m medseg_lite " + shlex.join(sys.argv[1:] if arguments is None else arguments)
+    options.arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options.typed = "python -m medseg_lite " + shlex.join(options.arguments)
     try:
-        with distributed.joined(options.device) as options.device:
+        options.places = find_places(options)
+        # A process that starts others leaves the GPUs to them.
+        with distributed.joined("cpu" if options.places else options.device) as options.device:
             options.run(options)
     except (ValueError, FileNotFoundError, FloatingPointError, ConnectionError, MemoryError, OSError) as error:
         print(f"medseg_lite {options.command}: {error}", file=sys.stderr)

@@ -64,7 +64,11 @@ def add_data(command: argparse.ArgumentParser) -> None:
 
 def add_device(command: argparse.ArgumentParser) -> None:
     """Add the option that says where to compute."""
-    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, or auto (a GPU if there is one)")
+    command.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, mps, xpu, or auto: a CUDA GPU if there is one that works, else the CPU",
+    )
 
 
 def is_name(data: str) -> bool:

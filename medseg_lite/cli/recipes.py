@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..recipes import RECIPES, find_settings
+from ..recipes.crossvalidation import size_of_update
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -19,6 +20,7 @@ def run(options) -> None:
             f"{k} {_short(v)}" for k, v in find_settings(recipe).items() if isinstance(v, (int, float, str, tuple))
         )
         print(f"  {recipe.network}, {recipe.folds} folds; {settings}")
+        print(f"  processes that can share an update: at most {max(size_of_update(recipe))}")
         if recipe.reported:
             scores = "; ".join(
                 f"{metric} " + ", ".join(f"{region} {value:g}" for region, value in row.items())

@@ -9,12 +9,15 @@ import dataclasses
 import inspect
 from pathlib import Path
 
+import pandas as pd
+
 from .. import context, inference, metrics, models, training
 from ..engine import distributed
 from ..recipes import RECIPES, Recipe, cross_validate, find_recipe, recipe_for, regions_for
-from ..recipes.crossvalidation import save_with_card
+from ..recipes.crossvalidation import save_with_card, size_of_update
 from ..volume import Case
 from ._data import add_data, add_device, open_cohort, open_recipe_cohort, positive, read_cases
+from ._folds import FoldProcesses, add_folds, is_one_of_several
 
 # Arguments of the papers' recipes that have an option of the same name. Not every recipe has every one of them.
 SETTINGS = {
@@ -37,6 +40,7 @@ SETTINGS = {
         "help": "side of the crops, for networks that pad (default: Kayalibay whole volumes, Drozdzal 256)",
     },
     "batch_size": {"type": positive, "help": "segments, crops or volumes per batch"},
+    "accumulate": {"type": positive, "help": "batches per update (Mlynarski: 10 in 2D, 5 in 3D)"},
     "learning_rate": {"type": float, "help": "learning rate at the start"},
     "start": {"metavar": "MODEL", "help": "begin from this model.safetensors instead of random weights (fine-tuning)"},
     "first": {"metavar": "MODEL", "help": "the trained two_path_cnn of one of Havaei's cascades"},
@@ -63,8 +67,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--hold-out", nargs="+", default=[], metavar="NAME", help="cases kept from training and scored at the end"
     )
-    command.add_argument("--folds", type=positive, help="cross-validation; the recipe's, or 1 to train on all cases")
-    command.add_argument("--fold", type=int, metavar="K", help="this fold alone, from 0")
+    add_folds(command)
     command.add_argument(
         "--stored",
         metavar="FOLDER",
@@ -97,7 +100,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="auto: bfloat16 on a GPU that has it",
+        help="number type of the training; auto: bfloat16 on GPUs that compute in it (Ampere and later), else float32. On older "
+        "GPUs such as the T4 float16 is faster, and an update that overflows is left out",
     )
     machine.add_argument("--compiled", action="store_true", help="through torch.compile")
     machine.add_argument("--channels-last", action="store_true", help="another memory layout, faster on some machines")
@@ -116,8 +120,8 @@ def run(options) -> None:
     if options.network in RECIPES or options.folds:
         _train_folds(options)
         return
-    if options.fold is not None:
-        raise ValueError("--fold is one of --folds; say how many there are")
+    if options.fold is not None or options.folds_on_gpus or options.folds_at_once > 1:
+        raise ValueError("--fold, --folds-on-gpus and --folds-at-once are for --folds; say how many there are")
     normalise = options.normalise or "standardise"
     cases = list(read_cases(options, label=True, normalise=normalise, stored=options.stored))
     cases, held = _hold_out(cases, options.hold_out)
@@ -150,6 +154,7 @@ def run(options) -> None:
         path = save_with_card(model, folder)
         if distributed.rank() == 0:
             print(f"saved {path}")
+        if held:
             _score_held_out(model, held, folder)
 
 
@@ -181,8 +186,12 @@ def _train_folds(options) -> None:
         recipe = dataclasses.replace(recipe, normalise=options.normalise)
     settings |= {"validate_every": options.validate_every} if options.validate_every else {}
     settings |= {"width": options.width} if options.width != 1 else {}
+    if options.network in RECIPES:
+        distributed.check_enough(*size_of_update(dataclasses.replace(recipe, settings={**recipe.settings, **settings})))
+    processes = FoldProcesses(options.arguments, options.places) if options.places else None
     if distributed.rank() == 0:
-        print(f"{options.network}: {len(cases)} cases in {options.folds or recipe.folds} folds, on {_where(options.device)}")
+        where = f"{len(options.places)} at once, each in a process of its own" if processes else f"on {_where(options.device)}"
+        print(f"{options.network}: {len(cases)} cases in {options.folds or recipe.folds} folds, {where}")
     cross_validate(
         recipe,
         cases,
@@ -196,8 +205,12 @@ def _train_folds(options) -> None:
         device=options.device,
         engine=_engine(options),
         command=options.typed,
+        summary=not is_one_of_several(options),
+        launch=processes,
         **settings,
     )
+    if processes:
+        processes.check()
 
 
 def _hold_out(cases: list[Case], names: list[str]) -> tuple[list[Case], list[Case]]:
@@ -213,9 +226,14 @@ def _hold_out(cases: list[Case], names: list[str]) -> tuple[list[Case], list[Cas
 
 
 def _score_held_out(model: models.Network, held: list[Case], folder: Path) -> None:
-    if held:
-        predictions = [inference.predict(model, c) for c in held]
-        table = metrics.evaluate_cohort(predictions, held, regions=regions_for(model.classes))
+    """Segment and score the held-out cases. Several processes share them."""
+
+    def score(case: Case) -> pd.DataFrame:
+        prediction = inference.predict(model, case, progress=distributed.rank() == 0)
+        return metrics.evaluate_cohort([prediction], [case], regions=regions_for(model.classes))
+
+    table = pd.concat(distributed.deal_out(score, held), ignore_index=True)
+    if distributed.rank() == 0:
         metrics.write_table(folder / "held_out.csv", table)
         print(table.round(3).to_string(index=False))
 

@@ -10,12 +10,16 @@ or, in a script that `torchrun` starts:
 `torchrun` starts the processes and tells each its number. PyTorch's DistributedDataParallel averages their gradients. This module
 makes the average equal to the gradient of the whole batch: batch normalisation measures the whole batch, and a loss that is no mean
 over its samples, such as Dice, is given all of them.
+
+When a process dies, those that exchange by Gloo (on the CPU) notice it at once and say so (`companions`). Those that exchange by NCCL
+(on GPUs) may wait for it instead, until `torchrun` ends them.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,11 +29,14 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from ..devices import find_device
+from ..devices import find_device, module_of
 from ..models.layers import RollingBatchNorm
 
-# The others wait while the first process validates, which may take long; a process that dies is noticed at once all the same.
+# The others wait while the first process stores a cohort or makes a validation of the reader's, which may take long.
 PATIENCE = timedelta(hours=6)
+# Names of what exchanges tensors of each kind of device; the first that this PyTorch has is taken.
+BACKENDS = {"cpu": ("gloo",), "cuda": ("nccl",), "xpu": ("xccl", "ccl")}
+_ALONE: list[bool] = []  # an entry for each block of `alone` that this process is in
 _LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "socket", "peer", "nccl", "gloo")
 
 
@@ -44,37 +51,70 @@ def world_size() -> int:
 
 
 def _joined() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return not _ALONE and dist.is_available() and dist.is_initialized()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process act as the only one within the block, for work that the others do not take part in."""
+    _ALONE.append(True)
+    try:
+        yield
+    finally:
+        _ALONE.pop()
 
 
 @contextmanager
 def joined(device: str = "auto") -> Iterator[str]:
     """Let the processes that `torchrun` started work together within the block. Yields the device of this process.
 
-    Without `torchrun` nothing happens. The device "auto" is a GPU where there is one.
+    Without `torchrun` nothing happens. The device "auto" is a CUDA GPU where there is one.
 
     Args:
-        device: "cpu", "cuda", "cuda:1" or "auto". Each of several processes takes the GPU of its own number.
+        device: name, as for `devices.find_device`. Each of several processes takes the accelerator of its own number.
 
     Raises:
-        ValueError: a GPU is asked for, and PyTorch sees none, or fewer than there are processes on this machine.
+        ValueError: the device is not there, it cannot compute, there are fewer of its kind than processes on this machine, or this
+            PyTorch cannot exchange tensors between several of them.
     """
-    device = str(find_device(device))
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1 or _joined():
-        yield device
+        yield str(find_device(device))
         return
-    if device.startswith("cuda"):
-        mine, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if mine >= here:
-            raise ValueError(f"this machine has {here} GPUs; start at most as many processes, --nproc-per-node {here}")
-        device = f"cuda:{mine}"
-        torch.cuda.set_device(mine)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo", timeout=PATIENCE)
+    own = _own_device(device)
+    dist.init_process_group(_find_backend(own.type), timeout=PATIENCE)
     try:
-        yield device
+        yield str(own)
     finally:
         gc.collect()  # what still holds the group, such as a network that exchanges its gradients, goes before it
         dist.destroy_process_group()
+
+
+def _own_device(device: str) -> torch.device:
+    """Return the device of this one of several processes. Accelerators with other numbers are not touched."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, mine = device.split(":")[0], int(os.environ["LOCAL_RANK"])
+    if kind == "cpu" or kind not in BACKENDS:
+        return find_device(device)
+    module = module_of(torch.device(kind))
+    if 0 < module.device_count() <= mine:
+        here = f"{module.device_count()} GPU{'s' if module.device_count() > 1 else ''}"
+        raise ValueError(f"this machine has {here}; start at most as many processes, --nproc-per-node {module.device_count()}")
+    own = find_device(f"{kind}:{mine}")
+    module.set_device(own)
+    return own
+
+
+def _find_backend(kind: str) -> str:
+    """Return the name of what exchanges tensors on a kind of device. Python objects go by way of the CPU."""
+    found = [name for name in BACKENDS.get(kind, ()) if dist.is_backend_available(name)]
+    if not found:
+        wanted = f" (it has no {' or '.join(BACKENDS[kind])})" if kind in BACKENDS else ""
+        raise ValueError(
+            f"PyTorch {torch.__version__} cannot exchange tensors between processes on {kind}{wanted}; start one process, or give "
+            "--device cpu"
+        )
+    return found[0] if kind == "cpu" else f"cpu:gloo,{kind}:{found[0]}"
 
 
 @contextmanager
@@ -85,7 +125,7 @@ def companions(hint: Callable[[], str] = str) -> Iterator[None]:
         hint: function that returns the end of the message, such as how to go on.
 
     Raises:
-        ConnectionError: another process of this run has ended.
+        ConnectionError: another process of this run has ended, or cannot be reached.
     """
     try:
         yield
@@ -93,7 +133,10 @@ def companions(hint: Callable[[], str] = str) -> Iterator[None]:
         text = str(error).lower()
         if world_size() == 1 or not (isinstance(error, dist.DistError) or any(word in text for word in _LOST)):
             raise
-        raise ConnectionError(f"another process of this run has ended, so process {rank()} stops{hint()}") from error
+        reason = textwrap.shorten(str(error), 200, placeholder=" …")
+        raise ConnectionError(
+            f"another process of this run has ended or cannot be reached, so process {rank()} stops{hint()} ({reason})"
+        ) from error
 
 
 def total(value: float) -> float:
@@ -123,6 +166,34 @@ def all_gather(value) -> list:
     return values
 
 
+def deal_out(function: Callable, items: Sequence) -> list:
+    """Return a function's result for every item, in their order, in every process. Each process computes a part of them.
+
+    Args:
+        function: function of an item. Its results are small Python objects.
+        items: the same items in every process. A process takes only its own out of the sequence.
+    """
+    own = [function(items[n]) for n in range(rank(), len(items), world_size())]
+    parts = all_gather(own)
+    return [parts[n % world_size()][n // world_size()] for n in range(len(items))]
+
+
+class Shared:
+    """A function that all processes are to call together, such as a validation that deals out its cases (`deal_out`).
+
+    Any other validation is called by the first process only.
+
+    Args:
+        function: function that gives every process the same result.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, *arguments):
+        return self.function(*arguments)
+
+
 def barrier() -> None:
     """Wait until every process has reached this line."""
     all_gather(None)
@@ -132,6 +203,17 @@ def shares(samples: int) -> list[slice]:
     """Return the samples of a batch that each process takes. Their numbers differ by at most one."""
     sizes = [(samples + world_size() - 1 - n) // world_size() for n in range(world_size())]
     return [slice(sum(sizes[:n]), sum(sizes[: n + 1])) for n in range(world_size())]
+
+
+def check_enough(batch: int, accumulate: int) -> None:
+    """Raise ValueError where an update has neither samples in a batch nor batches for all processes."""
+    most = max(batch, accumulate)
+    if world_size() > most:
+        raise ValueError(
+            f"a batch of {batch} and accumulate={accumulate} leave nothing to do for some of the {world_size()} processes; start at "
+            f"most {most}, give one of the two at least {world_size()} (which is another training than the paper's), or let each "
+            "GPU train another fold: without torchrun, train --folds-on-gpus"
+        )
 
 
 def whole_batch(own: Tensor, samples: int) -> Tensor:

@@ -187,11 +187,7 @@ class Gradients:
             return value
         own = slice(None)
         if self.world_size > 1 and not self.own_batches:
-            if len(label) < self.world_size:
-                raise ValueError(
-                    f"a batch of {len(label)} and accumulate={self.accumulate} leave nothing to do for some of the "
-                    f"{self.world_size} processes; start fewer, or give one of the two at least as many"
-                )
+            distributed.check_enough(len(label), self.accumulate)
             own = distributed.shares(len(label))[self.rank]
         with self.precision.autocast:
             outputs = self.network(_each(inputs, lambda t: t[own]))

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -170,11 +170,14 @@ class Run:
         )
 
     def validate(self, validation: Callable[[nn.Module], dict[str, float]], step: int) -> dict[str, float]:
-        """Return the scores of a validation, made by the first process, and keep the weights if the first score is the highest."""
+        """Return the scores of a validation and keep the weights if the first score is the highest.
+
+        Several processes make a `distributed.Shared` validation together, and the first process makes any other.
+        """
         self.check_weights(step)
-        scores = None
-        if distributed.rank() == 0:
-            with aside(self.model):
+        scores, shared = None, isinstance(validation, distributed.Shared)
+        if shared or distributed.rank() == 0:
+            with aside(self.model), nullcontext() if shared else distributed.alone():
                 scores = {name: float(value) for name, value in validation(self.model).items()}
         scores = distributed.broadcast(scores)
         if taken := [name for name in scores if name in NO_SCORES]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -26,7 +26,7 @@ from ..training import BEST
 from ..volume import Case
 from .named import find_recipe
 from .numbers import find_numbers, name_numbers
-from .papers import recipe_for
+from .papers import find_settings, recipe_for
 from .recipe import Recipe, check_labels
 
 RUN, CLASSES = "run.json", "classes.json"
@@ -47,6 +47,8 @@ def cross_validate(
     engine: Mapping[str, object] | None = None,
     command: str = "",
     progress: bool = True,
+    summary: bool = True,
+    launch: Callable[[list[int]], None] | None = None,
     **settings,
 ) -> pd.DataFrame:
     """Train a recipe's network for each fold, segment the fold's cases and score them.
@@ -73,6 +75,9 @@ def cross_validate(
         engine: options for the machine at hand, as in `medseg_lite.recipes`.
         command: command that started the run, kept in `run.json` and in the checkpoints' cards.
         progress: whether to show bars and results.
+        summary: whether to show the means over all cases at the end, with `progress`.
+        launch: function that is given the numbers of the folds and returns when they are done, in place of doing them here one after
+            the other. It may call `cross_validate` with `fold` in other processes, once for each. The cases are stored before.
         settings: arguments of the paper's recipe that replace the named recipe's: `steps=500, width=0.3`. "{fold}" in a text,
             such as `first="runs/two_path/fold{fold}/model.safetensors"`, stands for the number of the fold.
 
@@ -95,19 +100,30 @@ def cross_validate(
     out = Path(out)
     _check_same_run(out, recipe, parts, seed, command)
     run = _Run(recipe, cases, names, out, Path(stored or out / "cases"), scores, seed, device, engine, command, progress)
-    for number in range(len(parts)) if fold is None else [fold]:
-        run.fold(number, parts[number], out / f"fold{number}" if count > 1 else out)
-    if count == 1:
-        return pd.DataFrame()
-    distributed.barrier()
-    done = [out / f"fold{number}" / "evaluation.csv" for number in range(len(parts))]
-    table = pd.concat([metrics.read_table(path) for path in done if path.exists()], ignore_index=True)
-    if distributed.rank() == 0:
+    numbers = list(range(len(parts))) if fold is None else [fold]
+    if launch is None:
+        for number in numbers:
+            run.fold(number, parts[number], out / f"fold{number}" if count > 1 else out)
+    else:
+        run.store_for_all()
+        launch(numbers)
+    table = pd.DataFrame()
+    done = [path for n in range(count) if (path := out / f"fold{n}" / "evaluation.csv").exists()]
+    if done and distributed.rank() == 0:
+        table = pd.concat([metrics.read_table(path) for path in done], ignore_index=True)
         metrics.write_table(out / "evaluation.csv", table)
-        if progress:
+        if progress and summary:
             say(report(table, recipe))
-    distributed.barrier()
-    return table
+    return distributed.broadcast(table)
+
+
+def size_of_update(recipe: Recipe) -> tuple[int, int]:
+    """Return the samples of a batch and the batches of an update of a named recipe.
+
+    The larger of the two is how many processes can share an update, see `engine.distributed`.
+    """
+    settings = find_settings(recipe)
+    return settings["batch_size"], settings.get("accumulate", 1)
 
 
 @dataclass
@@ -138,14 +154,19 @@ class _Run:
             place = folder / f"member{member}" if recipe.members > 1 else folder
             networks.append(self._train_member(number, held_out, training, validation, place, self.seed + member, numbers))
         model = ensembles.Ensemble(networks) if recipe.members > 1 else networks[0]
-        rows = []
-        for name in held_out[distributed.rank() :: distributed.world_size()]:
+
+        def segment(name: str) -> pd.DataFrame:
             original = self.cases[self.names.index(name)] if recipe.plane != "axial" else seen[name]
-            rows.append(segment_case(model, seen[name], original, recipe, self.out / "predictions", numbers))
-        tables = [t for some in distributed.all_gather([row.to_dict("list") for row in rows]) for t in some]
+            return segment_case(model, seen[name], original, recipe, self.out / "predictions", numbers)
+
+        tables = distributed.deal_out(segment, held_out)
         if tables and distributed.rank() == 0:
-            table = pd.concat([pd.DataFrame(t) for t in tables]).assign(fold=number)
-            metrics.write_table(folder / "evaluation.csv", table.sort_values("case", kind="stable"))
+            metrics.write_table(folder / "evaluation.csv", pd.concat(tables).assign(fold=number))
+
+    def store_for_all(self) -> None:
+        """Store the cases, unless each fold has cases of its own."""
+        if "{fold}" not in str(self.scores):
+            self._store(0)
 
     def _store(self, number: int) -> datasets.Cohort:
         """Return the cases as the network sees them, on disk. The first process writes them, where they are not there yet."""
