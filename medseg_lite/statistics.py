@@ -11,7 +11,7 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy  # which imports scipy.stats, half a second's work, when it is first used
 
 from .arrays import as_array
 
@@ -97,7 +97,7 @@ def paired_t_test(a: Sequence[float], b: Sequence[float], *, alternative: str = 
         p = {"two-sided": 0.0, "greater": float(mean < 0), "less": float(mean > 0)}[alternative] if mean else 1.0
         low, high = (-math.inf if alternative == "less" else mean), (math.inf if alternative == "greater" else mean)
     else:
-        test = stats.ttest_rel(a, b, alternative=alternative)
+        test = scipy.stats.ttest_rel(a, b, alternative=alternative)
         t, p, (low, high) = test.statistic, test.pvalue, test.confidence_interval(0.95)
     return TTest(float(t), float(p), n, mean, float(low), float(high), alternative, int(missing.sum()))
 
@@ -246,11 +246,11 @@ def ranks(scores: pd.DataFrame, *, higher_is_better: bool = True, level: float =
         raise ValueError(f"scores has NaN, first in case {worst}; ranks need all methods of a case: leave it out")
     if not 0 < level < 1:
         raise ValueError(f"level={level}; expected a probability between 0 and 1, for example 0.05")
-    table = stats.rankdata(-values if higher_is_better else values, axis=1)
+    table = scipy.stats.rankdata(-values if higher_is_better else values, axis=1)
     mean = pd.Series(table.mean(axis=0), index=scores.columns, name="mean rank").sort_values(kind="stable")
     alike = (table == table[:, :1]).all()  # a tie in every case, for which Friedman's test is undefined
-    p = 1.0 if alike else float(stats.friedmanchisquare(*values.T).pvalue)
-    q = stats.studentized_range.ppf(1 - level, methods, np.inf) / math.sqrt(2)
+    p = 1.0 if alike else float(scipy.stats.friedmanchisquare(*values.T).pvalue)
+    q = scipy.stats.studentized_range.ppf(1 - level, methods, np.inf) / math.sqrt(2)
     return Ranking(mean, p, float(q * math.sqrt(methods * (methods + 1) / (6 * count))), count)
 
 

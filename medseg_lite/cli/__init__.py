@@ -6,16 +6,26 @@ Every sub-command has a file of its own, with its options and its work.
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import shlex
 import sys
+from collections.abc import Collection
 
 from .. import __version__
-from ..engine import distributed
-from . import download, evaluate, phantom, recipes, scores, segment, train
-from ._folds import find_places
 
-COMMANDS = (train, recipes, scores, segment, evaluate, phantom, download)
+# The help of each sub-command is the first sentence of its module. The module itself is imported when the sub-command is named,
+# because PyTorch takes seconds.
+COMMANDS = {
+    "train": "train a network",
+    "recipes": "list the named recipes",
+    "scores": "write the class scores of three 2d networks for every case",
+    "segment": "segment cases with a trained network, or with the average of several",
+    "evaluate": "score segmentations against the truth: dice, precision, sensitivity, specificity, average and hausdorff surface distance "
+    "for each region and case, and their mean and standard deviation",
+    "phantom": "generate brain phantoms",
+    "download": "download a public data set",
+}
 
 EXAMPLES = """\
 examples
@@ -54,9 +64,13 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that cannot show "×" shows "?"
-    options = make_parser().parse_args(arguments)
-    options.arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options.typed = "python -m medseg_lite " + shlex.join(options.arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = make_parser(arguments).parse_args(arguments)
+    options.arguments, options.typed = arguments, "python -m medseg_lite " + shlex.join(arguments)
+
+    from ..engine import distributed
+    from ._folds import find_places
+
     try:
         options.places = find_places(options)
         # A process that starts others leaves the GPUs to them.
@@ -71,8 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all sub-commands."""
+def make_parser(named: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """Return the parser of all sub-commands. Only those that are named have their options."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m medseg_lite",
@@ -82,9 +96,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"medseg_lite {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in COMMANDS:
-        name, text = module.__name__.rsplit(".", 1)[1], " ".join(module.__doc__.split())
-        command = commands.add_parser(name, help=text.split(".")[0].lower(), description=text, formatter_class=raw)
-        command.set_defaults(run=module.run, device="cpu")
-        module.add_options(command)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, formatter_class=raw)
+        if name in named:
+            module = importlib.import_module(f".{name}", __name__)
+            command.description = " ".join(module.__doc__.split())
+            command.set_defaults(run=module.run, device="cpu")
+            module.add_options(command)
     return parser

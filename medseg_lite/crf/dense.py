@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..arrays import as_image, as_tensor
 from ..volume import Case
-from .gaussian import GridGaussian
+from .gaussian import GridGaussian, unflatten
 from .permutohedral import Permutohedral
 
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
@@ -308,7 +308,7 @@ class Prepared:
     @functools.cached_property
     def appearance(self) -> Kernel:
         """The appearance kernel k₂; calling it filters `(c, N)`."""
-        positions = torch.unravel_index(self.index, self.shape)
+        positions = unflatten(self.index, self.shape)
         sigmas = torch.cat([self.appearance_sigma, self.intensity_sigma])
         features = self.intensities.new_empty(len(sigmas), len(self.index))
         for row, sigma, values in zip(features, sigmas.detach(), (*positions, *self.intensities)):

@@ -26,7 +26,7 @@ class GridGaussian:
     def __init__(self, index: Tensor, shape: Sequence[int], sigma: Tensor) -> None:
         start, stop = _bounds(index, shape)
         self.shape = [b - a for a, b in zip(start, stop)]
-        self.index = _flatten([p - a for p, a in zip(torch.unravel_index(index, tuple(shape)), start)], self.shape)
+        self.index = _flatten([p - a for p, a in zip(unflatten(index, shape), start)], self.shape)
         self.factors = [_factor(n, s) for n, s in zip(self.shape, sigma)]
 
     def filter(self, signal: Tensor) -> Tensor:
@@ -43,6 +43,18 @@ class GridGaussian:
         return torch.index_select(box.reshape(-1), 0, self.index)
 
 
+def unflatten(index: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """Return the coordinates of positions in a flattened grid, one tensor for each axis.
+
+    `torch.unravel_index` does the same, but imports a computer algebra system at its first call, half a second's work.
+    """
+    coordinates = []
+    for n in reversed(shape):
+        coordinates.append(index % n)
+        index = index // n
+    return coordinates[::-1]
+
+
 def _flatten(coordinates: list[Tensor], shape: Sequence[int]) -> Tensor:
     """Return the positions in the flattened grid of voxels with these coordinates."""
     flat = torch.zeros_like(coordinates[0])
@@ -53,7 +65,7 @@ def _flatten(coordinates: list[Tensor], shape: Sequence[int]) -> Tensor:
 
 def _bounds(index: Tensor, shape: Sequence[int]) -> tuple[list[int], list[int]]:
     """Return the first and last corner of the smallest box that holds the voxels."""
-    coordinates = torch.unravel_index(index, tuple(shape))
+    coordinates = unflatten(index, shape)
     return [int(c.min()) for c in coordinates], [int(c.max()) + 1 for c in coordinates]
 
 

@@ -22,14 +22,16 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-import requests
-import urllib3
 from tqdm import tqdm
 
 from ..paths import follow_link, put_in_place, replace, say, unique_beside
 from ._alone import alone
 from ._content import check_content, unpack_stream
+
+if TYPE_CHECKING:  # is imported where a download begins: few who import the package download
+    import requests
 
 TIMEOUT = 30  # seconds without a byte from the server
 CHUNK = 2**16
@@ -163,6 +165,9 @@ class _Download:
             right: function that tells whether a file has the right checksum, or None if that is not known. Then pieces are only put
                 together if the server says that they are of one version of the file.
         """
+        import requests
+        import urllib3
+
         waited = begun = pieces = 0
         while True:
             have = self._size()
@@ -201,6 +206,8 @@ class _Download:
 
     def _receive(self, have: int, *, known: bool) -> bool:
         """Make one request for what is missing. Return whether the file is complete after it."""
+        import requests
+
         with requests.get(self.url, headers=self._headers(have, known=known), stream=True, timeout=TIMEOUT) as answer:
             if answer.status_code in BUSY:
                 raise _Busy(answer)

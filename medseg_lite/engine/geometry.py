@@ -50,6 +50,10 @@ class Follow(TorchDispatchMode):
         along = {n: Axis(0.0, 1.0, np.arange(n), np.arange(n)) for n in set(self.shape)}
         setattr(x, _KEY, tuple(along[n] for n in self.shape))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch would import its compiler, a second's work, to leave this mode out of what is compiled
+
     @staticmethod
     def axes(tensor: Tensor) -> tuple[Axis, ...] | None:
         """Return the axes of a tensor, or None where an operation before it could not be followed."""
@@ -98,6 +102,11 @@ def _shape_of_result(name: str, args: tuple) -> Tensor | tuple[Tensor, ...] | No
         return tuple(x.new_empty(shape) for shape in (x.shape, 0, 0))
     if name.startswith("upsample") and args[1] is not None:
         return x.new_empty((*x.shape[:2], *args[1]))
+    if name == "cat" and len(args) > 1:
+        axis = args[1]
+        others = {(one.dtype, *one.shape[:axis], *one.shape[axis:][1:]) for one in x}
+        if len(others) == 1:
+            return x[0].new_empty((*x[0].shape[:axis], sum(one.shape[axis] for one in x), *x[0].shape[axis:][1:]))
     return None
 
 
