@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,13 +13,14 @@ from tqdm import tqdm
 from .devices import is_out_of_memory, release_memory
 from .engine.gradients import compiled as through_compiler
 from .engine.precision import autocast, number_type
-from .engine.tiles import Tiling, check_fits, cut_output, load_patch, plan
+from .engine.tiles import Tile, Tiling, check_fits, cut_output, load_patch, plan
 from .engine.tracing import evaluating
 from .models.network import Network
 from .paths import say
 from .volume import Case, bounding_box, size_text
 
 OUTPUTS = ("labels", "probabilities", "logits")
+OVERFLOWN = 255  # label of a voxel whose logits are not finite, until it is computed again
 
 
 @torch.no_grad()
@@ -51,7 +53,9 @@ def predict(
         inside_mask: whether to predict inside `case.mask` only. Everything outside is background (class 0) then; with "logits" it is
             zero. Without effect when the case has no mask.
         tile: side of the part that is predicted at a time, or one for each axis. By default tiles are chosen for the memory at hand.
-        precision: "float32", "float16", "bfloat16", or "auto" (float16 on CUDA, else float32).
+        precision: "float32", "float16", "bfloat16", or "auto": bfloat16 on GPUs that compute in it, float16 on older ones, float32
+            elsewhere. In float16 the logits of every tile are checked. Where some overflow, this tile and the following ones are
+            computed in float32, and a line says so.
         compiled: whether to run the network through `torch.compile`. It runs as it is where that fails. Worthwhile for many cases of
             one size.
         progress: whether to show a bar.
@@ -74,18 +78,21 @@ def predict(
     mask = np.ones(case.shape, bool) if mask is None else mask
     if not mask.any():
         raise ValueError(f"{case.name}: the mask is empty; there is nothing to segment. Use inside_mask=False")
-    # A network that pads sees where the volume ends, so the volume must not be cut to its mask.
-    box = bounding_box(mask) if model.halo is None else [slice(0, n) for n in case.shape]
-    tiling = plan(model, [s.start for s in box], [s.stop for s in box], case.shape, device, tile=tile)
+    start, stop = zip(*((s.start, s.stop) for s in bounding_box(mask)))
+    if model.halo is not None:  # it sees where the volume ends, so what it sees must not be cut to the mask
+        start = (*[0] * model.spatial_dims, *start[model.spatial_dims :])
+        stop = (*case.shape[: model.spatial_dims], *stop[model.spatial_dims :])
     dtype = _find_number_type(precision, model, device)
     result = _background(output, model.classes, case.shape)
     with evaluating(model):
         network = _rearranged(model, device, compiled)
+        runs = model if compiled else network
+        tiling = plan(model, start, stop, case.shape, device, tile=tile, runs=runs, dtype=dtype)
+        work = _Work(network, model, device, output, dtype, case.name)
         while True:
             try:
-                parts = _predict_tiles(network, model, image, mask, tiling, dtype, case.name if progress else None)
-                for inside, keep, logits in parts:
-                    np.copyto(result[(..., *inside)], _finished(logits, output), where=keep)
+                for inside, answer in _predict_tiles(work, image, mask, tiling, progress):
+                    np.copyto(result[(..., *inside)], answer, where=mask[inside])
                 return result
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -124,35 +131,64 @@ def _rearranged(model: Network, device: torch.device, compiled: bool) -> nn.Modu
     return kept["_through_compiler"]
 
 
+@dataclass
+class _Work:
+    """The computation of one case, tile by tile.
+
+    Attributes:
+        network: module that computes the logits.
+        model: network whose contract holds for it.
+        device, output, name: device that the network lies on, kind of answer, and name of the case.
+        dtype: number type; float32 after the first overflow.
+    """
+
+    network: nn.Module
+    model: Network
+    device: torch.device
+    output: str
+    dtype: torch.dtype
+    name: str
+
+    def answer(self, image: np.ndarray, tile: Tile) -> np.ndarray:
+        """Compute the answer for one tile: labels `(*n)`, or scores `(K, *n)` with K at least 2."""
+        patch = load_patch(image, tile, self.model, self.device)
+        if self.dtype == torch.float16:
+            answer = self._finished(self._logits(patch, tile, image.shape[1:]), checked=True)
+            if not (answer == OVERFLOWN if self.output == "labels" else np.isnan(answer[0])).any():
+                return answer
+            say(f"{self.name}: numbers too large for float16 (beyond 65504); going on in float32")
+            self.dtype = torch.float32
+        return self._finished(self._logits(patch, tile, image.shape[1:]))
+
+    def _logits(self, patch: Tensor, tile: Tile, shape: Sequence[int]) -> Tensor:
+        with autocast(self.dtype, self.device):
+            logits = self.network(patch)
+        logits = cut_output(logits, tile, self.model, shape).float()
+        return torch.cat([torch.zeros_like(logits), logits]) if len(logits) == 1 else logits
+
+    def _finished(self, logits: Tensor, *, checked: bool = False) -> np.ndarray:
+        """Return the answer of the kind that was asked for. `checked` marks it where a logit is not finite.
+
+        The mark is a part of the answer, so that the GPU is waited for once.
+        """
+        overflown = ~logits.isfinite().all(0) if checked else None
+        if self.output == "labels":
+            answer = logits.argmax(0).to(torch.uint8)
+            return (answer.masked_fill_(overflown, OVERFLOWN) if checked else answer).cpu().numpy()
+        answer = logits.softmax(0) if self.output == "probabilities" else logits
+        return (answer.masked_fill(overflown, torch.nan) if checked else answer).cpu().numpy()
+
+
 def _predict_tiles(
-    network: nn.Module,
-    model: Network,
-    image: np.ndarray,
-    mask: np.ndarray,
-    tiling: Tiling,
-    dtype: torch.dtype,
-    name: str | None,
-) -> Iterator[tuple[tuple[slice, ...], np.ndarray, Tensor]]:
-    """Yield the place of each tile that the mask reaches, the mask there, and its logits `(K, *n)` with K at least 2."""
-    tiles, device = tiling.tiles(), next(model.parameters()).device
-    quiet = name is None or len(tiles) == 1
-    for tile in tqdm(tiles, desc=f"segmenting {name}", disable=quiet, dynamic_ncols=True):
+    work: _Work, image: np.ndarray, mask: np.ndarray, tiling: Tiling, progress: bool
+) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """Yield the place and the answer of each tile that the mask reaches."""
+    tiles = tiling.tiles()
+    quiet = not progress or len(tiles) == 1
+    for tile in tqdm(tiles, desc=f"segmenting {work.name}", disable=quiet, dynamic_ncols=True):
         inside = tile.inside(mask.shape)
-        if not mask[inside].any():
-            continue
-        with autocast(dtype, device):
-            logits = network(load_patch(image, tile, model, device))
-        logits = cut_output(logits, tile, model, mask.shape).float()
-        if len(logits) == 1:
-            logits = torch.cat([torch.zeros_like(logits), logits])
-        yield inside, mask[inside], logits
-
-
-def _finished(logits: Tensor, output: str) -> np.ndarray:
-    """Return the answer of the kind that was asked for."""
-    if output == "labels":
-        return logits.argmax(0).to(torch.uint8).cpu().numpy()
-    return (logits.softmax(0) if output == "probabilities" else logits).cpu().numpy()
+        if mask[inside].any():
+            yield inside, work.answer(image, tile)
 
 
 def _smaller(tiling: Tiling, name: str, found: str) -> Tiling:

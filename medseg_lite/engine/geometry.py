@@ -65,9 +65,9 @@ class Follow(TorchDispatchMode):
         if not any(t.is_meta for t in tensors):
             return function(*args, **kwargs)
         name = function.overloadpacket.__name__
-        result = _shape_of_result(name, args)
+        result = shape_of_result(name, args)
         if result is None:
-            result = function(*_without_content(args), **_without_content(kwargs))
+            result = function(*without_content(args), **without_content(kwargs))
         inputs = [t for t in tensors if hasattr(t, _KEY)]
         if not inputs:
             return result
@@ -82,21 +82,21 @@ class Follow(TorchDispatchMode):
         return result
 
 
-def _without_content(value):
+def without_content(value):
     """Return the arguments of an operation with every tensor on the "meta" device. The network's weights are elsewhere."""
     if isinstance(value, Tensor) and not value.is_meta:
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     if isinstance(value, (list, tuple)):
-        return type(value)(_without_content(v) for v in value)
+        return type(value)(without_content(v) for v in value)
     if isinstance(value, dict):
-        return {key: _without_content(v) for key, v in value.items()}
+        return {key: without_content(v) for key, v in value.items()}
     return value
 
 
-def _shape_of_result(name: str, args: tuple) -> Tensor | tuple[Tensor, ...] | None:
+def shape_of_result(name: str, args: tuple) -> Tensor | tuple[Tensor, ...] | None:
     """Return the result of an operation whose shape is plain, else None. PyTorch itself takes up to milliseconds to find it."""
     x = args[0]
-    if name in _SAME_SHAPE or (name in _SAME_SHAPES and isinstance(args[1], Tensor) and args[1].shape == x.shape):
+    if name in _SAME_SHAPE or (name in _SAME_SHAPES and _are_alike(x, args[1])):
         return x if name.endswith("_") else torch.empty(x.shape, dtype=x.dtype, device="meta")
     if name.endswith("batch_norm"):
         return tuple(x.new_empty(shape) for shape in (x.shape, 0, 0))
@@ -108,6 +108,10 @@ def _shape_of_result(name: str, args: tuple) -> Tensor | tuple[Tensor, ...] | No
         if len(others) == 1:
             return x[0].new_empty((*x[0].shape[:axis], sum(one.shape[axis] for one in x), *x[0].shape[axis:][1:]))
     return None
+
+
+def _are_alike(x: Tensor, y: object) -> bool:
+    return isinstance(y, Tensor) and y.shape == x.shape and y.dtype == x.dtype
 
 
 def _along(rule: Callable, *arguments: Sequence) -> tuple:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +21,17 @@ from ..devices import free_memory
 from ..models.layers import convolutions
 from ..models.network import Network
 from ..volume import Case, padded_region
+from .memory import Need, measure
 from .tracing import contract
 
-CPU_WORKSPACE = 400e6  # bytes of feature maps at a time: larger tiles save little context and cost memory
-PADDED_WORKSPACE = 2e9  # the same for networks that pad: they see far, so most volumes should go through whole
+# Bytes that a patch may take on a CPU. With more, most networks compute little less, for a tile has little context around it.
+CPU_WORKSPACE = 400e6
+# The same for a network that would compute much more than once then, because it sees far. A brain goes through Kayalibay's whole.
+PADDED_WORKSPACE = 4e9
+# Tiles that compute more than these times the least work are too small, for networks that pad and for others.
+PADDED_WORK, VALID_WORK = 1.05, 2.0
+LARGEST_MAP = 2**31 - 1  # values in a tensor: many kernels count in 32 bits
+KERNELS = 1.25  # what kernels need for a moment, besides the feature maps
 
 
 class Tile(NamedTuple):
@@ -64,14 +71,31 @@ class Tiling(NamedTuple):
         along = (self._cut(axis, size) for axis, size in enumerate(self.size))
         return [Tile(*zip(*parts)) for parts in itertools.product(*along)]
 
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """The sides of the largest patch."""
+        return tuple(max(last - first for *_, first, last in self._cut(axis, size)) for axis, size in enumerate(self.size))
+
+    @property
+    def work(self) -> int:
+        """The number of voxels of all patches together."""
+        sides = ([last - first for *_, first, last in self._cut(axis, size)] for axis, size in enumerate(self.size))
+        return math.prod(map(sum, sides))
+
     def smaller(self) -> Tiling | None:
-        """Return the tiling with half the longest side of a tile, or None where tiles cannot be smaller."""
-        axis = int(np.argmax([s / g if s > g else 0 for s, g in zip(self.size, self.grid)]))
+        """Return the tiling of the least work in which one side of the tiles is halved, or None where tiles cannot be smaller."""
+        options = (self._halved(axis) for axis in range(3))
+        return min((tiling for tiling in options if tiling), key=lambda tiling: tiling.work, default=None)
+
+    def _halved(self, axis: int) -> Tiling | None:
+        """Halve one side of the tiles, and again until the patches are shorter: their context may cover the volume."""
         size, grid = list(self.size), self.grid[axis]
-        if size[axis] <= grid:
-            return None
-        size[axis] = math.ceil(size[axis] / 2 / grid) * grid
-        return self._replace(size=tuple(size))
+        while size[axis] > grid:
+            size[axis] = math.ceil(size[axis] / 2 / grid) * grid
+            halved = self._replace(size=tuple(size))
+            if halved.patch[axis] < self.patch[axis]:
+                return halved
+        return None
 
     def fitted(self, voxels: float) -> Tiling:
         """Return the tiling of the least work: the fewest voxels of all patches together, where no patch has more than `voxels`.
@@ -119,8 +143,14 @@ def plan(
     *,
     tile: int | Sequence[int] | None = None,
     context: Sequence[tuple[int, int]] | None = None,
+    runs: nn.Module | None = None,
+    dtype: torch.dtype = torch.float32,
+    gradients: bool = False,
 ) -> Tiling:
     """Cut a region of a volume into tiles that fit the memory at hand.
+
+    2-D networks get their slices in several parts first, because this costs nothing. Within slices, and in 3-D, neighbouring tiles
+    compute their context twice.
 
     Args:
         network: network that computes the tiles.
@@ -130,12 +160,15 @@ def plan(
         device: device that the network lies on.
         tile: side of a tile, or one for each axis. By default the tiling computes as few voxels as possible in the memory at hand.
         context: voxels before and behind a tile that a network that pads sees, along each axis; by default its `halo`.
+        runs: module that is run instead of the network, such as a faster form of it.
+        dtype: number type that it computes in.
+        gradients: whether feature maps are kept for gradients.
     """
     flat = 3 - network.spatial_dims  # axes along which each slice is computed on its own
     grid = (*[network.multiple] * network.spatial_dims, *[1] * flat)
     pads = context is not None or network.halo is not None
     if context is None:
-        around = network.halo if pads else network.margin
+        around = math.ceil(network.halo / network.multiple) * network.multiple if pads else network.margin
         context = [(around, around)] * network.spatial_dims
     tiling = Tiling(
         start=tuple(a // g * g for a, g in zip(start, grid)),
@@ -150,28 +183,84 @@ def plan(
             raise ValueError(f"tile={tile}; expected a positive number of voxels, or three of them")
         size = (min(max(w // g, 1) * g, b - a) for w, g, a, b in zip(wanted, grid, tiling.start, tiling.stop))
         return tiling._replace(size=tuple(size))
-    widest = max((c.in_channels + c.out_channels for c in convolutions(network) if max(c.kernel_size) > 1), default=2)
-    voxels = workspace(device, PADDED_WORKSPACE if pads else CPU_WORKSPACE) / (4 * 1.5 * widest)
-    if pads:
-        return tiling.fitted(voxels)
-    # Full-resolution feature maps begin `reach` voxels outside the tile; what lies further out is only seen sub-sampled.
-    seen = (*[(network.reach, network.reach)] * network.spatial_dims, *[(0, 0)] * flat)
-    return tiling._replace(size=tiling._replace(context=seen).fitted(voxels).size)
+    whole = tiling._replace(size=tuple(b - a for a, b in zip(tiling.start, tiling.stop)))
+    if not pads:
+        # Full-resolution feature maps begin `reach` voxels outside the tile; what lies further out is only seen sub-sampled.
+        seen = (*[(network.reach, network.reach)] * network.spatial_dims, *[(0, 0)] * flat)
+        whole = whole._replace(context=seen)
+
+    if _is_small(network, tiling._replace(size=whole.size).patch, workspace(device, CPU_WORKSPACE)):
+        return tiling._replace(size=whole.size)
+
+    measured = functools.cache(functools.partial(measure, runs or network, dtype=dtype, gradients=gradients))
+
+    def need(size: tuple[int, ...]) -> Need:
+        return _need(network, tiling._replace(size=size).patch, measured)
+
+    # A network of slices, or one that pads, needs no context where whole slices, or the whole volume, fit.
+    enough = whole.work * (PADDED_WORK if pads or flat else VALID_WORK)
+    most, last = CPU_WORKSPACE, PADDED_WORKSPACE if device.type == "cpu" else CPU_WORKSPACE
+    while (best := _fitted(whole, need, workspace(device, most))).work > enough and most < last:
+        most = min(2 * most, last)
+    return tiling._replace(size=best.size)
+
+
+def _is_small(network: Network, patch: Sequence[int], room: float) -> bool:
+    """Return whether a patch fits even if all layers have full resolution and stay. This takes no time to find."""
+    return 8 * KERNELS * math.prod(patch) * sum(_maps(network)) < room
+
+
+def _fitted(whole: Tiling, need: Callable[[tuple[int, ...]], Need], room: float) -> Tiling:
+    """Return the tiling of the least work that needs no more than `room` bytes. Where none is so small, return the smallest."""
+
+    def share(tiling: Tiling) -> float:
+        found = need(tiling.size)
+        return max(KERNELS * found.bytes / room, found.largest / LARGEST_MAP)
+
+    tiling = whole
+    while (taken := share(tiling)) > 1:
+        smaller = tiling.fitted(math.prod(tiling.patch) / taken)
+        if math.prod(smaller.patch) >= math.prod(tiling.patch):
+            return tiling
+        tiling = smaller
+    # A small patch may need less for each voxel than the whole, so that there is room left.
+    fuller = tiling.fitted(math.prod(tiling.patch) / taken)
+    return fuller if fuller.work < tiling.work and share(fuller) <= 1 else tiling
+
+
+def _need(network: Network, patch: Sequence[int], measured: Callable[[tuple[int, ...]], Need | None]) -> Need:
+    """Return the memory that a network takes for a patch."""
+    flat = network.spatial_dims == 2
+    one = measured((1, network.in_channels, *patch[: network.spatial_dims]))
+    two = measured((2, network.in_channels, *patch[:2])) if flat else one
+    if one is None or two is None:  # not to be measured: its widest layer stands for it
+        values = math.prod(patch) * max(_maps(network), default=2)
+        return Need(6 * values, values)
+    # Every slice takes as much as the second one.
+    return Need(*(a + (b - a) * (patch[2] - 1) for a, b in zip(one, two)))
+
+
+def _maps(network: Network) -> list[int]:
+    """Return the feature maps before and behind each convolution."""
+    return [c.in_channels + c.out_channels for c in convolutions(network)]
 
 
 def workspace(device: torch.device, most: float) -> float:
-    """Return the bytes that feature maps may take at a time: half the free memory, and on a CPU `most` at most."""
+    """Return the bytes that a patch may take: on a CPU half the free memory, and `most` at most; else most of the free memory.
+
+    An accelerator that runs out of memory says so, and smaller tiles are tried. A computer may end the process.
+    """
     free = free_memory(device)
     if free is None:
         return most
-    return min(most, 0.5 * free) if device.type == "cpu" else 0.5 * free
+    return min(most, 0.5 * free) if device.type == "cpu" else 0.8 * free
 
 
 def load_patch(image: np.ndarray, tile: Tile, network: Network, device: torch.device) -> Tensor:
     """Return the patch of a tile as a batch; axial slices are the batch of a 2-D network."""
     patch = padded_region(image, tile.first, tile.last)
     x = as_tensor(np.ascontiguousarray(patch, np.float32)).to(device)
-    return x.permute(3, 0, 1, 2) if network.spatial_dims == 2 else x[None]
+    return x.permute(3, 0, 1, 2).contiguous() if network.spatial_dims == 2 else x[None]
 
 
 def cut_output(output: Tensor, tile: Tile, network: Network, shape: Sequence[int]) -> Tensor:
