@@ -327,12 +327,10 @@ def two_way(a, b=None, *, level: float = 0.95, draws: int = 4000, seed: int = 0)
         variance, freedom = variance + part, freedom + part**2 / (runs - 1)
     part = sum(sign * table.mean(axis=0) for sign, table in zip(signs, tables)).var(ddof=1) / cases
     variance, freedom = variance + part, freedom + part**2 / (cases - 1)
-    from scipy import stats
-
     tail = (1 - level) / 2
     low, high = np.quantile(drawn - mean, [tail, 1 - tail])
     # Welch and Satterthwaite's degrees of freedom of a sum of variances.
-    stretch = stats.t.ppf(1 - tail, variance**2 / freedom) / stats.norm.ppf(1 - tail) if freedom else 1.0
+    stretch = scipy.stats.t.ppf(1 - tail, variance**2 / freedom) / scipy.stats.norm.ppf(1 - tail) if freedom else 1.0
     low, high = mean + stretch * low, mean + stretch * high
     return Interval(float(mean), float(low), float(high), min(map(len, tables)), cases, level)
 
@@ -394,12 +392,10 @@ def bland_altman(measured: Sequence[float], reference: Sequence[float]) -> Agree
         )
     if not (np.isfinite(measured).all() and np.isfinite(reference).all()):
         raise ValueError("measured or reference holds values that are not finite; leave those cases out of both, and say so")
-    from scipy import stats
-
     difference, size = measured - reference, (measured + reference) / 2
     bias, spread = float(difference.mean()), float(difference.std(ddof=1))
     constant = np.ptp(difference) == 0 or np.ptp(size) == 0
-    trend, p = (0.0, 1.0) if constant else map(float, stats.spearmanr(size, difference))
+    trend, p = (0.0, 1.0) if constant else map(float, scipy.stats.spearmanr(size, difference))
     return Agreement(bias, bias - 1.96 * spread, bias + 1.96 * spread, trend, p, len(difference))
 
 
