@@ -132,10 +132,11 @@ def test_loss_and_norm_of_the_gradients(parts):
         assert loss == pytest.approx(sum(float(dice(model(x), y)) for x, y in batches(2)) / 2, rel=1e-6)
 
 
-def test_outputs_in_a_dictionary_are_in_float32_for_the_loss():
+@pytest.mark.parametrize("parts", [1, 2])
+def test_outputs_in_a_dictionary_are_in_float32_for_the_loss(parts):
     def named(x):
         logits, (other,) = model(x)
-        return {"main": logits, "others": [other]}
+        return {"main": logits, "others": [other], "none": None}
 
     def loss(outputs, target):
         seen.extend([outputs["main"].dtype, outputs["others"][0].dtype])
@@ -143,6 +144,7 @@ def test_outputs_in_a_dictionary_are_in_float32_for_the_loss():
 
     model, seen = Network(), []
     gradients = Gradients(model, loss, forward=named, engine=Engine(precision="bfloat16"))
+    gradients.parts = parts
     with gradients.together():
         gradients(batches(1), 1)
     assert seen == [torch.float32] * 2

@@ -223,7 +223,8 @@ class Gradients:
             set_random_state(self.device, state)
             with self.precision.autocast:
                 again = self.network(_each(inputs, lambda t, part=part: t[part]))
-            torch.autograd.backward(_leaves(again), [leaf.grad[part] for leaf in leaves])
+            used = [(output, leaf.grad[part]) for output, leaf in zip(_leaves(again), leaves) if leaf.grad is not None]
+            torch.autograd.backward(*zip(*used))
         return value
 
     def _backward(self, value: Tensor) -> None:
@@ -234,14 +235,14 @@ class Gradients:
 
     def _halve(self, largest: int, found: str) -> None:
         if self.world_size > 1:
-            remedy = "start more processes, choose a smaller batch size, or train in bfloat16"
+            remedy = "start more processes, choose a smaller batch size, or train in half precision"
         elif distributed.normalisations(self.model):
             remedy = (
                 "this network normalises by whole batches, which cannot be halved: choose a smaller batch size or crop, "
-                "train in bfloat16, or share the batch between several GPUs (torchrun)"
+                "train in half precision, or share the batch between several GPUs (torchrun)"
             )
         elif self.parts >= largest:
-            remedy = "a single sample is too large: choose a smaller crop or block, or train in bfloat16"
+            remedy = "a single sample is too large: choose a smaller crop or block, or train in half precision"
         else:
             self.parts = min(2 * self.parts, largest)
             release_memory(self.device)
@@ -316,12 +317,14 @@ def _each(value, function: Callable[[Tensor], Tensor]):
         return function(value)
     if isinstance(value, dict):
         return {name: _each(part, function) for name, part in value.items()}
-    return tuple(_each(part, function) for part in value)
+    return tuple(_each(part, function) for part in value) if isinstance(value, (list, tuple)) else value
 
 
 def _leaves(value) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else [leaf for part in value for leaf in _leaves(part)]
+    leaves: list[Tensor] = []
+    _each(value, leaves.append)
+    return leaves
 
 
 def _rebuilt(like, leaves: Iterator[Tensor]):
-    return next(leaves) if isinstance(like, Tensor) else tuple(_rebuilt(part, leaves) for part in like)
+    return _each(like, lambda _: next(leaves))
