@@ -56,11 +56,11 @@ def fault(request, reason: str) -> None:
     request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 
 
-def example(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Return logits `(2, 4, 12, 12, 12)` and a label in which class 1 is rare."""
+def example(dtype: torch.dtype = torch.float32, space: tuple[int, ...] = (12, 12, 12)) -> tuple[Tensor, Tensor]:
+    """Return logits `(2, 4, *space)` and a label in which class 1 is rare."""
     generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(2, 4, 12, 12, 12, generator=generator)).to(dtype)
-    target = torch.randint(4, (2, 12, 12, 12), generator=generator)
+    logits = (3 * torch.randn(2, 4, *space, generator=generator)).to(dtype)
+    target = torch.randint(4, (2, *space), generator=generator)
     return logits, target.where((target != 1) | (torch.rand(target.shape, generator=generator) < 0.02), 0)
 
 
@@ -89,7 +89,7 @@ def test_losses_under_autocast(gpu, name, dtype, request):
     """What a network returns in half precision costs what the same numbers cost in float64."""
     if name == "cross_entropy, weighted for a rare class" and dtype == torch.float16:
         fault(request, "losses.cross_entropy gives class weights the type of the logits, where 1e5 is too large for float16")
-    logits, target = example(dtype)
+    logits, target = example(dtype, (40, 48, 48))  # more voxels than float16 can count
     expected, gradient = value_and_gradient(name, logits.double(), target)
     with torch.autocast("cuda", dtype=dtype):
         value, there = value_and_gradient(name, logits.cuda(), target.cuda())
