@@ -27,9 +27,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from medseg_lite import __version__, models, phantoms
+from medseg_lite import __version__, models, phantoms, vitals
 from medseg_lite.models import Network
 from medseg_lite.paths import atomic_write
+from medseg_lite.vitals import VitalSigns
 from medseg_lite.volume import Case
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +107,19 @@ class Store:
         """Save a network among the checkpoints, with the command that makes it on its card."""
         card = {"command": f"python experiments/{self.name}.py"} | card
         models.save(self.checkpoints / f"{name}.safetensors", model, card, **options)
+
+    def examine(self, row: str, model: Network, cases: Sequence[Case]) -> VitalSigns:
+        """Note in vitals.csv whether a trained network is alive: no conclusion is drawn from a dead one."""
+        signs = vitals.examine(model, cases)
+        rarest = min(signs.recall, key=signs.recall.get)
+        found = {
+            "alive": signs.alive,
+            "constant": signs.constant,
+            "rarest_class": rarest,
+            "lowest_recall": signs.recall[rarest],
+        }
+        self.put("vitals", [found | {"silent": signs.silent}], {"experiment": self.name, "row": row})
+        return signs
 
     def fill(self, blocks: dict[str, str]) -> None:
         """Fill the page: the text of each block goes between its lines `<!-- name -->` and `<!-- /name -->`."""

@@ -211,6 +211,24 @@ def validate_on(cases: Sequence[Case], *, regions: str = "brats2015", **options)
     return validate
 
 
+@torch.no_grad()
+def perturb_weights(model: nn.Module, *, share: float = 1e-6, seed: int = 0) -> None:
+    """Multiply every weight by 1 + `share` times a normal random number: a change that should not matter.
+
+    Train a baseline from several such starts. If their scores differ as much as two methods do, the training is unstable and the
+    comparison shows nothing yet (`statistics.noise_floor`).
+
+    Args:
+        model: network, changed in place. Its buffers stay.
+        share: standard deviation of the relative change.
+        seed: seed of the random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        weight.mul_(1 + share * noise.to(weight.device, weight.dtype))
+
+
 def running_average(values: Sequence[float], *, alpha: float = 0.5, start: float | None = None) -> np.ndarray:
     """Compute running averages μ*_(i+1) = α μ*_i + (1 − α) μ_i, one after each value: a smooth curve of a noisy loss.
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from medseg_lite import paths, training
+from medseg_lite import models, paths, training
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "results"
@@ -272,3 +273,19 @@ def test_labels_of_one_more_system_leave_the_others_as_they_are(results):
     for name in (name for name in stored if not name.endswith("_start")):
         assert np.array_equal(place(merged, name), place(stored, name)), name
     assert np.array_equal(place(merged, "113_new"), label)
+
+
+def test_every_network_is_examined(tmp_path, noise_case):
+    torch.manual_seed(0)
+    store, model, case = (
+        _frame.Store("hands.py", tmp_path),
+        models.deep_plus(in_channels=2, classes=2, width=0.1),
+        noise_case((20, 20, 4)),
+    )
+    with torch.no_grad():
+        list(model.parameters())[-1].copy_(torch.tensor([90.0, -90.0]))
+    assert not store.examine("dead, seed 0", model, [case]).alive
+    store.examine("dead, seed 0", model, [case])  # the same row again takes its own place
+    table = store.read("vitals")
+    assert list(table["row"]) == ["dead, seed 0"] and not table["alive"][0] and table["constant"][0]
+    assert table["rarest_class"][0] == 1 and table["lowest_recall"][0] == 0

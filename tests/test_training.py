@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -745,3 +746,18 @@ def test_tensorboard(setup, tmp_path, monkeypatch, capsys):
     told = capsys.readouterr().out.split("\n", 1)[1]  # below the line that says that there are more updates
     assert told == "tensorboard is not installed (pip install tensorboard); the history goes to history.csv alone\n"
     assert len(pd.read_csv(tmp_path / "history.csv")) == 6
+
+
+def test_perturbed_weights_are_nearly_the_same():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv3d(2, 8, 3), torch.nn.BatchNorm3d(8))
+    before = copy.deepcopy(model.state_dict())
+    training.perturb_weights(model, share=1e-3, seed=1)
+    kernel = model[0].weight / before["0.weight"] - 1
+    assert 0.8e-3 < kernel.std() < 1.2e-3 and torch.equal(model[1].running_var, before["1.running_var"])
+    first = model[0].weight.clone()
+    model.load_state_dict(before)
+    training.perturb_weights(model, share=1e-3, seed=1)
+    assert torch.equal(model[0].weight, first)
+    training.perturb_weights(model, share=1e-3, seed=2)
+    assert not torch.equal(model[0].weight, first)
