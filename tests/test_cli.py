@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from medseg_lite import context, inference, models, transforms
-from medseg_lite.cli import _folds, main
+from medseg_lite.cli import _folds, main, make_parser
 from medseg_lite.cli import train as train_command
 from medseg_lite.cli._folds import FoldProcesses, find_gpus
 from medseg_lite.datasets import nifti_folder
@@ -530,3 +530,22 @@ def test_more_gpus_than_an_update_has_parts(folder, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(train_command, "cross_validate", lambda *_, **settings: calls.append(settings))
     calls: list[dict] = []
     assert main(["train", "kayalibay-brats2015", *data, "--batch-size", "8"]) == 0 and calls[0]["batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    "options, places, one_of_several",
+    [
+        ([], 0, False),
+        (["--folds-on-gpus"], 2, False),
+        (["--folds-at-once", "3"], 3, False),
+        (["--fold", "1"], 0, False),
+        (["--folds-on-gpus", "--fold", "1"], 0, True),  # a process that was started so starts no others
+        (["--folds-at-once", "3", "--fold", "0"], 0, True),
+    ],
+)
+def test_who_starts_processes(monkeypatch, options, places, one_of_several):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    parsed = make_parser().parse_args(["train", "deepmedic-brats2015", "--data", "x", "--out", "y", *options])
+    assert len(_folds.find_places(parsed)) == places and _folds.is_one_of_several(parsed) == one_of_several
+    others = make_parser().parse_args(["segment", "--model", "x", "--data", "x", "--out", "y"])
+    assert _folds.find_places(others) == []
