@@ -79,7 +79,9 @@ def test_scale(path, notebook):
 def test_runs_are_kept_on_request_only(notebook):
     """On Colab `course.keep` asks for Google Drive, which would stop a run that nobody watches."""
     text = "\n".join(source(c) for c in code(notebook))
-    assert text.count("course.keep(") == len(re.findall(r'^KEEP = False .*\nruns = course\.keep\("\w+"\) if KEEP else None$', text, re.M))
+    assert text.count("course.keep(") == len(
+        re.findall(r'^KEEP = False .*\nruns = course\.keep\("\w+"\) if KEEP else None$', text, re.M)
+    )
 
 
 def test_setup_is_first_and_touches_nothing_installed(notebook):
