@@ -12,7 +12,7 @@ lab: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest tests
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider $(NOTEBOOKS)
+	MEDSEG_SCALE=cpu $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider $(NOTEBOOKS)
 
 test-fast: $(VENV)/ready
 	$(BIN)/python -m pytest tests -m "not slow and not browser and not real"

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from . import __version__, paths, plotting
-from .devices import describe_device, find_device
+from .devices import describe_device, fault_of, find_device
+from .engine.precision import number_type
 
 SCALES = ("cpu", "gpu")
+DRIVE = Path("/content/drive")  # where Colab puts Google Drive
+# What training in a number type means, for the line below the first one.
+MEANINGS = {
+    torch.float32: "float32, because it has no bfloat16, and the faster float16 can overflow in training",
+    torch.bfloat16: "bfloat16, which is faster than float32, with its range and two or three digits",
+}
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,7 @@ class Machine:
 
     Attributes:
         device: "cuda" or "cpu", for `model.to(...)`.
-        scale: "cpu" (narrow networks, few cases, minutes) or "gpu" (the paper's sizes).
+        scale: "cpu" (narrow networks, few cases, minutes) or "gpu" (the sizes that the notebook's header names).
     """
 
     device: str
@@ -32,25 +40,66 @@ class Machine:
         return gpu if self.scale == "gpu" else cpu
 
 
-def start() -> Machine:
-    """Set the style of all figures, print one line about this machine and return its settings.
+def start(device: str = "auto") -> Machine:
+    """Set the style of all figures, say in a line or two what this machine is, and return its settings.
 
-    The scale is "gpu" if PyTorch sees a CUDA device, else "cpu". The environment variable MEDSEG_SCALE overrides it.
+    The scale is "gpu" if PyTorch can compute on a CUDA device, else "cpu". The environment variable MEDSEG_SCALE overrides it.
+
+    Args:
+        device: as in `devices.find_device`. "mps" and "xpu", the GPUs of Apple and Intel, are used where they are named.
 
     Raises:
-        ValueError: for another value of MEDSEG_SCALE.
+        ValueError: for another value of MEDSEG_SCALE, or a device that cannot be used.
     """
-    device = find_device()
-    scale = os.environ.get("MEDSEG_SCALE") or ("gpu" if device.type == "cuda" else "cpu")
+    found = find_device(device)
+    scale = os.environ.get("MEDSEG_SCALE") or ("gpu" if found.type == "cuda" else "cpu")
     if scale not in SCALES:
         raise ValueError(f"MEDSEG_SCALE={scale!r}; expected one of {', '.join(SCALES)}")
-    size = "the papers' sizes" if scale == "gpu" else "a short run: narrow networks, few cases"
+    size = "the sizes that the header names for it" if scale == "gpu" else "a short run: narrow networks, few cases"
     paths.say(
-        f"medseg_lite {__version__} is ready on {describe_device(device)}, scale {scale} ({size}); "
+        f"medseg_lite {__version__} is ready on {describe_device(found)}, scale {scale} ({size}); "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
+    if found.type == "cuda":
+        paths.say(f"networks train on this GPU in {_numbers(found)}")
+    elif device == "auto":
+        for name, maker in (("mps", "Apple's"), ("xpu", "Intel's")):
+            if fault_of(torch.device(name)) is None:
+                paths.say(f"{maker} GPU is here too; nobody has tested the course on one: course.start({name!r}) uses it")
     plotting.set_style()
-    return Machine(device.type, scale)
+    return Machine(str(found), scale)
+
+
+def _numbers(device: torch.device) -> str:
+    """Return the number type that networks are trained in on a CUDA device, and what that means."""
+    flat, solid = (number_type("auto", device, spatial_dims=dims) for dims in (2, 3))
+    if flat == solid:
+        return MEANINGS[flat]
+    return f"{MEANINGS[flat]}; 3D networks in float32, because of a fault in this cuDNN's half precision"
+
+
+def keep(name: str) -> Path:
+    """Return a folder for the runs of a notebook. A run that was cut off goes on there when its cell is run again.
+
+    On Colab the folder is in your Google Drive, because Colab's own disk is lost with the machine. Colab asks you for the
+    permission. Elsewhere the folder is `runs` in the clone's `data/cache`, or in the user's cache folder.
+
+    Args:
+        name: name of the folder, such as "notebook02".
+
+    Raises:
+        ValueError: the name cannot be that of a folder.
+    """
+    root = paths.cache() / "runs"
+    if "google.colab" in sys.modules:
+        from google.colab import drive
+
+        drive.mount(str(DRIVE))
+        root = DRIVE / "MyDrive" / "medseg_lite_runs"
+    folder = paths.file_for(root, name, "", what="folder of runs")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths.say(f"runs are kept in {folder}; delete it to begin anew")
+    return folder
 
 
 def real_cases_available(dataset: str = "brats2013_deepmedic") -> Path | None:

@@ -23,19 +23,32 @@ from medseg_lite.course import start
 from medseg_lite.paths import atomic_write
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+COLAB = ("accelerator", "colab")  # metadata that asks Colab for a GPU
 
 
 def strip(notebook: dict) -> None:
-    """Take out of a notebook what needs a running kernel: widget views, and the state of widgets.
+    """Take out of a notebook what needs a running kernel: widget views, the state of widgets, and progress bars.
 
     A widget's stored output keeps its picture. JupyterLab would show "Error displaying widget" instead of the picture where it
     finds a widget view, and GitHub and nbconvert show nothing where they find a state. A live run shows live widgets as before.
+    Long trainings show bars at the GPU scale. A warning on the same stream stays.
     """
     notebook["metadata"].pop("widgets", None)
     for cell in notebook["cells"]:
         for output in cell.get("outputs", ()):
             for part in (output.get("data", {}), output.get("metadata", {})):
                 part.pop(WIDGET_VIEW, None)
+            if output.get("name") == "stderr":
+                lines = "".join(output["text"]).split("\n")
+                output["text"] = "\n".join(line for line in lines if "\r" not in line)  # a bar goes back to the line's start
+        if "outputs" in cell:
+            cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr" or output["text"].strip()]
+
+
+def metadata(found: dict) -> dict:
+    """Return the metadata to store: the kernel that every machine has, and what asks Colab for a GPU."""
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return {"kernelspec": kernel, "language_info": {"name": "python"}} | {key: found[key] for key in COLAB if key in found}
 
 
 def write(path: Path, notebook: dict) -> None:
@@ -55,10 +68,7 @@ def execute(path: Path, scale: str) -> float:
     pattern = r"(\*\*Time\*\* )[^;]*(;.*)" if scale == "cpu" else r"(\*\*Time\*\* [^;]*; ).*()"
     where = "on a 2-core CPU" if scale == "cpu" else "on a GPU"
     header.source = re.sub(pattern, rf"\g<1>{number} {where}\g<2>", header.source)
-    notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
+    notebook.metadata = metadata(notebook.metadata)
     for cell in notebook.cells:
         for key in ("execution", "collapsed"):
             cell.metadata.pop(key, None)

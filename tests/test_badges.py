@@ -51,3 +51,28 @@ def test_bad_slug_changes_nothing(copy, bad):
     with pytest.raises(ValueError, match="expected owner/name"):
         badges.rewrite(copy, bad)
     assert {path: path.read_bytes() for path in badges.places(copy)} == before
+
+
+def test_a_release_is_installed_by_its_tag(copy):
+    """The first cell installs the release, and the badges open its notebooks; back on the branch all is as before."""
+    before = {path: path.read_bytes() for path in badges.places(copy)}
+    version = re.search(r'^version = "(.+)"$', (copy / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
+    assert badges.pin(copy, f"v{version}") == badges.notebooks(copy)
+    slug = badges.slug(copy)
+    for path in badges.notebooks(copy):
+        text = path.read_text(encoding="utf-8")
+        assert re.findall(r"git\+https://[^\"\\]+", text) == [f"git+https://github.com/{slug}@v{version}"]
+        opened = re.findall(rf"(?:research\.google\.com/github/{slug}/blob|mybinder\.org/v2/gh/{slug})/([\w.-]+)", text)
+        assert set(opened) == {f"v{version}"} and len(opened) >= 2
+    badges.rewrite(copy, "a-school/seg_course")  # a fork keeps the tag
+    assert f"git+https://github.com/a-school/seg_course@v{version}" in badges.notebooks(copy)[0].read_text(encoding="utf-8")
+    badges.rewrite(copy, slug)
+    badges.pin(copy, "main")
+    assert {path: path.read_bytes() for path in badges.places(copy)} == before
+
+
+def test_only_the_tag_of_this_version(copy):
+    before = {path: path.read_bytes() for path in badges.places(copy)}
+    with pytest.raises(ValueError, match=r"tag 'v9\.9\.9'; expected v[\d.]+, the version in pyproject.toml, or main"):
+        badges.pin(copy, "v9.9.9")
+    assert {path: path.read_bytes() for path in badges.places(copy)} == before

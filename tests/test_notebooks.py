@@ -13,7 +13,7 @@ NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
 execute = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(execute)
-FIELDS = ("Paper", "You will learn", "Before this", "Time", "Data", "Last executed")
+FIELDS = ("Paper", "You will learn", "Before this", "Time", "On a GPU", "Data", "Last executed")
 SECTIONS = ("Exercises", "Where our version departs from the paper", "What to take away", "Going further")
 
 
@@ -58,6 +58,30 @@ def test_header(path, notebook):
     assert f"/notebooks/{path.name}" in header, "the Colab badge points at another file"
     minutes = float(re.search(r"\*\*Time\*\* ([\d.]+) min", header)[1])
     assert minutes <= 2.0, "one notebook takes at most two minutes on two CPU cores"
+
+
+def test_scale(path, notebook):
+    """A notebook says what the GPU scale changes, uses `machine` for it and asks Colab for a GPU; or it says why nothing changes."""
+    header = source(notebook["cells"][0])
+    same = bool(re.search(r"\*\*On a GPU\*\* the same: \S", header))
+    asked = {key: value for key, value in notebook["metadata"].items() if key in execute.COLAB}
+    assert asked == ({} if same else {"accelerator": "GPU", "colab": {"gpuType": "T4"}})
+    assert same != any("machine." in source(cell) for cell in code(notebook)[1:])
+    time = re.search(r"\*\*Time\*\* [\d.]+ min on a 2-core CPU; ([^\n]*?)\.?\n", header)[1]
+    if same:
+        assert time == "no faster with a GPU"
+    elif not re.fullmatch(r"[\d.]+ min on a GPU", time):  # measured by `execute.py`
+        page = (FOLDER.parent / "benchmarks" / "gpu_notebooks.md").read_text(encoding="utf-8")
+        minutes = re.search(rf"^\| {path.stem} \| ([\d.]+) \|", page, re.MULTILINE)[1]
+        assert time == f"about {max(1, round(float(minutes)))} min on Colab's T4, estimated"
+
+
+def test_runs_are_kept_on_request_only(notebook):
+    """On Colab `course.keep` asks for Google Drive, which would stop a run that nobody watches."""
+    text = "\n".join(source(c) for c in code(notebook))
+    assert text.count("course.keep(") == len(
+        re.findall(r'^KEEP = False .*\nruns = course\.keep\("\w+"\) if KEEP else None$', text, re.M)
+    )
 
 
 def test_setup_is_first_and_touches_nothing_installed(notebook):
@@ -116,6 +140,21 @@ def test_strip_leaves_the_picture():
     execute.strip(notebook)
     assert widget["data"] == {"image/png": "iVBO"} and notebook["metadata"] == {"kernelspec": {}}
     assert notebook["cells"][0]["outputs"] == [widget, text]
+
+
+def test_strip_leaves_warnings_and_no_bars():
+    bar = "\rtraining:   0%|          | 0/2 [00:00<?, ?it/s]\rtraining: 100%|██████████| 2/2 [00:00<00:00]\n"
+    outputs = [{"output_type": "stream", "name": "stderr", "text": text} for text in (bar, f"{bar}a warning\n")]
+    notebook = {"metadata": {}, "cells": [{"outputs": outputs}]}
+    execute.strip(notebook)
+    assert [output["text"] for output in notebook["cells"][0]["outputs"]] == ["a warning\n"]
+
+
+def test_executing_keeps_what_asks_colab_for_a_gpu():
+    asked = {"accelerator": "GPU", "colab": {"gpuType": "T4"}}
+    kept = execute.metadata({**asked, "kernelspec": {"name": "mine"}, "widgets": {}, "vscode": 1})
+    assert {key: kept[key] for key in asked} == asked and set(kept) == {*asked, "kernelspec", "language_info"}
+    assert kept["kernelspec"]["name"] == "python3" and set(execute.metadata({})) == {"kernelspec", "language_info"}
 
 
 def test_every_picture_has_alt_text(notebook):
