@@ -189,6 +189,7 @@ def _sheet(axes: Axes, panel: Panel) -> None:
     for (x, y), channel in zip(corners, order):
         text = axes.text(x + 0.04 * wide, y + 0.04 * high, channel, color="white", fontsize=7, va="top")
         text.set_path_effects([matplotlib.patheffects.withStroke(linewidth=1.5, foreground="black")])
+        text.set_in_layout(False)  # it lies on its tile, so there is nothing to measure
         if channel == panel.channel:
             axes.add_patch(Rectangle((x - 0.5, y - 0.5), wide, high, fill=False, edgecolor="#E69F00", lw=2))
     sorting = {

@@ -124,6 +124,7 @@ class FeatureExplorer(CaseWidget):
         if isinstance(compare, str):
             state.setdefault("compare_layer", compare)
         self._memory, self._kept, self._prints = memory, OrderedDict(), [_fingerprint(m) for m in self._models]
+        self._described: dict[int, tuple] = {}  # by panel: maps, and what `_describe` tells about them
         self.bytes_sent = 0  # of feature maps, compressed
         self._take_classes_and_maps(classes, maps)
         scene = self._describe_case()
@@ -233,9 +234,7 @@ class FeatureExplorer(CaseWidget):
         There are mean, deviation, extremes, the share of voxels at or below zero, whether the channel is dead, its selectivity
         for each class and its correlation with each map.
         """
-        numbers = self._numbers(self.maps())
-        for name in ("histogram", "bottom", "top"):
-            del numbers[name]
+        numbers = {name: v for name, v in self._describe(0)[1].items() if name not in ("histogram", "bottom", "top")}
         groups = {group: numbers.pop(group) for group in ("selectivity", "correlation")}
         columns = numbers | {f"{group}: {name}": v for group, by in groups.items() for name, v in by.items()}
         return pd.DataFrame(columns).rename_axis("channel")
@@ -243,7 +242,7 @@ class FeatureExplorer(CaseWidget):
     @property
     def order(self) -> tuple[int, ...]:
         """The channels of the layer shown, as sorted."""
-        return self._order(self._numbers(self.maps()))
+        return self._order(self._describe(0)[1])
 
     @property
     def receptive_field(self) -> tuple[slice, slice, slice] | None:
@@ -267,14 +266,27 @@ class FeatureExplorer(CaseWidget):
         voxels = np.prod(self._shape)
         return sum(2 * min(i.channels * voxels / np.prod(i.stride or 1), LARGEST) for i in infos.values())
 
-    def _numbers(self, maps: FeatureMaps, levels: np.ndarray | None = None) -> dict[str, object]:
-        """Return the numbers of each channel. `levels` are the maps as bytes, if they are at hand."""
-        inside = self._inside(maps)
-        levels = quantise(maps.data, inside)[0] if levels is None else levels
-        label = maps.sampled(self._case.label) if self._classes else None
-        classes = {name: label == k for name, k in self._classes.items()}
-        targets = {name: maps.sampled(volume) for name, volume in self._targets.items()}
-        return describe_channels(maps.data, levels, inside, classes, targets)
+    def _describe(self, panel: int, layer: str | None = None) -> tuple[dict, dict, np.ndarray]:
+        """Return facts about the maps of a layer, the numbers of each channel, and the maps as bytes. The last ones are kept."""
+        maps = self.maps(layer, panel=panel)
+        if panel not in self._described or self._described[panel][0] is not maps:
+            inside, label = self._inside(maps), maps.sampled(self._case.label) if self._classes else None
+            levels, low, step = quantise(maps.data, inside)
+            classes = {name: label == k for name, k in self._classes.items()}
+            targets = {name: maps.sampled(volume) for name, volume in self._targets.items()}
+            facts = {
+                "shape": maps.data.shape,
+                "offset": maps.offset,
+                "stride": maps.stride,
+                "every": maps.every,
+                "field": None if maps.field is None else offsets(maps.field),
+                "low": low.tolist(),
+                "step": step.tolist(),
+                "signed": is_signed(maps.data),
+            }
+            numbers = describe_channels(maps.data, levels, inside, classes, targets)
+            self._described[panel] = maps, (facts, numbers, levels)
+        return self._described[panel][1]
 
     def _inside(self, maps: FeatureMaps) -> np.ndarray | None:
         """Return the voxels of the maps that lie inside the mask, or None if there are none."""
@@ -296,22 +308,8 @@ class FeatureExplorer(CaseWidget):
 
     def _levels(self, panel: int, layer: str) -> tuple[dict, np.ndarray]:
         """Return what the browser needs to know about a layer, and its voxels as bytes."""
-        maps = self.maps(layer, panel=panel)
-        levels, low, step = quantise(maps.data, self._inside(maps))
-        about = {
-            "key": f"{panel}/{layer}",
-            "version": self._version,
-            "shape": maps.data.shape,
-            "offset": maps.offset,
-            "stride": maps.stride,
-            "every": maps.every,
-            "field": None if maps.field is None else offsets(maps.field),
-            "low": low.tolist(),
-            "step": step.tolist(),
-            "signed": is_signed(maps.data),
-            **self._numbers(maps, levels),
-        }
-        return about, levels
+        facts, numbers, levels = self._describe(panel, layer)
+        return {"key": f"{panel}/{layer}", "version": self._version, **facts, **numbers}, levels
 
     def _pack_layer(self, key: str) -> dict[str, object]:
         """Return a layer as it is sent to the browser. Its key is the number of its panel and its name: "0/normal.7"."""
@@ -387,7 +385,7 @@ class FeatureExplorer(CaseWidget):
         panels = []
         for number, (layer, channel) in enumerate(self._panels()):
             maps = self.maps(layer, panel=number)
-            numbers = self._numbers(maps)
+            numbers = self._describe(number, layer)[1]
             panels.append(_feature_picture.Panel(self, layer, channel, maps, numbers, self._order(numbers)))
         return _feature_picture.draw(self, panels)
 
