@@ -32,7 +32,6 @@ from .models.network import Network
 from .volume import Case, bounding_box, padded_region
 
 RESIDUAL_BLOCKS = (Bottleneck, SimpleBlock)
-GRAD_TILE = 24  # voxels along each axis that are differentiated at a time: every layer's maps stay in memory
 
 
 @contextmanager
@@ -327,11 +326,11 @@ def _sum_gradients(model: nn.Module, case: Case, layer: str, target: int, where:
     ends = [b.start for b in box], [b.stop for b in box]
     total = 0.0
     with evaluating(model), torch.enable_grad():
-        for tile in plan(network, *ends, case.shape, device, tile=GRAD_TILE, context=context).tiles():
+        for tile in plan(network, *ends, case.shape, device, context=context, gradients=True).tiles():
             counted = where[tile.inside(case.shape)]
             if counted.any():
                 gradient = _gradient(model, network, case, layer, target, tile, as_tensor(counted).to(device))
-                total = total + gradient.sum(dim=[0, *range(2, gradient.ndim)]).double().cpu().numpy()
+                total = total + gradient.sum(dim=[0, *range(2, gradient.ndim)]).cpu().double().numpy()
     return total
 
 

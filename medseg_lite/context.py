@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +137,9 @@ def influence(
     Returns:
         `(D, H, W)` float32.
 
+    Raises:
+        ValueError: when the patch leaves the volume, a network is in training mode, or the networks are on different devices.
+
     Source: Mlynarski et al. 2019, figure 5, measured.
     Taught in notebook 09.
     """
@@ -150,9 +153,9 @@ def influence(
                 f"the patch around {tuple(voxel)} reaches from {s.start} to {s.stop} along {what}, out of {case.name} of {n} voxels; "
                 "choose a voxel nearer to the middle"
             )
-    image = as_tensor(case.image)
+    image = as_tensor(case.image).to(_common_device(networks, model), torch.float32)
     with torch.no_grad():
-        scores = [_slice_scores(net, plane, image, patch)[0] for plane, net in networks.items()]
+        scores = [_scores(net, plane, image, patch) for plane, net in networks.items()]
     x = torch.cat([image[(slice(None), *patch)], *scores])[None].requires_grad_()
     place = tuple(v - s.start - model.margin for v, s in zip(voxel, patch))
     (direct,) = torch.autograd.grad(model(x)[(0, class_number, *place)], x)
@@ -160,14 +163,36 @@ def influence(
     total = torch.zeros_like(image)
     total[(slice(None), *patch)] = parts.pop(0)
     for (plane, net), part in zip(networks.items(), parts):  # the chain rule, plane by plane
-        axis = _axis(plane) + 1
-        for k in range(part.shape[axis]):
-            one = list(patch)
-            one[axis - 1] = slice(patch[axis - 1].start + k, patch[axis - 1].start + k + 1)
-            found, leaf = _slice_scores(net, plane, image, tuple(one))
-            (gradient,) = torch.autograd.grad(found, leaf, part.narrow(axis, k, 1))
-            total.narrow(axis, one[axis - 1].start, 1).add_(gradient)
-    return total.abs().sum(0).numpy()
+        axis = _axis(plane)
+        for one, share in zip(_slices(plane, patch), part.split(1, dim=axis + 1)):
+            found, leaf = _slice_scores(net, plane, image, one)
+            (gradient,) = torch.autograd.grad(found, leaf, share)
+            total.narrow(axis + 1, one[axis].start, 1).add_(gradient)
+    return total.abs().sum(0).cpu().numpy()
+
+
+def _common_device(networks: Mapping[str, Network], model: Network) -> torch.device:
+    device = next(model.parameters()).device
+    for plane, network in networks.items():
+        other = next(network.parameters()).device
+        if other != device:
+            raise ValueError(
+                f"the {plane} network is on {other}, and the 3D network is on {device}; expected one device for all: "
+                f"use network.to({str(device)!r})"
+            )
+    return device
+
+
+def _scores(network: Network, plane: str, image: torch.Tensor, patch: tuple[slice, ...]) -> torch.Tensor:
+    """Return the scores `(K, *patch)` of `_slice_scores`, one slice after the other, which takes less memory."""
+    return torch.cat([_slice_scores(network, plane, image, one)[0] for one in _slices(plane, patch)], dim=_axis(plane) + 1)
+
+
+def _slices(plane: str, patch: tuple[slice, ...]) -> Iterator[tuple[slice, ...]]:
+    """Yield the parts of a patch that lie in one slice each."""
+    axis = _axis(plane)
+    for k in range(patch[axis].start, patch[axis].stop):
+        yield (*patch[:axis], slice(k, k + 1), *patch[axis + 1 :])
 
 
 def _slice_scores(
@@ -179,7 +204,8 @@ def _slice_scores(
     slices = leaf.movedim(axis + 1, 0)
     for dim in (2, 3):  # mirrored to fill up the last multiple
         n = slices.shape[dim]
-        slices = slices.index_select(dim, torch.from_numpy(mirrored(0, n + -n % network.multiple, n)))
+        index = torch.from_numpy(mirrored(0, n + -n % network.multiple, n)).to(image.device)
+        slices = slices.index_select(dim, index)
     scores = network(slices)[(..., *(patch[other] for other in _others(plane)))]
     return scores.movedim(0, 1).movedim(1, axis + 1), leaf
 

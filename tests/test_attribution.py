@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from medseg_lite import attribution, inference, models
 from medseg_lite.attribution import ablate, ablation_table, grad_cam, position_explained, strongest_patches
+from medseg_lite.engine.tiles import plan
 from medseg_lite.features import FeatureMaps, capture
 from medseg_lite.volume import padded_region
 
@@ -117,7 +120,7 @@ def test_grad_cam_against_autograd_on_one_patch(model, noise_case, layer, monkey
     case = noise_case((12, 9, 9))
     where = np.zeros(case.shape, bool)
     where[3:9, 2:7, 4:8] = True
-    monkeypatch.setattr(attribution, "GRAD_TILE", 3)  # many tiles
+    monkeypatch.setattr(attribution, "plan", partial(plan, tile=3))  # many tiles
     cam = grad_cam(model, case, layer, 1, where=where, region=np.s_[:, :, :])
     m, kept = model.margin, []
     x = torch.from_numpy(np.array(padded_region(case.image, [-m] * 3, [n + m for n in case.shape])))[None]
@@ -153,7 +156,7 @@ def test_grad_cam_of_a_network_that_pads(noise_case, monkeypatch):
     case = noise_case((24, 20, 16))
     where = case.label == 1
     whole = grad_cam(model, case, "0", 1, where=where, region=np.s_[:, :, :]).data
-    monkeypatch.setattr(attribution, "GRAD_TILE", 6)
+    monkeypatch.setattr(attribution, "plan", partial(plan, tile=6))
     tiled = grad_cam(model, case, "0", 1, where=where, region=np.s_[:, :, :]).data
     np.testing.assert_allclose(tiled, whole, rtol=1e-3, atol=1e-3 * whole.max())
     assert whole.max() > 0

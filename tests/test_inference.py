@@ -328,6 +328,25 @@ def test_tiles_of_a_padded_network_have_a_halo(network, noise_case, monkeypatch,
     assert np.abs(logits_of(model, case, tile=tile) - whole).max() > 1e-3  # it was needed
 
 
+def test_a_halo_that_is_no_multiple_is_rounded_up(network, noise_case, monkeypatch):
+    model, case = network("kayalibay_unet3d", init="xavier", blocks=1, maps=1), noise_case((40, 18, 12))
+    monkeypatch.setattr(model, "halo", model.halo + 1)
+    assert model.multiple == 2
+    close(logits_of(model, case, tile=6), padded_reference(model, case))
+
+
+def test_slices_without_mask_are_left_out(network, noise_case, monkeypatch):
+    """A network of slices that pads sees whole slices, but no other ones."""
+    model, case, seen = network("unet2d"), noise_case((16, 16, 9)), []
+    mask = np.zeros(case.shape, bool)
+    mask[3:5, 2:9, 2:6] = True
+    expected = padded_slices = np.where(mask, logits_of(model, case), 0)
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, x: seen.append(tuple(x.shape)) or forward(self, x))
+    close(logits_of(model, case.replace(mask=mask)), expected)
+    assert seen == [(4, 2, 16, 16)] and padded_slices.any()
+
+
 def test_a_padded_network_in_little_memory(network, noise_case, monkeypatch):
     model, case = network("kayalibay_unet3d", init="xavier", blocks=1, maps=1), noise_case((60, 18, 12))
     monkeypatch.setattr(tiles, "workspace", lambda device, most: 1e5)

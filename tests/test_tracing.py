@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from medseg_lite import models
-from medseg_lite.engine.geometry import EMPTY
+from medseg_lite.engine.geometry import EMPTY, Follow
 from medseg_lite.engine.tracing import contract, trace, watched
 
 
@@ -165,6 +168,67 @@ def test_a_module_without_a_contract_is_given_one(name):
     assert found.multiple == {"padded": 4, "joined": 2}[name]
     model = models.deepmedic(width=0.1)
     assert contract(model) is model
+
+
+OPERATIONS = {
+    "convolution": lambda x, w: torch.conv2d(x, w[:6], stride=(1, 2), padding=1, dilation=(2, 1), groups=2),
+    "transposed": lambda x, w: torch.conv_transpose2d(x, w[:4], stride=3, padding=1, output_padding=2, groups=2, dilation=2),
+    "volume": lambda x, w: torch.conv3d(x[:, None], w[:2, :1, None], padding=(2, 0, 1)),
+    "maximum": lambda x, w: nn.functional.max_pool2d(x, 3, 2, 1),
+    "rounded up": lambda x, w: nn.functional.max_pool2d(x, 2, ceil_mode=True),
+    "dilated": lambda x, w: nn.functional.max_pool2d(x, (2, 3), stride=1, dilation=2),
+    "joined": lambda x, w: torch.cat([x, x[..., :2], x[..., 3:]], dim=-1),
+    "mixed": lambda x, w: torch.cat([x, x.double()], dim=1),
+    "sum": lambda x, w: x + x.double(),
+    "product": lambda x, w: x[0, 0] @ x[1, 1].T,
+    "softmax": lambda x, w: x.softmax(1),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_shapes_without_content_are_those_of_real_tensors(name):
+    x, w = torch.zeros(3, 4, 13, 11), torch.zeros(8, 2, 3, 2)
+    real, found = OPERATIONS[name](x, w), torch.empty(3, 4, 13, 11, device="meta")
+    with Follow(found):
+        found = OPERATIONS[name](found, w)
+    assert found.is_meta and found.shape == real.shape and found.dtype == real.dtype
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: torch.conv2d(x, torch.zeros(2, 3, 3, 3)),
+        lambda x: torch.conv2d(x, torch.zeros(2, 4, 15, 3)),
+        lambda x: nn.functional.max_pool2d(x, 20),
+        lambda x: torch.cat([x, x[:, :, 1:]], dim=1),
+        lambda x: x[0, 0] @ x[0, 0],
+    ],
+    ids=["channels", "kernel", "pool", "cat", "product"],
+)
+def test_what_does_not_fit_is_refused(wrong):
+    x = torch.empty(3, 4, 13, 11, device="meta")
+    with Follow(x), pytest.raises(RuntimeError):
+        wrong(x)
+
+
+def test_pytorchs_compiler_is_not_loaded():
+    """It takes a second and 70 MB, which a first look at feature maps, or a first prediction, need not cost."""
+    code = """
+import sys, torch
+from medseg_lite import models
+from medseg_lite.engine.memory import measure
+from medseg_lite.engine.tracing import trace
+for name in models.NETWORKS:
+    model = getattr(models, name)(width=0.1).eval()
+    side = [2 * model.margin + 3 * model.multiple] * model.spatial_dims
+    trace(model, side)
+    for network in {model, model.for_inference()}:
+        assert measure(network, (1, model.in_channels, *side))
+    assert measure(model, (1, model.in_channels, *side), torch.float16)
+print("torch._dynamo" in sys.modules, "sympy" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
 
 
 def test_no_patch_fits():

@@ -37,7 +37,16 @@ class Axis(NamedTuple):
     last: np.ndarray
 
 
-class Follow(TorchDispatchMode):
+class WithoutContent(TorchDispatchMode):
+    """The base class of modes in which nothing but shapes is computed."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Answer PyTorch that its compiler needs no warning, for which it would import it: a second, and 70 MB."""
+        return False
+
+
+class Follow(WithoutContent):
     """A mode in which each operation hands the axes of its inputs on to its outputs, and nothing but shapes is computed.
 
     Args:
@@ -96,22 +105,16 @@ def without_content(value):
 def shape_of_result(name: str, args: tuple) -> Tensor | tuple[Tensor, ...] | None:
     """Return the result of an operation whose shape is plain, else None. PyTorch itself takes up to milliseconds to find it."""
     x = args[0]
-    if name in _SAME_SHAPE or (name in _SAME_SHAPES and _are_alike(x, args[1])):
+    if name in _SAME_SHAPE:
         return x if name.endswith("_") else torch.empty(x.shape, dtype=x.dtype, device="meta")
+    if name in _SAME_SHAPES and isinstance(args[1], Tensor) and args[1].shape == x.shape:
+        dtype = torch.promote_types(x.dtype, args[1].dtype)
+        return x if name.endswith("_") else torch.empty(x.shape, dtype=dtype, device="meta")
     if name.endswith("batch_norm"):
         return tuple(x.new_empty(shape) for shape in (x.shape, 0, 0))
     if name.startswith("upsample") and args[1] is not None:
         return x.new_empty((*x.shape[:2], *args[1]))
-    if name == "cat" and len(args) > 1:
-        axis = args[1]
-        others = {(one.dtype, *one.shape[:axis], *one.shape[axis:][1:]) for one in x}
-        if len(others) == 1:
-            return x[0].new_empty((*x[0].shape[:axis], sum(one.shape[axis] for one in x), *x[0].shape[axis:][1:]))
-    return None
-
-
-def _are_alike(x: Tensor, y: object) -> bool:
-    return isinstance(y, Tensor) and y.shape == x.shape and y.dtype == x.dtype
+    return _SHAPES[name](*args) if name in _SHAPES else None
 
 
 def _along(rule: Callable, *arguments: Sequence) -> tuple:
@@ -286,6 +289,52 @@ def _each(value, dims: int) -> list[int]:
     return values * dims if len(values) == 1 else values
 
 
+# ------------------------------------------ shapes of results: (arguments) -> result, or None for PyTorch to say what is wrong
+
+
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    first, dim = tensors[0], dim % tensors[0].ndim
+    others = {(*t.shape[:dim], *t.shape[dim + 1 :]) for t in tensors}
+    if len(others) > 1 or any(t.dtype != first.dtype or t.ndim != first.ndim for t in tensors):
+        return None
+    return first.new_empty((*first.shape[:dim], sum(t.shape[dim] for t in tensors), *first.shape[dim + 1 :]))
+
+
+def _convolved(x, weight, _, stride, pad, dilation, transposed, more, groups) -> Tensor | None:
+    channels, taken = weight.shape[0], weight.shape[1] * groups
+    if transposed:
+        channels, taken = taken, channels
+    if x.ndim != weight.ndim or x.shape[1] != taken or x.dtype != weight.dtype:
+        return None
+    along = zip(x.shape[2:], weight.shape[2:], *(_each(v, x.ndim - 2) for v in (stride, pad, dilation, more)))
+    if transposed:
+        size = [(n - 1) * s - 2 * p + d * (k - 1) + m + 1 for n, k, s, p, d, m in along]
+    else:
+        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in along]
+    return x.new_empty((x.shape[0], channels, *size)) if min(size) > 0 else None
+
+
+def _pooled(x, kernel, stride=(), pad=0, dilation=1, ceil_mode=False) -> tuple[Tensor, Tensor] | None:
+    kernel = _each(kernel, x.ndim - 2)
+    along = zip(x.shape[2:], kernel, *(_each(v, x.ndim - 2) for v in (stride or kernel, pad, dilation)))
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along]
+    if ceil_mode or min(size) < 1:
+        return None
+    return x.new_empty((*x.shape[:2], *size)), x.new_empty((*x.shape[:2], *size), dtype=torch.int64)
+
+
+def _multiplied(a: Tensor, b: Tensor) -> Tensor | None:
+    return torch.empty((len(a), b.shape[1]), dtype=a.dtype, device="meta") if a.shape[1] == len(b) else None
+
+
+_SHAPES = {
+    "cat": _joined,
+    "mm": _multiplied,
+    "convolution": _convolved,
+    "max_pool2d_with_indices": _pooled,
+    "max_pool3d_with_indices": _pooled,
+}
+
 # By the beginning of an ATen operation's name; whatever is not listed is voxelwise if the shapes allow it.
 _RULES: dict[str, Callable] = {
     "convolution": _convolution,
@@ -317,6 +366,6 @@ _RULES: dict[str, Callable] = {
 # Operations whose result has the shape of their first argument: always, or where two arguments have one shape.
 _SAME_SHAPE = {
     *("_prelu_kernel", "relu", "relu_", "leaky_relu", "leaky_relu_", "elu", "elu_", "gelu", "silu", "silu_"),
-    *("sigmoid", "sigmoid_", "tanh", "hardtanh", "hardtanh_"),
+    *("sigmoid", "sigmoid_", "tanh", "hardtanh", "hardtanh_", "_softmax", "_log_softmax", "addmm_"),
 }
 _SAME_SHAPES = {"add", "add_", "sub", "mul", "mul_", "div", "maximum", "minimum"}

@@ -16,9 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from .geometry import shape_of_result, without_content
+from .geometry import WithoutContent, shape_of_result, without_content
 from .tracing import evaluating
 
 # Functions that autocast runs in half precision on a GPU, and those that it runs in float32. Others take what they are given.
@@ -64,7 +63,7 @@ def measure(
     return Need(count.total if gradients else count.most, count.largest)
 
 
-class _Count(TorchDispatchMode):
+class _Count(WithoutContent):
     """A mode in which operations find nothing but the shapes of their results, whose bytes are counted while they live."""
 
     def __init__(self):
@@ -127,11 +126,12 @@ class _Autocast(TorchFunctionMode):
             return type(value)(self._cast(v, dtype) for v in value)
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
             return value
-        if value.is_meta:
-            return value.to(dtype)
-        if id(value) not in self.weights:
-            self.weights[id(value)] = torch.empty(value.shape, dtype=dtype, device="meta")
-        return self.weights[id(value)]
+        if id(value) in self.weights:
+            return self.weights[id(value)]
+        copy = torch.empty(value.shape, dtype=dtype, device="meta")
+        if isinstance(value, nn.Parameter):
+            self.weights[id(value)] = copy
+        return copy
 
 
 def _tensors(values: Sequence) -> Iterator[Tensor]:

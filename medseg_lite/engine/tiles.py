@@ -25,12 +25,13 @@ from .memory import Need, measure
 from .tracing import contract
 
 # Bytes that a patch may take on a CPU. With more, most networks compute little less, for a tile has little context around it.
-CPU_WORKSPACE = 400e6
+CPU_WORKSPACE = 320e6
 # The same for a network that would compute much more than once then, because it sees far. A brain goes through Kayalibay's whole.
 PADDED_WORKSPACE = 4e9
 # Tiles that compute more than these times the least work are too small, for networks that pad and for others.
 PADDED_WORK, VALID_WORK = 1.05, 2.0
 LARGEST_MAP = 2**31 - 1  # values in a tensor: many kernels count in 32 bits
+SLICES = 8  # slices that are measured at a time; more take as much each
 KERNELS = 1.25  # what kernels need for a moment, besides the feature maps
 
 
@@ -231,13 +232,12 @@ def _fitted(whole: Tiling, need: Callable[[tuple[int, ...]], Need], room: float)
 def _need(network: Network, patch: Sequence[int], measured: Callable[[tuple[int, ...]], Need | None]) -> Need:
     """Return the memory that a network takes for a patch."""
     flat = network.spatial_dims == 2
-    one = measured((1, network.in_channels, *patch[: network.spatial_dims]))
-    two = measured((2, network.in_channels, *patch[:2])) if flat else one
-    if one is None or two is None:  # not to be measured: its widest layer stands for it
+    slices = min(patch[2], SLICES) if flat else 1
+    found = measured((slices, network.in_channels, *patch[: network.spatial_dims]))
+    if found is None:  # not to be measured: its widest layer stands for it
         values = math.prod(patch) * max(_maps(network), default=2)
         return Need(6 * values, values)
-    # Every slice takes as much as the second one.
-    return Need(*(a + (b - a) * (patch[2] - 1) for a, b in zip(one, two)))
+    return Need(*(n * patch[2] // slices for n in found)) if flat else found
 
 
 def _maps(network: Network) -> list[int]:

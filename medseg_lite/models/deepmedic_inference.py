@@ -4,7 +4,7 @@ These changes help, the most useful first:
 
 * Feature maps are stored channels-last.
 * Numbers of channels are padded with zeros to a size that the convolution kernels like (30 → 32, 50 → 56).
-* Batch normalisation is folded into the convolutions.
+* Batch normalisation is folded into the convolutions. Each PReLU changes the maps in place, over pieces that stay in the cache.
 * The 1×1×1 layers are matrix products over pieces that stay in the cache. The low-resolution half of the first one is computed
   before its repetition. One of the padded channels is held at 1, so that the bias of the next layer is a row of its matrix.
 """
@@ -19,7 +19,7 @@ from .layers import ConvBlock
 from .network import Network
 
 DOWN = 3  # sub-sampling factor of the low-resolution pathway
-PIECE = 12000  # voxels in a piece of the 1×1×1 layers: 150 channels of them stay in the cache of most CPUs
+PIECE = 12000  # voxels in a piece that is worked on at a time: 150 channels of them stay in the cache of most CPUs
 
 
 class _Layer(nn.Module):
@@ -89,7 +89,9 @@ class FoldedDeepMedic(Network):
         """Run a pathway: `(B, C, *n)` to features `(B, *n_out, F)`."""
         x = x.contiguous(memory_format=self.format)
         for layer in layers:
-            x = F.prelu(self.conv(x, layer.weight, layer.bias), layer.slope)
+            x = self.conv(x, layer.weight, layer.bias)
+            for piece in x.split(max(1, PIECE // x[:, 0, 0].numel()), dim=2):
+                piece.copy_(F.prelu(piece, layer.slope))
         return x.movedim(1, -1).contiguous()
 
     @torch.no_grad()
