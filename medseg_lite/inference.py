@@ -16,7 +16,7 @@ from .engine.precision import autocast, number_type
 from .engine.tiles import Tile, Tiling, check_fits, cut_output, load_patch, plan
 from .engine.tracing import evaluating
 from .models.network import Network
-from .paths import say
+from .paths import say, say_once
 from .volume import Case, bounding_box, size_text
 
 OUTPUTS = ("labels", "probabilities", "logits")
@@ -55,7 +55,7 @@ def predict(
         tile: side of the part that is predicted at a time, or one for each axis. By default tiles are chosen for the memory at hand.
         precision: "float32", "float16", "bfloat16", or "auto": bfloat16 on GPUs that compute in it, float16 on older ones, float32
             elsewhere. In float16 the logits of every tile are checked. Where some overflow, this tile and the following ones are
-            computed in float32, and a line says so.
+            computed in float32, and a line says so, once for a case.
         compiled: whether to run the network through `torch.compile`. It runs as it is where that fails. Worthwhile for many cases of
             one size.
         progress: whether to show a bar.
@@ -156,7 +156,7 @@ class _Work:
             answer = self._finished(self._logits(patch, tile, image.shape[1:]), checked=True)
             if not (answer == OVERFLOWN if self.output == "labels" else np.isnan(answer[0])).any():
                 return answer
-            say(f"{self.name}: numbers too large for float16 (beyond 65504); going on in float32")
+            say_once(f"{self.name}: numbers too large for float16 (beyond 65504); going on in float32")
             self.dtype = torch.float32
         return self._finished(self._logits(patch, tile, image.shape[1:]))
 

@@ -22,6 +22,11 @@ from medseg_lite.widgets import FeatureExplorer
 CUDA = torch.device("cuda", 0)
 
 
+@pytest.fixture(autouse=True)
+def nothing_said_yet():
+    paths.say_once.cache_clear()
+
+
 @pytest.fixture
 def network(stir):
     """`network("deepmedic")`: a narrow network for two channels and three classes whose every parameter matters."""
@@ -96,19 +101,24 @@ def test_the_gpu_is_waited_for_once_a_tile(network, noise_case):
 # --------------------------------------------------------------------------------------------------- overflow in float16
 
 
-@pytest.mark.parametrize("kind", ["auto", "float16"])
-def test_a_shipped_network_for_raw_intensities_is_right_on_a_t4(capsys, kind):
-    """Its feature maps reach 1e8. Without the check most labels would be background."""
-    model = models.load(paths.shipped("checkpoints", "drozdzal_prostate.safetensors"))
-    case = phantoms.prostate(102, site="A", size=64)
-    case = case.crop(np.s_[:, :, 8:12])
+SHIPPED = {
+    "drozdzal_prostate": lambda: phantoms.prostate(102, site="A", size=64).crop(np.s_[:, :, 8:12]),
+    "em_inputs_learned": lambda: phantoms.em(101, slices=1, size=128, counts=True),
+}
+
+
+@pytest.mark.parametrize(
+    ["name", "kind"], [("drozdzal_prostate", "auto"), ("drozdzal_prostate", "float16"), ("em_inputs_learned", "auto")]
+)
+def test_shipped_networks_for_raw_intensities_are_right_on_a_t4(capsys, name, kind):
+    """The feature maps of the first reach 1e8. Without the check most of its labels would be background."""
+    model, case = models.load(paths.shipped("checkpoints", f"{name}.safetensors")), SHIPPED[name]()
     expected = inference.predict(model, case, progress=False)
     assert expected.any()
     with fake_device.cuda():
         model.to("cuda")
-        half = precision.autocast(torch.float16, CUDA)
-        with torch.no_grad(), half:
-            x = torch.from_numpy(np.ascontiguousarray(case.image)).permute(3, 0, 1, 2).to("cuda")
+        with torch.no_grad(), precision.autocast(torch.float16, CUDA):
+            x = torch.from_numpy(np.float32(case.image)).permute(3, 0, 1, 2).to("cuda")
             assert not model(x).isfinite().all()
         found = inference.predict(model, case, precision=kind, progress=False)
     assert np.array_equal(found, expected)
@@ -116,8 +126,7 @@ def test_a_shipped_network_for_raw_intensities_is_right_on_a_t4(capsys, kind):
 
 
 def test_bfloat16_holds_large_numbers(capsys):
-    model = models.load(paths.shipped("checkpoints", "drozdzal_prostate.safetensors"))
-    case = phantoms.prostate(102, site="A", size=64).crop(np.s_[:, :, 8:12])
+    model, case = models.load(paths.shipped("checkpoints", "drozdzal_prostate.safetensors")), SHIPPED["drozdzal_prostate"]()
     expected = inference.predict(model, case, progress=False)
     with fake_device.cuda("A100"):
         found = inference.predict(model.to("cuda"), case, progress=False)
