@@ -16,9 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from .geometry import shape_of_result, without_content
+from .geometry import ShapeMode, shape_of_result, without_content
 from .tracing import evaluating
 
 # Functions that autocast runs in half precision on a GPU, and those that it runs in float32. Others take what they are given.
@@ -64,7 +63,7 @@ def measure(
     return Need(count.total if gradients else count.most, count.largest)
 
 
-class _Count(TorchDispatchMode):
+class _Count(ShapeMode):
     """A mode in which operations find nothing but the shapes of their results, whose bytes are counted while they live."""
 
     def __init__(self):
