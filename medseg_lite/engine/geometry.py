@@ -37,7 +37,6 @@ class Axis(NamedTuple):
     last: np.ndarray
 
 
-<<<<<<< HEAD
 class WithoutContent(TorchDispatchMode):
     """The base class of modes in which nothing but shapes is computed."""
 
@@ -48,21 +47,6 @@ class WithoutContent(TorchDispatchMode):
 
 
 class Follow(WithoutContent):
-=======
-class ShapeMode(TorchDispatchMode):
-    """A mode in which operations find nothing but shapes.
-
-    PyTorch leaves a mode out of what it compiles, and imports its compiler for that. Nothing is compiled here, and that import takes
-    a second.
-    """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
-
-class Follow(ShapeMode):
->>>>>>> waits
     """A mode in which each operation hands the axes of its inputs on to its outputs, and nothing but shapes is computed.
 
     Args:
@@ -74,6 +58,10 @@ class Follow(ShapeMode):
         self.shape, self.dims = tuple(x.shape[2:]), x.ndim - 2
         along = {n: Axis(0.0, 1.0, np.arange(n), np.arange(n)) for n in set(self.shape)}
         setattr(x, _KEY, tuple(along[n] for n in self.shape))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch would import its compiler, a second's work, to leave this mode out of what is compiled
 
     @staticmethod
     def axes(tensor: Tensor) -> tuple[Axis, ...] | None:
@@ -115,10 +103,7 @@ def without_content(value):
 
 
 def shape_of_result(name: str, args: tuple) -> Tensor | tuple[Tensor, ...] | None:
-    """Return the result of an operation whose shape is plain, else None.
-
-    PyTorch itself takes up to milliseconds to find it, and imports its compiler and a computer algebra system at the first call.
-    """
+    """Return the result of an operation whose shape is plain, else None. PyTorch itself takes up to milliseconds to find it."""
     x = args[0]
     if name in _SAME_SHAPE:
         return x if name.endswith("_") else torch.empty(x.shape, dtype=x.dtype, device="meta")
@@ -129,37 +114,7 @@ def shape_of_result(name: str, args: tuple) -> Tensor | tuple[Tensor, ...] | Non
         return tuple(x.new_empty(shape) for shape in (x.shape, 0, 0))
     if name.startswith("upsample") and args[1] is not None:
         return x.new_empty((*x.shape[:2], *args[1]))
-<<<<<<< HEAD
     return _SHAPES[name](*args) if name in _SHAPES else None
-=======
-    if name in ("mm", "addmm_") and args[-2].shape[1] == len(args[-1]):
-        shape = len(args[-2]), args[-1].shape[1]
-        if name == "mm":
-            return torch.empty(shape, dtype=x.dtype, device="meta")
-        return x if x.shape == shape else None
-    if name == "convolution":
-        return _shape_of_convolution(*args)
-    if name == "cat" and len(args) > 1:
-        axis = args[1]
-        others = {(one.dtype, *one.shape[:axis], *one.shape[axis:][1:]) for one in x}
-        if len(others) == 1:
-            return x[0].new_empty((*x[0].shape[:axis], sum(one.shape[axis] for one in x), *x[0].shape[axis:][1:]))
-    return None
-
-
-def _shape_of_convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups) -> Tensor | None:
-    # The result of a flat image may be stored channels last.
-    plain = x.dtype == weight.dtype and (x.ndim == 5 or x.is_contiguous()) and not transposed
-    if not plain or x.ndim != weight.ndim or x.shape[1] != groups * weight.shape[1]:
-        return None
-    along = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation)
-    sizes = [(n + 2 * pad - far * (k - 1) - 1) // step + 1 for n, k, step, pad, far in along]
-    return torch.empty(len(x), len(weight), *sizes, dtype=x.dtype, device="meta") if min(sizes) > 0 else None
-
-
-def _are_alike(x: Tensor, y: object) -> bool:
-    return isinstance(y, Tensor) and y.shape == x.shape and y.dtype == x.dtype
->>>>>>> waits
 
 
 def _along(rule: Callable, *arguments: Sequence) -> tuple:

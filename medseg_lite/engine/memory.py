@@ -17,11 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-<<<<<<< HEAD
 from .geometry import WithoutContent, shape_of_result, without_content
-=======
-from .geometry import ShapeMode, shape_of_result, without_content
->>>>>>> waits
 from .tracing import evaluating
 
 # Functions that autocast runs in half precision on a GPU, and those that it runs in float32. Others take what they are given.
@@ -67,11 +63,7 @@ def measure(
     return Need(count.total if gradients else count.most, count.largest)
 
 
-<<<<<<< HEAD
 class _Count(WithoutContent):
-=======
-class _Count(ShapeMode):
->>>>>>> waits
     """A mode in which operations find nothing but the shapes of their results, whose bytes are counted while they live."""
 
     def __init__(self):
