@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,8 +10,7 @@ from torch import Tensor, nn
 
 from ..arrays import as_image, as_tensor
 from ..volume import Case
-from .gaussian import GridGaussian, unflatten
-from .permutohedral import Permutohedral
+from .kernels import Prepared, Voxels, check_finite, take_voxels
 
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 UNITS = ("voxels", "mm")
@@ -123,13 +119,16 @@ class DenseCRF(nn.Module):
         """
         logits = logits if logits.is_floating_point() else logits.float()
         _check_shapes(logits, image, mask)
+        self._check_device("logits", logits)
         if prepared is None:
             prepared = [self.prepare(x, None if mask is None else mask[b], spacing=spacing) for b, x in enumerate(image)]
         elif isinstance(prepared, Prepared):
             prepared = [prepared]
         if len(prepared) != len(logits):
             raise ValueError(f"prepared is for {len(prepared)} images; the batch has {len(logits)}")
-        return torch.stack([self._refine_one(one, field) for one, field in zip(logits, prepared, strict=True)])
+        # A network around this layer may compute in half precision, which knows neither lattice cells nor small differences.
+        with torch.autocast(logits.device.type, enabled=False):
+            return torch.stack([self._refine_one(one, field) for one, field in zip(logits, prepared, strict=True)])
 
     @torch.no_grad()
     def refine(
@@ -162,52 +161,51 @@ class DenseCRF(nn.Module):
             spacing = case.spacing if self.units == "mm" else None
             prepared = self.prepare(as_tensor(case.image).to(device), mask, spacing=spacing)
         _check_grid(prepared, case.shape)
-        index = prepared.index.to("cpu")
+        self._check_device("prepared", prepared.voxels.index)
+        index = prepared.voxels.index.to("cpu")
         inside = torch.index_select(values.flatten(1), 1, index).to(device, torch.float32)
-        _check_finite("probabilities", inside)
-        if inside.numel() and (inside.min() < -1e-3 or inside.max() > 1 + 1e-3):
+        check_finite("probabilities", inside)
+        low, high = map(float, inside.aminmax()) if inside.numel() else (0.0, 1.0)
+        if low < -1e-3 or high > 1 + 1e-3:
             raise ValueError(
-                f"probabilities reach from {inside.min():.3g} to {inside.max():.3g}; expected 0 to 1 (for logits, call the CRF)"
+                f"probabilities reach from {low:.3g} to {high:.3g}; expected 0 to 1 (for logits, call the CRF)"
             )
-        refined = self._mean_field(inside.clamp_(min=clip).log_(), prepared).softmax(0)
+        refined = self.mean_field(inside.clamp_(min=clip).log_(), prepared).softmax(0)
         result = values.flatten(1).to(torch.float32, copy=True)
         return result.index_copy_(1, index, refined.to(result)).view(values.shape).numpy()
 
     def prepare(self, image: Tensor, mask: Tensor | None = None, *, spacing: Sequence[float] | None = None) -> Prepared:
         """Build both kernels of one image `(C, *space)`; they do not depend on the segmentation, the weights or μ."""
+        return self.prepare_voxels(take_voxels(image, mask), spacing=spacing)
+
+    def prepare_voxels(self, voxels: Voxels, *, spacing: Sequence[float] | None = None) -> Prepared:
+        """Build both kernels for voxels that were taken from an image, so that CRFs with other sigmas can share them."""
         self._check_values()
-        kind = torch.float64 if image.dtype == torch.float64 else torch.float32
-        image = image.detach().to(kind)  # no gradient flows to it
-        dims = image.ndim - 1
-        scale = image.new_ones(dims, dtype=torch.float32)
+        self._check_device("image", voxels.intensities)
+        dims, kind = len(voxels.shape), voxels.intensities.dtype
+        scale = voxels.intensities.new_ones(dims, dtype=torch.float32)
         if self.units == "mm":
             if spacing is None:
                 raise ValueError('units="mm" needs the spacing of the voxels: give spacing=(...), in mm along each axis')
-            scale = torch.as_tensor(spacing, dtype=torch.float32, device=image.device)
+            scale = torch.as_tensor(spacing, dtype=torch.float32, device=scale.device)
             if scale.shape != (dims,) or not (scale > 0).all():
                 raise ValueError(f"spacing={tuple(spacing)}; expected {dims} positive numbers")
-        inside = torch.ones(image.shape[1:], dtype=torch.bool) if mask is None else mask.bool()
-        index = inside.flatten().nonzero()[:, 0].to(image.device)
-        if not tuple(inside.shape) == tuple(image.shape[1:]):
-            raise ValueError(f"mask has shape {tuple(inside.shape)}; expected {tuple(image.shape[1:])}, as the image")
-        intensities = torch.index_select(image.flatten(1), 1, index)
-        _check_finite("image", intensities)
         sigmas = [
             _expand("smoothness_sigma", self.smoothness_sigma, dims, "spatial axes").to(kind) / scale,
             _expand("appearance_sigma", self.appearance_sigma, dims, "spatial axes").to(kind) / scale,
-            _expand("intensity_sigma", self.intensity_sigma, len(image), "channels").to(kind),
+            _expand("intensity_sigma", self.intensity_sigma, len(voxels.intensities), "channels").to(kind),
         ]
-        return Prepared(index, tuple(image.shape[1:]), intensities, *sigmas, self.normalization)
+        return Prepared(voxels, *sigmas, self.normalization)
 
     def _refine_one(self, logits: Tensor, prepared: Prepared) -> Tensor:
         _check_grid(prepared, logits.shape[1:])
-        flat = logits.flatten(1)
-        inside = torch.index_select(flat, 1, prepared.index)
-        _check_finite("logits", inside)
-        refined = self._mean_field(inside, prepared).log_softmax(0)
-        return flat.index_copy(1, prepared.index, refined.to(logits.dtype)).view(logits.shape)
+        flat, index = logits.flatten(1), prepared.voxels.index
+        inside = torch.index_select(flat, 1, index)
+        check_finite("logits", inside)
+        refined = self.mean_field(inside, prepared).log_softmax(0)
+        return flat.index_copy(1, index, refined.to(logits.dtype)).view(logits.shape)
 
-    def _mean_field(self, unary: Tensor, prepared: Prepared) -> Tensor:
+    def mean_field(self, unary: Tensor, prepared: Prepared) -> Tensor:
         """Compute logits of Q `(K, N)` from log P `(K, N)`, both up to a constant.
 
         Only differences between labels matter, so everything is kept relative to the last label, and filtering, the costly part,
@@ -215,7 +213,7 @@ class DenseCRF(nn.Module):
         E(l) - E(K) = Σ_l' (μ(l, l') - μ(K, l')) D(l') + r(l) F(K), where r sums a row of that matrix. F(K) follows from the
         filtered constant 1 = Σ Q.
         """
-        classes, kind = len(unary), prepared.intensities.dtype
+        classes, kind = len(unary), prepared.voxels.intensities.dtype
         unary = unary.to(kind)
         if classes == 1 or not unary.shape[1]:
             return unary
@@ -259,6 +257,13 @@ class DenseCRF(nn.Module):
                     z = z - uneven * (constant - filtered.sum(0, keepdim=True)) / classes
         return torch.cat([z, zero])
 
+    def _check_device(self, name: str, values: Tensor) -> None:
+        here = self.smoothness_weight.device
+        if values.device != here:
+            raise ValueError(
+                f"{name}: on device {values.device}, but the CRF is on {here}; move it there with crf.to({str(values.device)!r})"
+            )
+
     def _check_values(self) -> None:
         sigmas = {
             "smoothness_sigma": self.smoothness_sigma,
@@ -272,114 +277,10 @@ class DenseCRF(nn.Module):
             if value.ndim or not torch.isfinite(value):
                 raise ValueError(f"{name}={value.tolist()}; expected one finite number")
         if self.compatibility is not None:
-            _check_finite("compatibility", self.compatibility.detach())
+            check_finite("compatibility", self.compatibility.detach())
 
     def extra_repr(self) -> str:
         return f"iterations={self.iterations}, units={self.units!r}, normalization={self.normalization!r}"
-
-
-@dataclass(eq=False)
-class Prepared:
-    """Both kernels of one image; each is built when it is first needed.
-
-    Attributes:
-        index: positions in the flattened grid of the voxels that take part, `(N,)`.
-        shape: size of the grid.
-        intensities: values of the channels at these voxels, `(C, N)`; everything is computed in their type.
-        smoothness_sigma, appearance_sigma: standard deviations in voxels, one for each axis.
-        intensity_sigma: standard deviations of the intensities, one for each channel.
-        normalization: as in `DenseCRF`.
-    """
-
-    index: Tensor
-    shape: tuple[int, ...]
-    intensities: Tensor
-    smoothness_sigma: Tensor
-    appearance_sigma: Tensor
-    intensity_sigma: Tensor
-    normalization: str
-
-    @functools.cached_property
-    def smoothness(self) -> Kernel:
-        """The smoothness kernel k₁; calling it filters `(c, N)`."""
-        grid = GridGaussian(self.index, self.shape, self.smoothness_sigma)
-        return Kernel(grid.filter, self.intensities.new_ones(1, len(self.index)), self.normalization)
-
-    @functools.cached_property
-    def appearance(self) -> Kernel:
-        """The appearance kernel k₂; calling it filters `(c, N)`."""
-        positions = unflatten(self.index, self.shape)
-        sigmas = torch.cat([self.appearance_sigma, self.intensity_sigma])
-        features = self.intensities.new_empty(len(sigmas), len(self.index))
-        for row, sigma, values in zip(features, sigmas.detach(), (*positions, *self.intensities)):
-            torch.div(values, sigma, out=row)
-        lattice = Permutohedral(features)
-        if sigmas.requires_grad:
-            # The same features as a function of the sigmas, for gradients.
-            features = features * (sigmas.detach() / sigmas)[:, None]
-
-            def filter(signal: Tensor) -> Tensor:
-                return _LatticeFilter.apply(signal, features, lattice)
-        else:
-            del features
-
-            def filter(signal: Tensor) -> Tensor:
-                return _LatticeFilter.apply(signal, None, lattice)
-
-        return Kernel(filter, self.intensities.new_ones(1, len(self.index)), self.normalization)
-
-
-class Kernel:
-    """A filter K with its normalisation."""
-
-    def __init__(self, filter: Callable[[Tensor], Tensor], ones: Tensor, normalization: str) -> None:
-        self._filter, self._ones, self._before, self._after = filter, ones, None, None
-        if normalization == "symmetric":
-            self._before = self._after = (filter(ones) + 1e-20).rsqrt()
-        elif normalization == "before":
-            self._before = 1 / (filter(ones) + 1e-20)
-        elif normalization == "after":
-            self._after = 1 / (filter(ones) + 1e-20)
-
-    @functools.cached_property
-    def filtered_ones(self) -> Tensor:
-        """The filtered constant 1, `(1, N)`."""
-        return self(self._ones)
-
-    def __call__(self, signal: Tensor) -> Tensor:
-        return self.add(self._ones.new_zeros(()), signal, self._ones.new_ones(()))
-
-    def add(self, total: Tensor, signal: Tensor, weight: Tensor) -> Tensor:
-        """Return total + weight K signal, in few passes over memory."""
-        if self._before is not None:
-            signal = signal * self._before
-        return torch.addcmul(total, self._filter(signal), weight if self._after is None else weight * self._after)
-
-
-class _LatticeFilter(torch.autograd.Function):
-    """The lattice as a differentiable operation on the signal `(c, N)` and, if there are any, on the features `(d, N)`."""
-
-    @staticmethod
-    def forward(ctx, signal: Tensor, features: Tensor | None, lattice: Permutohedral) -> Tensor:
-        result = lattice.filter(signal.detach())
-        ctx.lattice = lattice
-        ctx.save_for_backward(*((signal, features, result) if features is not None else ()))
-        return result
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        lattice = ctx.lattice
-        back = lattice.filter(gradient.contiguous(), transpose=True)
-        if not ctx.needs_input_grad[1]:
-            return back, None, None
-        # The lattice is piecewise linear in the features, so its own slope says little. The Gaussian that it approximates has
-        # ∂k(f_i, f_j)/∂f_i = -k (f_i - f_j), and the sums of that over j are filters again.
-        signal, features, result = ctx.saved_tensors
-        slope = torch.empty_like(features)
-        for out, f in zip(slope, features - features.mean(1, keepdim=True)):
-            out.copy_((gradient * (lattice.filter(f * signal) - f * result)).sum(0))
-            out.add_((signal * (lattice.filter(f * gradient, transpose=True) - f * back)).sum(0))
-        return back, slope, None
 
 
 def whole_tumour(crf: DenseCRF, probabilities: np.ndarray, case: Case, *, prepared: Prepared | None = None) -> np.ndarray:
@@ -430,18 +331,11 @@ def _check_shapes(logits: Tensor, image: Tensor, mask: Tensor | None) -> None:
 
 
 def _check_grid(prepared: Prepared, shape: Sequence[int]) -> None:
-    if tuple(prepared.shape) != tuple(shape):
+    if prepared.voxels.shape != tuple(shape):
         raise ValueError(
-            f"prepared is for an image of {tuple(prepared.shape)} voxels; the segmentation has {tuple(shape)}. "
+            f"prepared is for an image of {prepared.voxels.shape} voxels; the segmentation has {tuple(shape)}. "
             "Prepare each image separately"
         )
-
-
-def _check_finite(name: str, values: Tensor) -> None:
-    values = values.detach()
-    if not math.isfinite(float(values.sum())) and not torch.isfinite(values).all():
-        bad = int((~torch.isfinite(values)).sum())
-        raise ValueError(f"{name}: {bad} of {values.numel()} values are NaN or infinite; repair or mask them before the CRF")
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
