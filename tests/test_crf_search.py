@@ -180,15 +180,15 @@ def refined(monkeypatch):
     class Refined:
         count, stop_at = 0, None
 
-    original = DenseCRF.refine
+    original = DenseCRF.mean_field
 
-    def refine(self, *args, **options):
+    def mean_field(self, *args, **options):
         Refined.count += 1
         if Refined.count == Refined.stop_at:
             raise KeyboardInterrupt
         return original(self, *args, **options)
 
-    monkeypatch.setattr(DenseCRF, "refine", refine)
+    monkeypatch.setattr(DenseCRF, "mean_field", mean_field)
     return Refined
 
 

@@ -14,6 +14,7 @@ from .kernels import Prepared, Voxels, check_finite, take_voxels
 
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 UNITS = ("voxels", "mm")
+CLIP = 1e-5  # least probability
 
 
 class DenseCRF(nn.Module):
@@ -137,7 +138,7 @@ class DenseCRF(nn.Module):
         case: Case,
         *,
         inside_mask: bool = True,
-        clip: float = 1e-5,
+        clip: float = CLIP,
         prepared: Prepared | None = None,
     ) -> np.ndarray:
         """Refine the probabilities `(K, D, H, W)` that `inference.predict` returns for a case.
@@ -162,17 +163,10 @@ class DenseCRF(nn.Module):
             prepared = self.prepare(as_tensor(case.image).to(device), mask, spacing=spacing)
         _check_grid(prepared, case.shape)
         self._check_device("prepared", prepared.voxels.index)
-        index = prepared.voxels.index.to("cpu")
-        inside = torch.index_select(values.flatten(1), 1, index).to(device, torch.float32)
-        check_finite("probabilities", inside)
-        low, high = map(float, inside.aminmax()) if inside.numel() else (0.0, 1.0)
-        if low < -1e-3 or high > 1 + 1e-3:
-            raise ValueError(
-                f"probabilities reach from {low:.3g} to {high:.3g}; expected 0 to 1 (for logits, call the CRF)"
-            )
-        refined = self.mean_field(inside.clamp_(min=clip).log_(), prepared).softmax(0)
+        with torch.autocast(device.type, enabled=False):
+            refined = self.mean_field(log_inside(values, prepared.voxels, clip), prepared).softmax(0)
         result = values.flatten(1).to(torch.float32, copy=True)
-        return result.index_copy_(1, index, refined.to(result)).view(values.shape).numpy()
+        return result.index_copy_(1, prepared.voxels.index.to("cpu"), refined.to(result)).view(values.shape).numpy()
 
     def prepare(self, image: Tensor, mask: Tensor | None = None, *, spacing: Sequence[float] | None = None) -> Prepared:
         """Build both kernels of one image `(C, *space)`; they do not depend on the segmentation, the weights or μ."""
@@ -309,6 +303,17 @@ def whole_tumour(crf: DenseCRF, probabilities: np.ndarray, case: Case, *, prepar
     if case.mask is None:
         return labels
     return np.where(case.mask, labels, probabilities.argmax(0).astype(np.uint8))
+
+
+def log_inside(probabilities: Tensor, voxels: Voxels, clip: float) -> Tensor:
+    """Return the logarithms of probabilities `(K, *space)`, raised to `clip` at least, at the voxels that take part: `(K, N)`."""
+    inside = torch.index_select(probabilities.flatten(1), 1, voxels.index.to(probabilities.device))
+    inside = inside.to(voxels.index.device, torch.float32)
+    check_finite("probabilities", inside)
+    low, high = map(float, inside.aminmax()) if inside.numel() else (0.0, 1.0)
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(f"probabilities reach from {low:.3g} to {high:.3g}; expected 0 to 1 (for logits, call the CRF)")
+    return inside.clamp_(min=clip).log_()
 
 
 def _expand(name: str, sigma: Tensor, count: int, what: str) -> Tensor:

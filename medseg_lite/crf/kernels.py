@@ -72,6 +72,15 @@ class Prepared:
     intensity_sigma: Tensor
     normalization: str
 
+    def take_kernels(self, other: Prepared) -> None:
+        """Use the kernels that have been built for the same voxels and the same standard deviations."""
+        built = vars(other)
+        if "smoothness" in built and torch.equal(self.smoothness_sigma, other.smoothness_sigma):
+            self.smoothness = other.smoothness
+        same = torch.equal(self.appearance_sigma, other.appearance_sigma)
+        if "appearance" in built and same and torch.equal(self.intensity_sigma, other.intensity_sigma):
+            self.appearance = other.appearance
+
     @property
     def ones(self) -> Tensor:
         """The signal that is 1 everywhere, `(1, N)`."""

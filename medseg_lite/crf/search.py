@@ -5,21 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm import tqdm
 
-from ..arrays import as_array, as_tensor
+from ..arrays import as_array, as_image, as_tensor
+from ..devices import find_device
 from ..metrics import dice
 from ..paths import atomic_write
 from ..plain import make_plain
 from ..statistics import TTest, paired_t_test
 from ..volume import Case
-from .dense import DenseCRF, whole_tumour
+from .dense import CLIP, DenseCRF, log_inside
+from .kernels import Prepared, take_voxels
 
 # Ranges of the parameters, drawn uniformly in the logarithm. Sigmas are in voxels and in standard deviations of intensity.
 SPACE = {
@@ -68,12 +72,14 @@ def search(
     space: Mapping[str, tuple[float, float]] = SPACE,
     seed: int = 0,
     folder: str | Path | None = None,
+    device: str | torch.device = "cpu",
     progress: bool = True,
     **fixed,
 ) -> Search:
     """Try random parameters and score each set by the mean Dice of the foreground over the cases.
 
-    The kernels depend only on the sigmas, so each draw of sigmas serves several draws of weights. With more than two classes
+    The kernels depend only on the sigmas, so each draw of sigmas serves several draws of weights. What no searched parameter
+    changes is computed once for each case. With more than two classes
     the paper's recipe for tumours is searched (`whole_tumour`), and the foreground is the whole tumour.
 
     Args:
@@ -84,6 +90,8 @@ def search(
         space: range of each parameter that is searched. Values are drawn uniformly in their logarithm.
         seed: seed of the draws.
         folder: where finished trials are stored. The same call on the same data resumes from there.
+        device: where the CRFs compute. On the CPU as many trials run side by side as PyTorch has threads; the results do not
+            depend on how many that are.
         progress: whether to show a bar.
         **fixed: parameters of `DenseCRF` that are not searched, such as `iterations` or `units`.
 
@@ -91,6 +99,7 @@ def search(
     Taught in notebook 05.
     """
     _check(cases, probabilities, trials, weights_per_lattice, space, fixed)
+    device = find_device(str(device))
     trials, weights_per_lattice, seed = int(trials), int(weights_per_lattice), int(seed)
     names = [case.name for case in cases]
     base_scores = [_dice(as_array(p).argmax(0) > 0, case) for case, p in zip(cases, probabilities)]
@@ -106,15 +115,27 @@ def search(
     file = None if folder is None else _file_for(question, Path(folder))
     done = {} if file is None else _load(file)
     drawn = [_draw(space, seed, t, weights_per_lattice) for t in range(trials)]
+    groups = [
+        [t for t in range(g, min(g + weights_per_lattice, trials)) if t not in done]
+        for g in range(0, trials, weights_per_lattice)
+    ]
+    groups = [group for group in groups if group]
+    problems = [_Problem(case, p, device) for case, p in zip(cases, probabilities)] if groups else []
+
+    def score(job: tuple[list[int], _Problem]) -> list[float]:
+        group, problem = job
+        return problem.score([DenseCRF(**drawn[t], **fixed, learn=()).to(device) for t in group])
+
     bar = tqdm(total=trials, initial=sum(t in done for t in range(trials)), desc="CRF search", disable=not progress)
-    for group in range(0, trials, weights_per_lattice):
-        todo = [t for t in range(group, min(group + weights_per_lattice, trials)) if t not in done]
-        if todo:
-            crfs = [DenseCRF(**drawn[t], **fixed, learn=()) for t in todo]
-            done |= dict(zip(todo, _score(crfs, cases, probabilities)))
-            if file is not None:
-                _store(file, question | {"dice": done})
-            bar.update(len(todo))
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    results = _side_by_side(score, [(group, problem) for group in groups for problem in problems], threads)
+    for group in groups:
+        by_case = [next(results) for _ in problems]
+        done |= dict(zip(group, map(list, zip(*by_case))))
+        if file is not None:
+            _store(file, question | {"dice": done})
+        bar.update(len(group))
+    results.close()
     bar.close()
 
     scores = pd.DataFrame([done[t] for t in range(trials)], columns=names)
@@ -127,19 +148,49 @@ def search(
     return Search(table, scores, baseline)
 
 
-def _score(crfs: Sequence[DenseCRF], cases: Sequence[Case], probabilities: Sequence[np.ndarray]) -> list[list[float]]:
-    """Return the Dice of every case for each of several CRFs, which have the same sigmas and so share a lattice per case."""
-    scores = [[] for _ in crfs]
-    for case, p in zip(cases, probabilities):
+class _Problem:
+    """One case of the search: what all trials on it share."""
+
+    def __init__(self, case: Case, probabilities: np.ndarray, device: torch.device) -> None:
+        p = as_image(probabilities, "probabilities")
+        self._foreground = p.argmax(0) > 0
+        self._truth, self._spacing = case.label > 0, case.spacing
         mask = None if case.mask is None else as_tensor(case.mask)
-        prepared = crfs[0].prepare(as_tensor(case.image), mask, spacing=case.spacing if crfs[0].units == "mm" else None)
-        for row, crf in zip(scores, crfs):
-            if len(p) > 2:
-                found = whole_tumour(crf, p, case, prepared=prepared)
-            else:
-                found = crf.refine(p, case, prepared=prepared).argmax(0)
-            row.append(_dice(found > 0, case))
-    return scores
+        self._voxels = take_voxels(as_tensor(case.image).to(device), mask)
+        # With several classes tumour against background is refined, as `whole_tumour` does.
+        p = p if len(p) == 2 else np.stack([p[0], 1 - p[0]])
+        self._log_p = log_inside(as_tensor(p), self._voxels, CLIP)
+        self._index = self._voxels.index.cpu().numpy()
+        self._last: Prepared | None = None
+
+    def score(self, crfs: Sequence[DenseCRF]) -> list[float]:
+        """Return the Dice of several CRFs that have the same sigmas and so share a lattice."""
+        prepared = crfs[0].prepare_voxels(self._voxels, spacing=self._spacing if crfs[0].units == "mm" else None)
+        if self._last is not None:
+            prepared.take_kernels(self._last)
+        scores = []
+        for crf in crfs:
+            with torch.no_grad():
+                refined = crf.mean_field(self._log_p, prepared)
+            found = self._foreground.copy()
+            found.reshape(-1)[self._index] = (refined[1] > refined[0]).cpu().numpy()
+            scores.append(float(dice(found, self._truth)))
+        self._last = prepared
+        return scores
+
+
+def _side_by_side(function: Callable, jobs: Sequence, threads: int) -> Iterator:
+    """Yield the results of a function of each job, in their order; several jobs run at a time, with one thread for each."""
+    before = torch.get_num_threads()
+    # Threads that PyTorch meets for the first time take this number. It is 1 for a single job too: sums depend on it a little.
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(threads) if threads > 1 else None
+    try:
+        yield from map(function, jobs) if pool is None else pool.map(function, jobs)
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
 
 
 def _file_for(question: Mapping, folder: Path) -> Path:
