@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 # Images with fewer voxels are filtered by PyTorch alone. It needs less time for them than Numba needs to compile.
-LARGE = 2**16
+LARGE = 2**15
 _lock = threading.Lock()
 
 

@@ -161,8 +161,7 @@ class DenseCRF(nn.Module):
             mask = as_tensor(case.mask) if inside_mask and case.mask is not None else None
             spacing = case.spacing if self.units == "mm" else None
             prepared = self.prepare(as_tensor(case.image).to(device), mask, spacing=spacing)
-        _check_grid(prepared, case.shape)
-        self._check_device("prepared", prepared.voxels.index)
+        self._check_prepared(prepared, case.shape)
         with torch.autocast(device.type, enabled=False):
             refined = self.mean_field(log_inside(values, prepared.voxels, clip), prepared).softmax(0)
         result = values.flatten(1).to(torch.float32, copy=True)
@@ -192,7 +191,7 @@ class DenseCRF(nn.Module):
         return Prepared(voxels, *sigmas, self.normalization)
 
     def _refine_one(self, logits: Tensor, prepared: Prepared) -> Tensor:
-        _check_grid(prepared, logits.shape[1:])
+        self._check_prepared(prepared, logits.shape[1:])
         flat, index = logits.flatten(1), prepared.voxels.index
         inside = torch.index_select(flat, 1, index)
         check_finite("logits", inside)
@@ -257,6 +256,14 @@ class DenseCRF(nn.Module):
             raise ValueError(
                 f"{name}: on device {values.device}, but the CRF is on {here}; move it there with crf.to({str(values.device)!r})"
             )
+
+    def _check_prepared(self, prepared: Prepared, shape: Sequence[int]) -> None:
+        if prepared.voxels.shape != tuple(shape):
+            raise ValueError(
+                f"prepared is for an image of {prepared.voxels.shape} voxels; the segmentation has {tuple(shape)}. "
+                "Prepare each image separately"
+            )
+        self._check_device("prepared", prepared.voxels.index)
 
     def _check_values(self) -> None:
         sigmas = {
@@ -333,14 +340,6 @@ def _check_shapes(logits: Tensor, image: Tensor, mask: Tensor | None) -> None:
     for name, found in (("image", (image.shape[0], *image.shape[2:])), ("mask", None if mask is None else tuple(mask.shape))):
         if found is not None and found != expected:
             raise ValueError(f"{name} is on the grid (batch, *space) = {found}; the logits are on {expected}")
-
-
-def _check_grid(prepared: Prepared, shape: Sequence[int]) -> None:
-    if prepared.voxels.shape != tuple(shape):
-        raise ValueError(
-            f"prepared is for an image of {prepared.voxels.shape} voxels; the segmentation has {tuple(shape)}. "
-            "Prepare each image separately"
-        )
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
