@@ -76,7 +76,10 @@ def measure_notebook() -> dict[str, list[float]]:
     del notebook.cells[has_picture.index(True) + 1 :]
     times = "import os\nimport resource\nprint(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))"
     notebook.cells.append(nbformat.v4.new_code_cell(times))
-    client, clock = nbclient.NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": path.parent}}), Stopwatch()
+    client, clock = (
+        nbclient.NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": path.parent}}),
+        Stopwatch(),
+    )
     client.execute()
     return {"": [clock.read()[0], float(notebook.cells[-1].outputs[0].text)]}
 

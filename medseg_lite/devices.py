@@ -6,11 +6,13 @@ are named. Nobody has run the tests on one yet, so "auto" does not choose them.
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import torch
 
 from .paths import say
+
+MEMORY_FILE = Path("/proc/meminfo")  # on Linux
 
 # Parts of the messages that mean "this does not fit, try a smaller part". cuDNN's limit of 2³¹ numbers is one of them.
 _MEMORY_WORDS = (
@@ -92,8 +94,10 @@ def free_memory(device: torch.device) -> float | None:
     if device.type != "cpu":
         return None
     try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError, AttributeError):  # not on macOS or Windows
+        # Linux gives away the memory of cached files when it is asked for more.
+        lines = MEMORY_FILE.read_text(encoding="ascii").splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):  # not on macOS or Windows
         return None
 
 

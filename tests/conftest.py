@@ -79,7 +79,9 @@ def stir():
 
 @pytest.fixture
 def gpu(request, monkeypatch):
-    """A CUDA GPU: the real one where there is one, else a fake T4, or what `@pytest.mark.parametrize("gpu", ["A100"], indirect=True)` says.
+    """A CUDA GPU: the real one where there is one, else a fake T4, or the one that the test asks for:
+
+        @pytest.mark.parametrize("gpu", ["A100"], indirect=True)
 
     A real one counts nothing: `gpu.counted` is False. It computes float32 products in float32, as the fake one does.
     """

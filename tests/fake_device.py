@@ -1,28 +1,30 @@
 """A GPU in name only: tensors say "cuda:0" (or "mps:0"), hold real numbers, and are computed on the CPU.
 
-    with fake_device.cuda("T4") as gpu:              # or "L4", "A100", memory=2e9; fake_device.mps() for Apple's
+    with fake_device.cuda("T4") as gpu:     # or "L4", "A100", memory=2e9; fake_device.mps() for Apple's
         model = models.deepmedic(width=0.1).to("cuda")
         ...
-    gpu.syncs                                        # Counter: what made the CPU wait for the GPU
-    gpu.used, gpu.peak, gpu.reserved                 # bytes of tensors: now, at most, and what PyTorch would keep
-    gpu.flops, gpu.bytes, gpu.launches               # Counters of work, by kind of number: "half", "float32", "float64", "other"
+    gpu.syncs                               # Counter: what made the CPU wait for the GPU
+    gpu.used, gpu.peak, gpu.reserved        # bytes of tensors: now, at most, and what PyTorch would keep
+    gpu.flops, gpu.bytes, gpu.launches      # Counters of work, by kind of number: "half", "float32", "float64", "other"
 
-With `cuda(compute=False)`, convolutions and matrix products return zeros of the right shape, type and device, forward and backward,
-and everything else is computed. Networks of full width then run in seconds. Their work is counted all the same.
+With `cuda(compute=False)`, convolutions and matrix products return zeros of the right shape, type and device, forward and
+backward, and everything else is computed. Networks of full width then run in seconds. Their work is counted all the same.
 
 What it catches: tensors of two devices in one operation; `.numpy()` of a GPU tensor; random numbers of the GPU that are not
 restored; the number types that autocast chooses, with half precision's rounding and overflow; tensors that do not fit (an
 OutOfMemoryError); numbers that are read back too often; float64 on an Apple GPU; a second GPU that is not there.
 
-What it cannot see: speed; cuDNN, the memory that it works in, and TF32; assertions inside kernels; kernels that a GPU lacks for a
-type; streams, and copies to the GPU that wait; NCCL; torch.compile. It differs from CUDA in these points: dropout makes three
-launches, not one; copies of a tensor's memory by `data_ptr` and safetensors need `.cpu()` first; a mask as index that sets a single
-number counts as no wait, because PyTorch fills by mask then; a network cannot be moved while a result of it waits for its gradient.
+What it cannot see: speed; cuDNN, the memory that it works in, and TF32; assertions inside kernels; kernels that a GPU lacks
+for a type; streams, and copies to the GPU that wait; NCCL; torch.compile; autocast on an Apple GPU. It differs from CUDA in
+these points: dropout makes three launches, not one; `data_ptr` and safetensors need `.cpu()` first; `tensor.data` cannot be
+set; a mask as index that sets a single number counts as no wait, because PyTorch fills by mask then; a network cannot be moved
+while a result of it waits for its gradient.
 
-How it works: a tensor is a wrapper around a CPU tensor. For Python it is on "cuda:0". For PyTorch's C++ code it is of the kind "xla",
-which has no streams (autograd would ask CUDA for them) and which CUDA's autocast accepts. A dispatch mode catches what is made on
-the GPU or sent there. PyTorch refuses kinds of devices without a device guard, so an empty guard is registered for them. It stays
-registered after the block, where nothing else of PyTorch stays changed. It needs PyTorch 2.9 on Linux or macOS.
+How it works: a tensor is a wrapper around a CPU tensor. For Python it is on "cuda:0". For PyTorch's C++ code it is of the kind
+"xla", which has no streams (autograd would ask CUDA for them) and which CUDA's autocast accepts. A dispatch mode catches what
+is made on the GPU or sent there. PyTorch refuses kinds of devices without a device guard, so an empty guard is registered for
+them. It stays registered after the block, where asking for a GPU gives another error than before; nothing else of PyTorch
+stays changed. It needs PyTorch 2.9 on Linux or macOS.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float32"
 CPU, XLA = torch.device("cpu"), torch.device("xla", 0)
 aten = torch.ops.aten
 
-# In half precision these are computed in float32 and rounded, because a GPU adds up in float32. Zeros where nothing is computed.
+# In half precision these are computed in float32 and rounded, because a GPU adds up in float32.
 PRODUCTS = {getattr(aten, name) for name in "convolution convolution_backward mm addmm bmm baddbmm mv addmv dot".split()}
 COPIES = {aten.copy_, aten._to_copy, aten._foreach_copy_}  # from one device to another
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}  # indices may lie on the CPU
@@ -68,7 +70,7 @@ class Gpu:
 
     Attributes:
         name, capability, memory: as PyTorch tells them; memory in bytes.
-        counted: whether the attributes below mean something. They do not on a real GPU (see `conftest.gpu`).
+        counted: whether there are the attributes below. A real GPU has none (see `conftest.gpu`).
         syncs: number of times the CPU waited for the GPU, by reason.
         flops, bytes, launches: floating-point operations of products and convolutions, bytes read and written, and kernels
             started, by kind of number.
@@ -195,13 +197,11 @@ def run(gpu: Gpu, func, args: tuple, kwargs: dict):
     generator = kwargs.get("generator")
     if wanted and generator is not None and generator._cdata not in gpu.generators:
         raise RuntimeError(f"Expected a '{gpu.device.type}' device type for generator but found 'cpu'")
-
     half = next((t.dtype for t in here if t.dtype in HALF), None) if func.overloadpacket in PRODUCTS else None
 
     def lower(t):
-        if not isinstance(t, FakeTensor):
-            return t
-        return t.elem.float() if half and t.dtype == half else t.elem
+        found = t.elem if isinstance(t, FakeTensor) else t
+        return found.float() if half and isinstance(t, FakeTensor) and t.dtype == half else found
 
     def lift(t):
         if not isinstance(t, torch.Tensor) or isinstance(t, FakeTensor):
@@ -305,8 +305,8 @@ def one_thread(gpu: Gpu) -> Iterator[None]:
 def install_guards(*kinds: str) -> None:
     """Register an empty device guard for kinds of devices.
 
-    PyTorch lets Python code register one for devices of the kind "privateuse1". The function that every backend calls when it is
-    loaded then registers the same object for another kind.
+    PyTorch lets Python code register one for devices of the kind "privateuse1". The function that every backend calls when it
+    is loaded then registers the same object for another kind.
     """
     path = next(iter((Path(torch.__file__).parent / "lib").glob("libc10.*")), None)
     try:

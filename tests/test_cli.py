@@ -410,9 +410,20 @@ def test_no_more_processes_than_folds(stand_ins):
     processes.check()
 
 
+def test_a_process_that_cannot_be_started(monkeypatch):
+    def fail(*_, **__):
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(_folds.subprocess, "Popen", fail)
+    processes = FoldProcesses(["train"], [{}, {}])
+    with pytest.raises(BlockingIOError, match="temporarily"):
+        processes([0, 1, 2])
+    assert not processes.running and processes.status == {0: None, 1: None, 2: None}
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_ctrl_c_reaches_every_fold_once_and_is_waited_for(stand_ins, capsys, name):
+def test_ctrl_c_reaches_every_fold_once_and_is_waited_for(stand_ins, monkeypatch, name):
     """A fold in training notes the first Ctrl-C, finishes its update and saves. A second one would stop it at once."""
     started = stand_ins(
         "import os, signal, sys, time\n"
@@ -426,22 +437,23 @@ def test_ctrl_c_reaches_every_fold_once_and_is_waited_for(stand_ins, capsys, nam
     )
     processes, before = FoldProcesses(["train"], [{}, {}]), signal.getsignal(signal.SIGTERM)
 
+    told: list[str] = []
+    monkeypatch.setattr(_folds, "say", told.append)
+
     def press():
         deadline = time.monotonic() + 60
         while len(told) < 2 and time.monotonic() < deadline:
-            told.extend(line for line in capsys.readouterr().out.splitlines() if "ready" in line)
             time.sleep(0.05)
         os.kill(os.getpid(), getattr(signal, name))
 
-    told: list[str] = []
     presser = threading.Thread(target=press)
     presser.start()
     with pytest.raises(KeyboardInterrupt, match="the same command goes on with every fold"):
         processes(range(5))
     presser.join()
-    lines = capsys.readouterr().out.splitlines()
-    assert sorted(told) == ["fold 0: ready True", "fold 1: ready True"]
-    assert sorted(lines[-2:]) == ["fold 0: saved after 1", "fold 1: saved after 1"]
+    assert sorted(told[:2]) == ["fold 0: ready True", "fold 1: ready True"]
+    assert told[2] == "stopping: every fold finishes its update and keeps its state"
+    assert sorted(told[3:]) == ["fold 0: saved after 1", "fold 1: saved after 1"]
     assert len(started) == 2 and processes.status == {0: 130, 1: 130, 2: None, 3: None, 4: None}
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -43,6 +43,13 @@ def test_a_gpu_without_kernels_is_said_and_not_chosen(monkeypatch, capsys):
         find_device("cuda")
 
 
+def test_memory_of_cached_files_counts_as_free(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "MEMORY_FILE", tmp_path / "meminfo")
+    assert free_memory(CPU) is None  # another system
+    devices.MEMORY_FILE.write_text("MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 5000 kB\n")
+    assert free_memory(CPU) == 5000 * 1024
+
+
 def test_memory_that_pytorch_keeps_counts_as_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 100))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)

@@ -70,6 +70,7 @@ CPU_MEETS_GPU = {
     "loss": lambda here, there: F.cross_entropy(there, here.argmax(1)),
     "value of an index": lambda here, there: there.__setitem__((slice(None), torch.tensor([0])), here[:, :1]),
     "gather": lambda here, there: there.gather(1, here.long()),
+    "a number as index": lambda here, there: there.index_select(0, torch.tensor(0)),
     "where": lambda here, there: torch.where(there > 0, here, 0.0),
 }
 
@@ -197,7 +198,7 @@ def test_random_numbers_of_its_own(t4):
     here = torch.rand(3).tolist()
     torch.manual_seed(5)
     there = draw()
-    assert there != here and torch.rand(3).tolist() == here  # the GPU's draw left the CPU's generator alone
+    assert there != here and draw() != there and torch.rand(3).tolist() == here  # the GPU's draw left the CPU's generator alone
     state, kept = torch.cuda.get_rng_state(), torch.get_rng_state()
     following = F.dropout(torch.ones(99, device="cuda")).tolist()
     assert torch.equal(torch.get_rng_state(), kept)
@@ -256,6 +257,9 @@ def test_memory_that_was_freed_is_kept_for_later():
         gc.collect()
         assert gpu.used == 0 and torch.cuda.memory_reserved() == 8000 and torch.cuda.mem_get_info() == (2000, 10_000)
         assert devices.free_memory(gpu.device) == 10_000
+        x = torch.ones(10, device="cuda")
+        assert torch.cuda.memory_reserved() == 8000
+        del x
         torch.cuda.empty_cache()
         assert torch.cuda.memory_reserved() == 0 and torch.cuda.mem_get_info() == (10_000, 10_000)
 
@@ -350,6 +354,31 @@ def test_products_may_be_left_out():
     assert np.any(y) and not np.any(zeros)
 
 
+def test_gradients_are_computed_where_they_are_asked_for(t4):
+    """Gradients in Python make tensors on the GPU too, whichever thread PyTorch would compute them in."""
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * torch.tensor(2.0, device="cuda")
+
+    x = torch.ones(3, device="cuda", requires_grad=True)
+    Double.apply(x).sum().backward()
+    assert x.grad.tolist() == [2, 2, 2]
+
+
+def test_the_numbers_of_a_tensor_are_not_exchanged_without_notice(t4):
+    x = nn.Parameter(torch.ones(3, device="cuda"))
+    x.data.mul_(2)
+    assert x.tolist() == [2, 2, 2]
+    with pytest.raises(AttributeError):
+        x.data = torch.zeros(3, device="cuda")
+
+
 # ------------------------------------------------------------------------------------- modules, files, threads, optimisers
 
 
@@ -376,6 +405,7 @@ def test_deep_copies_are_apart(t4):
         copy.deepcopy(net.weight * 2)
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # safetensors uses it
 def test_files(t4):
     x = torch.arange(3.0, device="cuda")
     file = io.BytesIO()
@@ -462,6 +492,7 @@ def test_nothing_stays_changed(kind):
 
     devices.find_device()  # reads what is made at its first use
     before = picture()
+    assert before[1] == (False, True, True)
     with contextlib.suppress(ZeroDivisionError), kind() as gpu:
         kept = nn.Linear(2, 2, device=gpu.device).weight
         assert picture() != before

@@ -230,6 +230,15 @@ def test_tiles_fit_a_small_gpu(network, noise_case, capsys, name, shape, options
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize(["kind", "tiles"], [("float16", 1), ("float32", 2)])
+def test_half_precision_takes_larger_tiles(network, noise_case, capsys, kind, tiles):
+    model, case = network("deep_plus"), noise_case((48, 30, 24))
+    need = measure(model, (1, 2, 64, 46, 40), torch.float16)
+    with fake_device.cuda(memory=2.1 * need.bytes), number_types(model.to("cuda")) as types:
+        inference.predict(model, case, precision=kind, progress=False)
+    assert len(types) == tiles and not capsys.readouterr().out
+
+
 def test_a_tile_that_does_not_fit_is_halved_also_after_an_overflow(network, noise_case, capsys):
     """A tile that fits in float16 may not fit in float32."""
     model, case = network("deep_plus"), noise_case((24, 20, 16))
@@ -237,8 +246,9 @@ def test_a_tile_that_does_not_fit_is_halved_also_after_an_overflow(network, nois
     expected = logits_of(model, case)
     half, single = (measure(model, (1, 2, 40, 36, 32), dtype).bytes for dtype in (torch.float16, torch.float32))
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    with fake_device.cuda(memory=weights + (half + 3 * single) / 4):
-        found = logits_of(model.to("cuda"), case, tile=24)
+    with fake_device.cuda(memory=weights + (half + 3 * single) / 4), number_types(model.to("cuda")) as types:
+        found = logits_of(model, case, tile=24)
+    assert types == [torch.float16, torch.float32, torch.float32]
     assert capsys.readouterr().out.splitlines() == [
         "noise: numbers too large for float16 (beyond 65504); going on in float32",
         "noise: out of memory with tiles of 24×20×16 voxels; trying 12×20×16, at the same result",

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import BinaryIO
 
@@ -98,18 +99,19 @@ class FoldProcesses:
         """
         self.waiting.extend(numbers)
         self.status = dict.fromkeys(numbers)
-        threads = [threading.Thread(target=self._work, args=(place,)) for place in self.places[: len(numbers)]]
         stopped = False
-        with _termination_as_ctrl_c():
-            for thread in threads:
-                thread.start()
-            while any(thread.is_alive() for thread in threads):
+        with _termination_as_ctrl_c(), ThreadPoolExecutor(len(self.places)) as pool:
+            works = pending = [pool.submit(self._work, place) for place in self.places[: len(numbers)]]
+            while pending:
                 try:
-                    for thread in threads:
-                        thread.join(1)  # in parts, because Windows hears of Ctrl-C only between them
+                    # Not `Thread.join`: in Python 3.11 it takes a thread for ended when Ctrl-C comes meanwhile.
+                    time.sleep(0.2)
+                    pending = [work for work in works if not work.done()]
                 except KeyboardInterrupt:
                     stopped = True
                     self._interrupt()
+            for work in works:
+                work.result()  # raises what went wrong when a process was to be started
         if stopped:
             raise KeyboardInterrupt("stopped; the same command goes on with every fold")
 

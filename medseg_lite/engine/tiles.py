@@ -24,11 +24,11 @@ from ..volume import Case, padded_region
 from .memory import Need, measure
 from .tracing import contract
 
-# Bytes that a patch may take on a CPU. With more, most networks compute little less, for a tile has little context around it.
+# Bytes that a patch may take on a CPU. With more, most networks compute little less, and the memory is missing elsewhere.
 CPU_WORKSPACE = 320e6
-# The same for a network that would compute much more than once then, because it sees far. A brain goes through Kayalibay's whole.
+# The most that they become where tiles would compute too much. A brain of 240×240×155 voxels goes through Kayalibay's network whole.
 PADDED_WORKSPACE = 4e9
-# Tiles that compute more than these times the least work are too small, for networks that pad and for others.
+# Times the least work that is too much, for networks that pad or work on slices, and for others.
 PADDED_WORK, VALID_WORK = 1.05, 2.0
 LARGEST_MAP = 2**31 - 1  # values in a tensor: many kernels count in 32 bits
 SLICES = 8  # slices that are measured at a time; more take as much each
@@ -189,10 +189,8 @@ def plan(
         # Full-resolution feature maps begin `reach` voxels outside the tile; what lies further out is only seen sub-sampled.
         seen = (*[(network.reach, network.reach)] * network.spatial_dims, *[(0, 0)] * flat)
         whole = whole._replace(context=seen)
-
     if _is_small(network, tiling._replace(size=whole.size).patch, workspace(device, CPU_WORKSPACE)):
         return tiling._replace(size=whole.size)
-
     measured = functools.cache(functools.partial(measure, runs or network, dtype=dtype, gradients=gradients))
 
     def need(size: tuple[int, ...]) -> Need:
@@ -200,9 +198,9 @@ def plan(
 
     # A network of slices, or one that pads, needs no context where whole slices, or the whole volume, fit.
     enough = whole.work * (PADDED_WORK if pads or flat else VALID_WORK)
-    most, last = CPU_WORKSPACE, PADDED_WORKSPACE if device.type == "cpu" else CPU_WORKSPACE
-    while (best := _fitted(whole, need, workspace(device, most))).work > enough and most < last:
-        most = min(2 * most, last)
+    most = CPU_WORKSPACE
+    while (best := _fitted(whole, need, workspace(device, most))).work > enough and most < PADDED_WORKSPACE:
+        most = min(2 * most, PADDED_WORKSPACE)
     return tiling._replace(size=best.size)
 
 
@@ -231,13 +229,12 @@ def _fitted(whole: Tiling, need: Callable[[tuple[int, ...]], Need], room: float)
 
 def _need(network: Network, patch: Sequence[int], measured: Callable[[tuple[int, ...]], Need | None]) -> Need:
     """Return the memory that a network takes for a patch."""
-    flat = network.spatial_dims == 2
-    slices = min(patch[2], SLICES) if flat else 1
+    slices = min(patch[2], SLICES) if network.spatial_dims == 2 else 1
     found = measured((slices, network.in_channels, *patch[: network.spatial_dims]))
     if found is None:  # not to be measured: its widest layer stands for it
         values = math.prod(patch) * max(_maps(network), default=2)
         return Need(6 * values, values)
-    return Need(*(n * patch[2] // slices for n in found)) if flat else found
+    return Need(*(n * patch[2] // slices for n in found)) if network.spatial_dims == 2 else found
 
 
 def _maps(network: Network) -> list[int]:
