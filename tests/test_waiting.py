@@ -97,7 +97,6 @@ FOUND = {  # operations whose shape is found without PyTorch
 LEFT = {  # those that are left to PyTorch, which may refuse them
     "too few channels": convolution(5, (3, 3, 3)),
     "a kernel larger than the image": convolution(6, (3, 3, 3), n=2),
-    "2-D, channels last": convolution(6, (3, 3), last=True),
     "a kernel of another type": convolution(6, (3, 3, 3), dtype=torch.float16),
     "factors that do not fit": ("mm", (torch.zeros(3, 4), torch.zeros(5, 4))),
     "a sum that does not fit": ("addmm_", (torch.zeros(2, 5), torch.zeros(3, 4), torch.zeros(4, 5))),

@@ -327,7 +327,12 @@ def _multiplied(a: Tensor, b: Tensor) -> Tensor | None:
     return torch.empty((len(a), b.shape[1]), dtype=a.dtype, device="meta") if a.shape[1] == len(b) else None
 
 
+def _added(x: Tensor, a: Tensor, b: Tensor, **_) -> Tensor | None:
+    return x if a.shape[1] == len(b) and x.shape == (len(a), b.shape[1]) else None
+
+
 _SHAPES = {
+    "addmm_": _added,
     "cat": _joined,
     "mm": _multiplied,
     "convolution": _convolved,
@@ -366,6 +371,6 @@ _RULES: dict[str, Callable] = {
 # Operations whose result has the shape of their first argument: always, or where two arguments have one shape.
 _SAME_SHAPE = {
     *("_prelu_kernel", "relu", "relu_", "leaky_relu", "leaky_relu_", "elu", "elu_", "gelu", "silu", "silu_"),
-    *("sigmoid", "sigmoid_", "tanh", "hardtanh", "hardtanh_", "_softmax", "_log_softmax", "addmm_"),
+    *("sigmoid", "sigmoid_", "tanh", "hardtanh", "hardtanh_", "_softmax", "_log_softmax"),
 }
 _SAME_SHAPES = {"add", "add_", "sub", "mul", "mul_", "div", "maximum", "minimum"}
