@@ -71,9 +71,26 @@ def test_scale(path, notebook):
     if same:
         assert time == "no faster with a GPU"
     elif not re.fullmatch(r"[\d.]+ min on a GPU", time):  # measured by `execute.py`
-        page = (FOLDER.parent / "benchmarks" / "gpu_notebooks.md").read_text(encoding="utf-8")
-        minutes = re.search(rf"^\| {path.stem} \| ([\d.]+) \|", page, re.MULTILINE)[1]
-        assert time == f"about {max(1, round(float(minutes)))} min on Colab's T4, estimated"
+        assert time == f"about {max(1, round(minutes_on_a_t4()[path.stem]))} min on Colab's T4, estimated"
+
+
+def minutes_on_a_t4() -> dict[str, float]:
+    """Return the estimated minutes of each notebook that has a GPU scale."""
+    page = (FOLDER.parent / "benchmarks" / "gpu_notebooks.md").read_text(encoding="utf-8")
+    return {stem: float(minutes) for stem, minutes in re.findall(r"^\| (\d\d_\w+) \| ([\d.]+) \|", page, re.MULTILINE)}
+
+
+def test_estimates_for_a_gpu():
+    """Colab's T4 runs every notebook within 15 minutes and 12 GB, and the README says no less than the estimates."""
+    page = (FOLDER.parent / "benchmarks" / "gpu_notebooks.md").read_text(encoding="utf-8")
+    rows = [
+        [float(cell) for cell in row.split(" | ")[1:5]] for row in re.findall(r"^\| (\d\d_\w+ \| .*) \|$", page, re.MULTILINE)
+    ]
+    assert set(minutes_on_a_t4()) == {path.stem for path in NOTEBOOKS if "accelerator" in read(path)["metadata"]}
+    assert all(0 < t4 <= 15 and a100 <= t4 and max(gpu, main) <= 12 for t4, a100, gpu, main in rows)
+    text = " ".join((FOLDER.parent / "README.md").read_text(encoding="utf-8").split())
+    most = int(re.search(r"No GPU has been timed yet: on Colab's T4 a notebook should take (\d+) minutes at most", text)[1])
+    assert most - 1 < max(minutes_on_a_t4().values()) <= most
 
 
 def test_runs_are_kept_on_request_only(notebook):
