@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from crf_by_brute_force import features, gaussian, make_case, mean_field, normalise, problem, run, smoothness
+from crf_by_brute_force import features, gaussian, mean_field, normalise, problem, run, smoothness
 from torch import nn
 from torch.func import functional_call
 
@@ -233,30 +233,6 @@ def test_deterministic_and_nearly_the_same_for_any_number_of_threads(threads):
         results[n] = run(DenseCRF(intensity_sigma=1.0, learn=()), logits, image)
         assert torch.equal(results[n], run(DenseCRF(intensity_sigma=1.0, learn=()), logits, image))
     torch.testing.assert_close(results[1], results[2], rtol=0, atol=1e-5)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("labels", [2, 4])
-def test_gpu_as_cpu(labels):
-    logits, image = problem((16, 15, 14), 2, labels)
-    logits, image = logits.float(), image.float()
-    mask = torch.from_numpy(np.random.default_rng(0).random((16, 15, 14)) < 0.8)
-    grads = []
-    for device in ("cpu", "cuda"):
-        options = dict(appearance_sigma=4.3, intensity_sigma=1.0, classes=labels, learn=("weights", "compatibility", "sigmas"))
-        crf = DenseCRF(**options).to(device)
-        u = logits[None].to(device).requires_grad_()
-        q = crf(u, image[None].to(device), mask[None].to(device)).softmax(1)
-        assert q.device.type == device
-        q[:, 0].square().mean().backward()
-        grads.append([q, u.grad, *(p.grad for p in crf.parameters())])
-        grads.append([x.detach().cpu() for x in grads.pop()])
-    for cpu, cuda in zip(*grads):
-        torch.testing.assert_close(cuda, cpu, rtol=1e-3, atol=1e-4)
-    case = make_case(image, mask=mask.numpy())
-    probabilities = logits.softmax(0).numpy()
-    crf = DenseCRF(appearance_sigma=4.3, intensity_sigma=1.0)
-    np.testing.assert_allclose(crf.cuda().refine(probabilities, case), crf.cpu().refine(probabilities, case), atol=1e-4)
 
 
 def test_state_dict():

@@ -246,16 +246,6 @@ def test_too_many_cells():
         Permutohedral(noise(3, 50).float() * 3e38)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("far", [4, 9, 60])
-def test_lattice_on_a_gpu(far):
-    features, signal = cloud(5, 200, spread=1, far=far).float(), noise(3, 200).float()
-    lattice = Permutohedral(features.cuda())
-    for transpose in (False, True):
-        found = lattice.filter(signal.cuda(), transpose=transpose).cpu()
-        torch.testing.assert_close(found, Permutohedral(features).filter(signal, transpose=transpose), rtol=0, atol=1e-4)
-
-
 # --- The Gaussian on the grid ---------------------------------------------------------------------------------------------
 
 
