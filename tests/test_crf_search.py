@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from crf_by_brute_force import SMOOTH_ONLY, make_case, problem, run
 
-from medseg_lite.crf import SPACE, DenseCRF, search, whole_tumour
+from medseg_lite.crf import SPACE, DenseCRF, kernels, search, whole_tumour
 from medseg_lite.statistics import paired_t_test
 from medseg_lite.volume import Case
 
@@ -211,6 +212,46 @@ def test_search_goes_on_where_it_was_interrupted(cohort, tmp_path, refined, stop
     assert refined.count == 3 and more.table.iloc[:7].equals(whole.table)
     (file,) = (tmp_path / "new").iterdir()
     assert json.loads(file.read_text())["seed"] == 0
+
+
+@pytest.fixture
+def threads():
+    """`threads(n)` for this test alone."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_search_is_the_same_in_any_number_of_threads(cohort, tmp_path, threads):
+    one = search(*cohort, **SMALL)
+    threads(3)
+    assert equal(search(*cohort, **SMALL, folder=tmp_path), one)
+    assert torch.get_num_threads() == 3  # as before the search
+    # Refined one after another and by other threads, but with the same numbers: each alone has one thread.
+    assert equal(search(*cohort, **SMALL, folder=tmp_path), one)
+
+
+def test_an_error_in_one_of_several_threads_ends_the_search(cohort, threads, refined):
+    threads(3)
+    refined.stop_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        search(*cohort, **SMALL)
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(("name", "lattices", "grids"), [("smoothness_sigma", 3, 9), ("intensity_sigma", 9, 3)])
+def test_search_builds_once_what_does_not_change(cohort, monkeypatch, name, lattices, grids):
+    """Three cases and three draws: the kernel without the searched sigma is built once for each case."""
+    built = Counter()
+    for kind in (kernels.Permutohedral, kernels.GridGaussian):
+
+        def build(*args, kind=kind):
+            built[kind.__name__] += 1
+            return kind(*args)
+
+        monkeypatch.setattr(kernels, kind.__name__, build)
+    search(*cohort, trials=3, weights_per_lattice=1, progress=False, space={name: (0.5, 2.0)})
+    assert built == {"Permutohedral": lattices, "GridGaussian": grids}
 
 
 def test_search_does_not_take_another_search_s_results(cohort, tmp_path, refined):
