@@ -35,10 +35,10 @@ def find_device(name: str = "auto") -> torch.device:
         ValueError: PyTorch does not know the device, sees none of its kind here, or cannot compute on it.
     """
     if name == "auto":
-        fault = fault_of(torch.device("cuda")) if torch.cuda.is_available() else None
-        if fault:
+        fault = fault_of(torch.device("cuda"))
+        if fault and torch.cuda.is_available():
             say(f"the GPU here cannot be used ({fault}); going on with the CPU")
-        return torch.device("cuda" if torch.cuda.is_available() and not fault else "cpu")
+        return torch.device("cpu" if fault else "cuda")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .devices import find_device, is_out_of_memory
+from .devices import find_device, is_out_of_memory, send
 from .engine.identity import describe
 from .engine.stored import StoredCase, to_float32
 from .paths import say
@@ -150,8 +150,8 @@ def _settle_device(device: str | torch.device) -> torch.device:
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device. A CUDA GPU fetches it from pinned memory when it comes to it, and the CPU does not wait."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """Return a tensor on a device. A CUDA GPU fetches it from pinned memory."""
+    return send(tensor.pin_memory() if device.type == "cuda" else tensor, device)
 
 
 def describe_sampler(sampler) -> object:

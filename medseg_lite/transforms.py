@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .arrays import as_array
+from .devices import send
 from .volume import Case
 
 
@@ -344,10 +345,9 @@ def _rotate(image: Tensor, label: Tensor, plane: np.ndarray, angle: float) -> tu
 
 
 def _send(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """Return drawn numbers on a device, real ones as float32. A CUDA GPU takes them when it comes to it; the CPU does not wait."""
+    """Return drawn numbers on a device, real ones as float32."""
     tensor = torch.from_numpy(numbers)
-    tensor = tensor.float() if tensor.is_floating_point() else tensor
-    return tensor.to(device, non_blocking=device.type == "cuda")
+    return send(tensor.float() if tensor.is_floating_point() else tensor, device)
 
 
 def _inside(case: Case) -> np.ndarray:

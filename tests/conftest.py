@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_files import Server
 
+from medseg_lite import models
 from medseg_lite.volume import Case
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
@@ -101,3 +102,14 @@ def server(monkeypatch):
     server = Server()
     yield server
     server.close()
+
+
+@pytest.fixture
+def network(stir):
+    """`network("deepmedic")`: a narrow network for two channels and three classes whose every parameter matters."""
+
+    def build(name: str, **options):
+        torch.manual_seed(0)
+        return stir(getattr(models, name)(in_channels=2, classes=3, width=0.1, **options))
+
+    return build

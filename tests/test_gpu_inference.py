@@ -27,17 +27,6 @@ def nothing_said_yet():
     paths.say_once.cache_clear()
 
 
-@pytest.fixture
-def network(stir):
-    """`network("deepmedic")`: a narrow network for two channels and three classes whose every parameter matters."""
-
-    def build(name: str, **options):
-        torch.manual_seed(0)
-        return stir(getattr(models, name)(in_channels=2, classes=3, width=0.1, **options))
-
-    return build
-
-
 def logits_of(model, case: Case, **options) -> np.ndarray:
     return inference.predict(model, case, output="logits", progress=False, **options)
 

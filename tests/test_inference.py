@@ -13,17 +13,6 @@ from medseg_lite.volume import Case
 SHAPES = [(12, 15, 9), (13, 11, 7), (5, 4, 3), (19, 2, 1)]  # multiples of 3, odd, smaller than the context, nearly flat
 
 
-@pytest.fixture
-def network(stir):
-    """`network("deepmedic")`: a narrow network for two channels and three classes whose every parameter matters."""
-
-    def build(name: str, **options):
-        torch.manual_seed(0)
-        return stir(getattr(models, name)(in_channels=2, classes=3, width=0.1, **options))
-
-    return build
-
-
 def logits_of(model, case: Case, **options) -> np.ndarray:
     return predict(model, case, output="logits", progress=False, **options)
 

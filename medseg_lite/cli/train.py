@@ -101,7 +101,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="number type of the training; auto: bfloat16 on GPUs that compute in it (Ampere and later), else float32. On older "
-        "GPUs such as the T4 float16 is faster, and an update that overflows is left out",
+        "GPUs such as the T4 float16 needs less memory and may be faster; where numbers overflow, the training goes on in float32",
     )
     machine.add_argument("--compiled", action="store_true", help="through torch.compile")
     machine.add_argument("--channels-last", action="store_true", help="another memory layout, faster on some machines")

@@ -62,6 +62,15 @@ if shear.stats.cache_misses:  # it was not on the disk, so the others are not ei
     say("compiling the loops of the dense CRF; this takes seconds, once on each machine")
 
 
+@compiled("void(f4[:,::1], i8, i8, f4[:,::1], f4[:,::1])")
+def shear_chunk(features, start, count, matrix, x):
+    """Write the lattice coordinates of `count` features, from number `start` on, to the first columns of `x`."""
+    for row in range(len(x)):
+        for i in range(count):
+            x[row, i] = features[row, start + i]
+    shear(x, matrix, count)
+
+
 @compiled("void(f4[:,::1], f4[:,::1], f4[:,::1], f4[:,::1])")
 def find_extremes(features, matrix, low, high):
     """Lower `low` and raise `high` to the lattice coordinates of features `(d, N)`.
@@ -72,10 +81,7 @@ def find_extremes(features, matrix, low, high):
     t = np.empty((d, CHUNK), np.float32)
     for start in range(0, points, CHUNK):
         count = min(CHUNK, points - start)
-        for row in range(d):
-            for i in range(count):
-                t[row, i] = features[row, start + i]
-        shear(t, matrix, count)
+        shear_chunk(features, start, count, matrix, t)
         for row in range(d):
             for i in range(count):
                 low[row, i] = min(low[row, i], t[row, i])
@@ -89,10 +95,7 @@ def find_corners(features, matrix, low, strides, keys):
     t = np.empty((d, CHUNK), np.float32)
     for start in range(0, points, CHUNK):
         count = min(CHUNK, points - start)
-        for row in range(d):
-            for i in range(count):
-                t[row, i] = features[row, start + i]
-        shear(t, matrix, count)
+        shear_chunk(features, start, count, matrix, t)
         for i in range(count):
             keys[start + i] = 0
         for row in range(d):

@@ -79,8 +79,8 @@ def search(
     """Try random parameters and score each set by the mean Dice of the foreground over the cases.
 
     The kernels depend only on the sigmas, so each draw of sigmas serves several draws of weights. What no searched parameter
-    changes is computed once for each case. With more than two classes
-    the paper's recipe for tumours is searched (`whole_tumour`), and the foreground is the whole tumour.
+    changes is computed once for each case. With more than two classes the paper's recipe for tumours is searched
+    (`whole_tumour`), and the foreground is the whole tumour.
 
     Args:
         cases: labelled cases that the network was not trained on.

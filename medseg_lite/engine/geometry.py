@@ -59,10 +59,6 @@ class Follow(WithoutContent):
         along = {n: Axis(0.0, 1.0, np.arange(n), np.arange(n)) for n in set(self.shape)}
         setattr(x, _KEY, tuple(along[n] for n in self.shape))
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # PyTorch would import its compiler, a second's work, to leave this mode out of what is compiled
-
     @staticmethod
     def axes(tensor: Tensor) -> tuple[Axis, ...] | None:
         """Return the axes of a tensor, or None where an operation before it could not be followed."""
