@@ -1,11 +1,10 @@
-"""Puzzles: small tasks in which one property of a method decides, because only what it adds tells the classes apart.
+"""Puzzles: small tasks by construction, in which a single property tells the classes apart.
 
-Anatomy mixes everything. Here a method must win if it does what its paper says, and its rivals must fail. So a puzzle shows that a
-mechanism works. It does not show how often brains need it. Each puzzle has a dial, `needed`, from 1 (only this property helps) to 0 (a
-simpler method suffices). Both classes of a pair have as many voxels on average, so a network that cannot see the difference gains
-nothing by guessing the frequent one.
+Anatomy mixes everything. A puzzle asks whether a mechanism works. It does not say how often brains need it. Each puzzle has a dial,
+`needed`, from 1 (nothing else tells the classes apart) to 0 (something simpler does too). Where the property is needed, both classes
+of a pair have as many voxels on average, so a network that cannot see the difference gains nothing by guessing the frequent one.
 
-| puzzle | what tells the classes apart | who can see it |
+| puzzle | what tells the classes apart | meant for |
 |---|---|---|
 | `ring` | a shell around a ball, beyond a small receptive field | two scales (DeepMedic, section 2.3) |
 | `tube` | the height of a disc, which no axial slice shows | 3-D convolutions (DeepMedic, section 1) |
