@@ -2,7 +2,7 @@
 
     python benchmarks/colab.py --python python3.13 --folder colab_environment
 
-Makes a virtual environment with the versions of tests/data/colab_packages.txt, and a folder that holds notebooks 00 and 03 and
+Makes a virtual environment with the versions of tests/data/colab_packages.txt, and a folder that holds notebooks 00 and 04 and
 nothing else. Their own first cells install the package, from the last commit of this clone in place of GitHub. Afterwards every
 package that was there must be there in the same version, and both notebooks must have run to their ends. torch comes from the
 package index, some gigabytes; the environment is kept and used again.
@@ -21,7 +21,7 @@ from _measure import fill, markdown, options
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ROOT / "tests" / "data" / "colab_packages.txt"
-NOTEBOOKS = ("00_start_here", "03_dense_training")
+NOTEBOOKS = ("00_start_here", "04_dense_training")
 RUN = """
 import sys, nbformat
 from nbclient import NotebookClient

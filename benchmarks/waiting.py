@@ -45,6 +45,7 @@ WIDGETS = {  # made from a case, a network and class probabilities
     "CRFExplorer": lambda case, model, p: widgets.CRFExplorer(case, np.stack([1 - p, p])),
     "FeatureExplorer": lambda case, model, p: widgets.FeatureExplorer(model, case),
     "KernelEditor": lambda case, model, p: widgets.KernelEditor(case.image[0, :, :, case.shape[2] // 2]),
+    "OperatingPoint": lambda case, model, p: widgets.OperatingPoint(case, {"a": p, "b": p**2}, label=[1, 2, 3, 4]),
     "TrainingMonitor": lambda case, model, p: widgets.TrainingMonitor(model, case),
 }
 

@@ -21,13 +21,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy import ndimage
 
-from medseg_lite import __version__, models, phantoms, vitals
+from medseg_lite import __version__, baselines, metrics, models, paths, phantoms, vitals
 from medseg_lite.models import Network
 from medseg_lite.paths import atomic_write
 from medseg_lite.vitals import VitalSigns
@@ -89,6 +91,14 @@ class Store:
         table = self.read(row.table, dtype=str, keep_default_na=False)
         return not table.empty and bool((table[list(row.key)] == [_text(v) for v in row.key.values()]).all(axis=1).any())
 
+    def baselines(self, task: str) -> pd.DataFrame:
+        """Return the mean scores of the methods without learning on a task: a row for each method, a column for each score."""
+        table = self.read("baselines")
+        if table.empty:
+            return table
+        mine = table[(table["experiment"] == self.name) & (table["task"] == task)]
+        return mine.pivot_table(index="method", columns="score", values="value", sort=False)
+
     def put(self, table: str, rows: Iterable[dict] | dict, key: dict) -> None:
         """Add rows to a table. They take the place of rows with the same key; all other rows keep every character."""
         with atomic_write(self.path(table)) as temporary:
@@ -109,17 +119,19 @@ class Store:
         models.save(self.checkpoints / f"{name}.safetensors", model, card, **options)
 
     def examine(self, row: str, model: Network, cases: Sequence[Case]) -> VitalSigns:
-        """Note in vitals.csv whether a trained network is alive: no conclusion is drawn from a dead one."""
-        signs = vitals.examine(model, cases)
-        rarest = min(signs.recall, key=signs.recall.get)
-        found = {
-            "alive": signs.alive,
-            "constant": signs.constant,
-            "rarest_class": rarest,
-            "lowest_recall": signs.recall[rarest],
-        }
-        self.put("vitals", [found | {"silent": signs.silent}], {"experiment": self.name, "row": row})
+        """Note in vitals.csv whether a trained network is alive, on the first four cases: no conclusion is drawn from a dead one."""
+        signs = vitals.examine(model, cases[:4])
+        self.put("vitals", [_signs_row(signs)], {"experiment": self.name, "row": row})
         return signs
+
+    def dead_networks(self) -> dict[str, str]:
+        """Return the block "vitals" of a page: how many networks were examined, and which of them are not alive."""
+        vitals = self.read("vitals")
+        if vitals.empty:
+            return {}
+        mine = vitals[vitals["experiment"] == self.name]
+        dead = mine.loc[~mine["alive"], ["row", "rarest_class", "lowest_recall", "silent"]]
+        return {"vitals": f"{len(mine)} networks, {mine['constant'].sum()} of them constant.\n\n{markdown(dead)}"}
 
     def fill(self, blocks: dict[str, str]) -> None:
         """Fill the page: the text of each block goes between its lines `<!-- name -->` and `<!-- /name -->`."""
@@ -159,6 +171,132 @@ def machine() -> str:
     """Return the date, the CPU threads in use, the machine and PyTorch's version, for a page."""
     threads = torch.get_num_threads()
     return f"{date.today()}, {threads} CPU thread{'s' * (threads > 1)}, {platform.machine()}, torch {torch.__version__}"
+
+
+def provenance() -> dict:
+    """Return the date, the machine and the versions, for a row of a table."""
+    return {"date": date.today(), "machine": platform.machine(), "torch": torch.__version__, "medseg_lite": __version__}
+
+
+def baseline_rows(
+    train: Sequence[Case],
+    validation: Sequence[Case],
+    test: Sequence[Case],
+    regions: dict[str, Sequence[int]],
+    score: Callable[[np.ndarray, Case], dict] | None = None,
+) -> list[dict]:
+    """Return the scores of every method of `medseg_lite.baselines` in every test case, as rows of `method`, `case` and the scores.
+
+    Each method is fitted to each region by itself, so it may call a voxel two classes. That is in its favour.
+
+    Args:
+        train, validation: labelled cases from which the methods take what they need to know. Where the networks have no validation
+            cases, some of the training cases are enough for a threshold.
+        test: labelled cases to score.
+        regions: class numbers of each region, by the name of the column that gets its Dice.
+        score: function of the voxels that a method found, `(D, H, W)` bool, and the case, that returns scores in place of the Dice.
+    """
+    rows: dict[tuple, dict] = {}
+    for name, classes in regions.items():
+        target = partial(np.isin, test_elements=list(classes))
+        for method, segment in baselines.fit(train, validation, target=target).items():
+            for case in test:
+                found = segment(case)
+                scores = score(found, case) if score else {name: metrics.dice(found, target(case.label))}
+                key = {"method": method, "case": case.name}
+                rows.setdefault(tuple(key.values()), key).update(scores)
+    return list(rows.values())
+
+
+def baselines_row(store: Store, task: str, score: Callable[[], list[dict]], minutes: float) -> Row:
+    """Return the row that scores the methods without learning on a task; they go to baselines.csv, which all experiments share.
+
+    Args:
+        task: name of the task: cases, and what is seen of them.
+        score: function that returns rows of `method`, `case` and scores, which have the names of the networks' scores.
+    """
+
+    def run() -> list[dict]:
+        rows = pd.DataFrame(score()).melt(["method", "case"], var_name="score").dropna()
+        return rows.to_dict("records")
+
+    return Row("baselines", {"experiment": store.name, "task": task}, run, minutes, part="baselines")
+
+
+def vitals_row(store: Store, row: str, checkpoint: str, cases: Callable[[], Sequence[Case]]) -> Row:
+    """Return the row that examines a network that ships with the project, as `Store.examine` does.
+
+    Args:
+        row: the row of vitals.csv that a training of this network makes.
+        checkpoint: name of the network's file, without its ending.
+        cases: function that returns the cases to look at.
+    """
+
+    def run() -> list[dict]:
+        model = models.load(paths.shipped("checkpoints", f"{checkpoint}.safetensors"))
+        return [_signs_row(vitals.examine(model, cases()[:4]))]
+
+    return Row("vitals", {"experiment": store.name, "row": row}, run, 0.1, part="vitals", extra=True)
+
+
+def _signs_row(signs: VitalSigns) -> dict:
+    rarest = min(signs.recall, key=signs.recall.get)
+    return {
+        "alive": signs.alive,
+        "constant": signs.constant,
+        "rarest_class": rarest,
+        "lowest_recall": signs.recall[rarest],
+        "silent": signs.silent,
+    }
+
+
+def beside_baselines(store: Store, networks: dict[str, pd.DataFrame]) -> dict[str, str]:
+    """Return the block "baselines" of a page: networks beside the methods without learning, and where a network loses.
+
+    Args:
+        networks: for each task of baselines.csv the networks' mean scores, one row for each network, by its name; the more, the better.
+    """
+    texts = []
+    for task, means in networks.items():
+        simple = store.baselines(task)
+        if simple.empty or means.empty:
+            continue
+        simple = simple[list(means)].dropna(how="all")
+        best, lost = simple.agg(["max", "idxmax"]), []
+        for network, row in means.iterrows():
+            worse = [f"{s} {row[s]:.3f} ({best[s]['idxmax']} {best[s]['max']:.3f})" for s in means if row[s] < best[s]["max"]]
+            lost += [f"* {network} loses: {', '.join(worse)}"] if worse else []
+        texts.append(markdown(pd.concat([means, simple]).rename_axis(task).reset_index()))
+        texts.append("\n".join(lost) or "No network loses to a method without learning.")
+    return {"baselines": "\n\n".join(texts)} if texts else {}
+
+
+def lesion_scores(found: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
+    """Return the columns of DeepMedic's tables, distances in mm, volumes in ml, and the number of pieces that touch no lesion.
+
+    Args:
+        found, truth: voxels of the lesion, `(D, H, W)` bool.
+        spacing: mm between voxels along each axis.
+    """
+    ml = np.prod(spacing) / 1000
+    pieces, count = ndimage.label(found)
+    return {
+        "dice": metrics.dice(found, truth),
+        "precision": metrics.precision(found, truth),
+        "sensitivity": metrics.sensitivity(found, truth),
+        "assd": metrics.assd(found, truth, spacing=spacing),
+        "hausdorff": metrics.hausdorff(found, truth, spacing=spacing),
+        "true_ml": truth.sum() * ml,
+        "found_ml": found.sum() * ml,
+        "false_islands": count - len(np.unique(pieces[truth & found])),
+    }
+
+
+def moved(p: np.ndarray, threshold: float) -> np.ndarray:
+    """Return the probabilities `(2, *shape)` of background and lesion, with odds that make a `p` of `threshold` one half."""
+    p = np.clip(p, 1e-6, 1 - 1e-6)
+    odds, rest = p * (1 - threshold), (1 - p) * threshold
+    return (np.stack([rest, odds]) / (odds + rest)).astype(np.float32)
 
 
 def scan(seed: int, **options) -> Case:
@@ -205,9 +343,8 @@ def main(script: str, plan: Callable, report: Callable, settings: dict, argument
         cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
         for table in sorted(tables, key=lambda name: name == row.table):  # its own table last: then the row is complete
             store.put(table, tables[table], row.key)
-        facts = {"date": date.today(), "machine": platform.machine(), "torch": torch.__version__, "medseg_lite": __version__}
         key = {"experiment": store.name, "row": row.names[0]}
-        store.put("runs", [{"cpu_seconds": round(cpu), "seconds": round(clock)} | facts], key)
+        store.put("runs", [{"cpu_seconds": round(cpu), "seconds": round(clock)} | provenance()], key)
         store.fill(report(store) | {"made": machine()})
         print(f"{row.names[0]}: {cpu:.0f} s of CPU, {clock:.0f} s", flush=True)
     store.fill(report(store))

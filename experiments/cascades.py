@@ -5,13 +5,13 @@ network, a second one with another seed for comparison, and the three cascades t
 generated brains with gliomas (2 mm, seeds 0 to 11) and scored on 8 others (seeds 100 to 107). Trained networks are kept in
 runs/cascades; the input cascade there is the checkpoint data/checkpoints/havaei_input_cascade.safetensors of notebook 02.
 
-The table is data/results/cascades.csv (each network and held-out case), which notebook 02 reads.
+The tables are data/results/cascades.csv (each network and held-out case), which notebook 02 reads, and baselines.csv.
 """
 
 from functools import cache, partial
 
 import numpy as np
-from _frame import Row, Store, main, markdown
+from _frame import Row, Store, baseline_rows, baselines_row, beside_baselines, main, markdown, vitals_row
 from scipy import ndimage
 
 from medseg_lite import inference, metrics, models, phantoms, recipes, transforms
@@ -40,6 +40,7 @@ def network(store: Store, name: str, seed: int) -> Network:
     if not path.exists():
         first = network(store, "two_path_cnn", 0) if "cascade" in name else None
         model = recipes.havaei(cohort(12, 0), network=name, first=first, seed=seed, progress=False, **SETTINGS)
+        store.examine(f"{name}, {seed}", model, cohort(12, 0))
         models.save(path, model, model.card | SETTINGS | {"normalise": "standardise"})
     return models.load(path)
 
@@ -60,12 +61,20 @@ def run(store: Store, name: str, seed: int):
         }
 
 
+def run_baselines() -> list[dict]:
+    regions = {f"dice_{region}": labels for region, labels in metrics.regions["brats2015"].items()}
+    return baseline_rows(cohort(12, 0), cohort(12, 0), cohort(8, 100), regions)
+
+
 def plan(store: Store, seeds) -> list[Row]:
-    return [
+    rows = [
         Row("cascades", {"network": row}, partial(run, store, name, seed), MINUTES[name])
         for row, (name, seed) in ROWS.items()
         if not seeds or seed in seeds
     ]
+    rows.append(baselines_row(store, "brains", run_baselines, 0.8))
+    rows.append(vitals_row(store, "input_cascade_cnn, 0", "havaei_input_cascade", lambda: cohort(12, 0)))
+    return rows
 
 
 def report(store: Store) -> dict[str, str]:
@@ -73,7 +82,8 @@ def report(store: Store) -> dict[str, str]:
     if table.empty:
         return {}
     means = table.drop(columns="case").groupby("network", sort=False).mean()
-    blocks = {"means": markdown(means.reset_index(), 2)}
+    dice = means.filter(like="Dice").rename(columns=lambda name: name.replace("Dice ", "dice_")) / 100
+    blocks = {"means": markdown(means.reset_index(), 2)} | beside_baselines(store, {"brains": dice})
     for what, digits in (("tumour pieces", 0), ("class pieces", 0), ("borders / true", 2)):
         brains = table.pivot(index="network", columns="case", values=what).loc[means.index]
         blocks[what] = markdown(brains.reset_index(), digits)

@@ -11,8 +11,8 @@ both steps on the same cases. All are judged on 10 patients that no network has 
   bad there as on a new patient.
 
 Labels as in BRATS 2017: 1 necrosis and non-enhancing core, 2 oedema, 3 enhancing core. Networks and scores are kept in runs/context
-(some hundred MB). The table is data/results/context_scores.csv, which notebook 09 reads; networks of the 2 mm grid become
-data/checkpoints/context_*.safetensors.
+(some hundred MB). The tables are data/results/context_scores.csv, which notebook 12 reads, and baselines.csv; networks of the 2 mm
+grid become data/checkpoints/context_*.safetensors.
 """
 
 import shutil
@@ -21,7 +21,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 import pandas as pd
-from _frame import Row, Store, main, markdown, scan
+from _frame import Row, Store, baseline_rows, baselines_row, beside_baselines, main, markdown, scan, vitals_row
 
 from medseg_lite import context, inference, metrics, models, recipes, statistics, transforms
 from medseg_lite.models import Network
@@ -56,27 +56,36 @@ def patient(seed: int, grid: float) -> Case:
     return transforms.standardise(case.replace(label=label, info=info, extra={}))
 
 
-def network(store: Store, grid: float, name: str, train) -> Network:
-    """Return the network of that name, from its file where it was trained before; on the 2 mm grid, ship it."""
+def network(store: Store, grid: float, name: str, cases, train) -> Network:
+    """Return the network of that name, from its file where it was trained before; on the 2 mm grid, ship it.
+
+    Args:
+        cases: function that returns the training cases as the network sees them.
+        train: function of these cases that returns the trained network.
+    """
     path = store.runs / f"{grid:g}mm" / f"{name}.safetensors"
     if not path.exists():
-        clock = time.process_time()
-        model = train(folder=path.with_suffix(""), classes=4, validate_every=50, progress=False)
+        clock, seen = time.process_time(), cases()
+        model = train(seen, folder=path.with_suffix(""), classes=4, validate_every=50, progress=False)
         facts = {"cpu_seconds": round(time.process_time() - clock), "command": "python experiments/context.py"}
         models.save(path, model, model.card | facts, half=True)
+        store.examine(f"{grid:g} mm, {name}", model, seen)
         if grid == 2 and name in SHIPPED:
             store.checkpoints.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, store.checkpoints / f"context_{SHIPPED[name]}.safetensors")
     return models.load(path)
 
 
+def facing_cases(grid: float, plane: str) -> list[Case]:
+    return [context.facing(patient(s, grid), plane) for s in TRAIN]
+
+
 def flat_network(store: Store, grid: float, plane: str) -> Network:
-    def train(**options):
-        cases = [context.facing(patient(s, grid), plane) for s in TRAIN]
+    def train(cases, **options):
         left_to_right = plane != "sagittal"  # the first axis of the slices
         return recipes.mlynarski(cases, output=SQUARE[grid], flip=left_to_right, steps=SETTINGS["steps_2d"], **FLAT, **options)
 
-    return network(store, grid, plane, train)
+    return network(store, grid, plane, partial(facing_cases, grid, plane), train)
 
 
 def add_scores(store: Store, grid: float, cases: list[Case]) -> list[Case]:
@@ -89,15 +98,16 @@ def add_scores(store: Store, grid: float, cases: list[Case]) -> list[Case]:
 def solid_network(store: Store, grid: float, row: str, seed: int) -> Network:
     variant, seeds = VARIANTS[row]
 
-    def train(**options):
+    def see() -> list[Case]:
         cases = [patient(s, grid) for s in seeds]
-        if variant != "standard":
-            cases = add_scores(store, grid, cases)
+        return cases if variant == "standard" else add_scores(store, grid, cases)
+
+    def train(cases, **options):
         times = LONGER if "longer" in row else 1
         options |= SOLID | {"steps": times * SETTINGS["steps_3d"], "window": times * SOLID["window"]}
         return recipes.mlynarski(cases, network="mlynarski_3d", variant=variant, seed=seed, **options)
 
-    return network(store, grid, f"{row.replace(', ', '_').replace(' ', '_')}_{seed}", train)
+    return network(store, grid, f"{row.replace(', ', '_').replace(' ', '_')}_{seed}", see, train)
 
 
 def segment(store: Store, grid: float, row: str, seed: int, case: Case) -> np.ndarray:
@@ -124,8 +134,13 @@ def run(store: Store, grid: float, row: str, seed: int):
             yield {"set": cohort, "case": case.name} | scores
 
 
+def run_baselines() -> list[dict]:
+    cases, test = ([patient(s, 2.0) for s in seeds] for seeds in (TRAIN, TEST))
+    return baseline_rows(cases, cases, test, {f"dice_{region}": labels for region, labels in REGIONS.items()})
+
+
 def plan(store: Store, seeds) -> list[Row]:
-    return [
+    rows = [
         Row(
             "context_scores",
             {"grid": grid, "row": row, "seed": seed},
@@ -140,6 +155,11 @@ def plan(store: Store, seeds) -> list[Row]:
         # The 2D networks have one seed. The question of the other cases is one that the cheapest grid answers.
         if not (seed and row in PLANES) and not (grid != 2 and "other cases" in row)
     ]
+    rows.append(baselines_row(store, "2 mm", run_baselines, 0.8))
+    for plane in context.PLANES:
+        rows.append(vitals_row(store, f"2 mm, {plane}", f"context_2d_{plane}", partial(facing_cases, 2.0, plane)))
+    rows.append(vitals_row(store, "2 mm, standard_0", "context_3d_standard", lambda: [patient(s, 2.0) for s in TRAIN]))
+    return rows
 
 
 def compare(test: pd.DataFrame) -> list[str]:
@@ -176,7 +196,9 @@ def report(store: Store) -> dict[str, str]:
         frame = pd.DataFrame(cells, columns=["network", "seed", "cases", *REGIONS, "stripes"])
         frame["stripes"] = frame["stripes"].map("{:.2f}".format)
         lines += [f"## {grid:g} mm", "", markdown(frame, 1), "", *compare(test), ""]
-    return {"grids": "\n".join(lines)}
+    test = table[(table.grid == 2) & (table.set == "test")]
+    dice = test.groupby("row", sort=False)[[f"dice_{region}" for region in REGIONS]].mean()
+    return {"grids": "\n".join(lines)} | beside_baselines(store, {"2 mm": dice})
 
 
 if __name__ == "__main__":

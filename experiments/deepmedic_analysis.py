@@ -4,8 +4,10 @@ Trains and scores, in short runs at reduced width: the deeper networks of sectio
 cross-validation, an ensemble of three and the random forest as in section 4.1; the 2D networks of section 3.5, on isotropic
 images and on slices of 5 mm. The task is glioma against the rest: binary, as in the paper's experiments on brain injury.
 
-Training states are kept in runs/deepmedic_analysis. The tables are data/results/deepmedic_curves.csv and deepmedic_scores.csv, which
-notebook 04 reads; two networks become data/checkpoints/analysis_*.safetensors.
+A first attempt, with one seed. `deepmedic_start.py`, `deepmedic_scales.py` and `deepmedic_table1.py` have taken its place. Two of its
+networks, data/checkpoints/analysis_*.safetensors, are used in `crf_effects.py` and in notebook 16.
+
+Training states are kept in runs/deepmedic_analysis. The tables are data/results/deepmedic_curves.csv and deepmedic_scores.csv.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from functools import cache, partial
 
 import numpy as np
 import torch
-from _frame import Row, Store, main, markdown, scan
+from _frame import Row, Store, lesion_scores, main, markdown, scan
 from scipy import ndimage
 
 from medseg_lite import inference, metrics, models, paths, recipes, statistics, transforms
@@ -111,22 +113,11 @@ def watch(model: Network, cases: Sequence[Case]) -> dict[str, float]:
 
 def score(found: np.ndarray, case: Case) -> dict[str, float]:
     """Return Table 1's columns, volumes, and in numbers what Figure 9 shows: what is found far from the lesion and deep in it."""
-    truth, ml = case.label > 0, np.prod(case.spacing) / 1000
-    found = found > 0
+    truth, found = case.label > 0, found > 0
     inside = ndimage.distance_transform_edt(truth, sampling=case.spacing) > 8
     away = ndimage.distance_transform_edt(~truth, sampling=case.spacing) > 8
-    pieces, count = ndimage.label(found)
-    touching = np.unique(pieces[truth & found])
-    return {
-        "dice": metrics.dice(found, truth),
-        "precision": metrics.precision(found, truth),
-        "sensitivity": metrics.sensitivity(found, truth),
-        "assd": metrics.assd(found, truth, spacing=case.spacing),
-        "hausdorff": metrics.hausdorff(found, truth, spacing=case.spacing),
-        "true_ml": truth.sum() * ml,
-        "found_ml": found.sum() * ml,
-        "false_islands": count - len(touching),
-        "false_far_ml": (found & away).sum() * ml,
+    return lesion_scores(found, truth, case.spacing) | {
+        "false_far_ml": (found & away).sum() * np.prod(case.spacing) / 1000,
         "deep_found": found[inside].mean() if inside.any() else np.nan,
     }
 

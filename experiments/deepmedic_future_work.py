@@ -10,14 +10,15 @@ the same number of updates, but for the two that are only the first part of anot
     equal, then natural   then a quarter for the classifier alone, on segments from anywhere in the brain
     plain, then natural   the same second phase after three quarters of DeepMedic's own recipe
 
-The table is data/results/deepmedic_future_work.csv (means over the held-out cases, for each seed and variant), which notebook 02 reads.
+The tables are data/results/deepmedic_future_work.csv (means over the held-out cases, for each seed and variant), which notebook 02
+reads, and baselines.csv.
 """
 
 from functools import cache, partial
 
 import numpy as np
 import pandas as pd
-from _frame import Row, Store, main, markdown
+from _frame import Row, Store, baseline_rows, baselines_row, beside_baselines, main, markdown
 from scipy import ndimage
 from torch import Tensor
 
@@ -95,12 +96,13 @@ def score(model: Network, case: Case) -> dict[str, float]:
     }
 
 
-def run(variant: str, seed: int):
+def run(store: Store, variant: str, seed: int):
     """Train a variant, and score it and its first part."""
     cases, test, updates = cohort(12, 0), cohort(8, 100), SETTINGS["updates"]
 
-    def row(name: str, model: Network, seen: list[Case] = test) -> dict:
-        return {"variant": name} | pd.DataFrame([score(model, c) for c in seen]).mean().to_dict()
+    def row(name: str, model: Network, see=lambda case: case) -> dict:
+        store.examine(f"{name}, {seed}", model, [see(c) for c in cases[:4]])
+        return {"variant": name} | pd.DataFrame([score(model, see(c)) for c in test]).mean().to_dict()
 
     if variant == "plain":
         yield row(variant, train(cases, updates, seed=seed))
@@ -108,7 +110,7 @@ def run(variant: str, seed: int):
         first = train(cases, updates // 2, seed=seed)
         yield row("half as long", first)
         second = train([add_scores(first, c) for c in cases], updates - updates // 2, seed=seed + 500)
-        yield row(variant, second, [add_scores(first, c) for c in test])
+        yield row(variant, second, partial(add_scores, first))
     else:
         most, equal = updates * 3 // 4, variant.startswith("equal")
         model = train(cases, most, seed=seed, scheme="equal" if equal else "foreground")
@@ -117,12 +119,18 @@ def run(variant: str, seed: int):
         yield row(variant, train_naturally(model, cases, updates - most, seed))
 
 
+def run_baselines() -> list[dict]:
+    regions = {f"dice_{region}": labels for region, labels in metrics.regions["brats2015"].items()}
+    return baseline_rows(cohort(12, 0), cohort(12, 0), cohort(8, 100), regions)
+
+
 def plan(store: Store, seeds) -> list[Row]:
-    return [
-        Row("deepmedic_future_work", {"variant": variant, "seed": seed}, partial(run, variant, seed), minutes=0.8)
+    rows = [
+        Row("deepmedic_future_work", {"variant": variant, "seed": seed}, partial(run, store, variant, seed), minutes=0.8)
         for seed in seeds or range(3)
         for variant in ("plain", "cascade", "equal, then natural", "plain, then natural")
     ]
+    return [*rows, baselines_row(store, "brains", run_baselines, 0.8)]
 
 
 def report(store: Store) -> dict[str, str]:
@@ -131,7 +139,8 @@ def report(store: Store) -> dict[str, str]:
         return {}
     by = table.drop(columns="seed").groupby("variant", sort=False)
     mean, deviation = (frame.map("{:.2f}".format) for frame in (by.mean(), by.std()))
-    return {"variants": markdown((mean + " ± " + deviation).reset_index())}
+    dice = by.mean().filter(like="Dice").rename(columns=lambda name: name.replace("Dice ", "dice_")) / 100
+    return {"variants": markdown((mean + " ± " + deviation).reset_index())} | beside_baselines(store, {"brains": dice})
 
 
 if __name__ == "__main__":

@@ -13,13 +13,18 @@ centred on a tumour.
 * vote (2 mm): axial, coronal and sagittal networks, models 1 and 2, on ten complete cases. Their label maps of the first twelve
   persons, and that of their averaged probabilities, go to data/results/vote_predictions.npz.
 
-The tables are data/results/missing_*.csv, which notebook 10 reads. Training states are kept in runs/missing_sequences.
+Methods without learning take what they need to know from the cases of "complete" for the first part, and for the second from all ten
+cases without the sequence.
+
+The tables are data/results/missing_*.csv, which notebook 13 reads, and baselines.csv. Training states are kept in
+runs/missing_sequences.
 """
 
 from functools import cache, partial
 
 import numpy as np
-from _frame import Row, Store, main, markdown, scan
+import pandas as pd
+from _frame import Row, Store, baseline_rows, baselines_row, beside_baselines, main, markdown, scan
 
 from medseg_lite import context, inference, metrics, recipes, statistics, transforms
 
@@ -37,6 +42,10 @@ def person(seed: int, spacing: float = 4.0):
     return case.replace(label=ONE_CORE[case.label])
 
 
+def without(case, lack: str):
+    return case.select([c for c in SEQUENCES if c != lack])
+
+
 def train(cases: list, **options):
     """Train a network; its state is kept, so that an interrupted training goes on."""
     settings = {"classes": 4, "batch_size": 8, "accumulate": 1, "scheme": "foreground", "learning_rate": 0.1, "window": 20}
@@ -44,19 +53,29 @@ def train(cases: list, **options):
     return recipes.mlynarski(cases, **settings | options)
 
 
-def train_variant(store: Store, variant: str, fold: int):
+def lacking(fold: int) -> dict[int, str | None]:
+    """Return the sequence that each training case lacks, by its seed."""
     order = np.random.default_rng(fold).permutation(TRAIN)
-    lacks = {int(seed): (None, *SEQUENCES)[n % 5] for n, seed in enumerate(order)}
-    complete = [person(s) for s, lack in lacks.items() if lack is None]
+    return {int(seed): (None, *SEQUENCES)[n % 5] for n, seed in enumerate(order)}
+
+
+def complete_cases(fold: int) -> list:
+    return [person(s) for s, lack in lacking(fold).items() if lack is None]
+
+
+def train_variant(store: Store, variant: str, fold: int):
+    complete = complete_cases(fold)
     options = {"seed": fold, "folder": store.runs / f"{variant}_{fold}", "output": 32}
     if variant == "pretrained":
-        others = [person(s).select([c for c in SEQUENCES if c != lack]) for s, lack in lacks.items() if lack]
+        others = [without(person(s), lack) for s, lack in lacking(fold).items() if lack]
         options |= {"incomplete": others, "pretrain_steps": SETTINGS["pretrain_steps"]}
     elif variant == "longer":
         options["steps"] = SETTINGS["longer"]
     elif variant == "dropped":
         options["drop"] = 0.5
-    return train([person(s) for s in TRAIN] if variant in ("full", "dropped") else complete, **options)
+    model = train([person(s) for s in TRAIN] if variant in ("full", "dropped") else complete, **options)
+    store.examine(f"{variant}, {fold}", model, [person(s) for s in TRAIN])
+    return model
 
 
 def score(found: np.ndarray, case) -> dict:
@@ -74,7 +93,7 @@ def run_test(store: Store, variant: str, fold: int):
     model = train_variant(store, variant, fold)
     for lack in (None, *SEQUENCES):
         for case in map(person, PERSONS):
-            seen = case if lack is None else transforms.complete(case.select([c for c in SEQUENCES if c != lack]), SEQUENCES)
+            seen = case if lack is None else transforms.complete(without(case, lack), SEQUENCES)
             yield {"missing": lack or "none"} | score(inference.predict(model, seen, progress=False), case)
 
 
@@ -85,6 +104,7 @@ def run_vote(store: Store) -> dict:
         cases = [context.facing(person(s, 2.0), plane) for s in TRAIN]
         options = {"output": 64, "flip": plane != "sagittal", "folder": store.runs / f"voter_{plane}_{subnets}"}
         voters.append(train(cases, subnets=subnets, seed=number, **options))
+        store.examine(f"vote, {plane} {subnets}", voters[-1], cases)
     maps, averages = [], []
     for case in (person(seed, 2.0) for seed in VOTED_ON):
         turned = [context.facing(case, plane) for plane, _ in VOTERS]
@@ -102,6 +122,17 @@ def run_vote(store: Store) -> dict:
     return {"vote_predictions.npz": arrays}
 
 
+def run_baselines(task: str) -> list[dict]:
+    regions, test = {f"dice_{region}": labels for region, labels in REGIONS.items()}, [person(s) for s in PERSONS]
+    if task == "training":
+        rows = [row for fold in range(3) for row in baseline_rows(complete_cases(fold), complete_cases(fold), test, regions)]
+        return pd.DataFrame(rows).groupby(["method", "case"], sort=False).mean().reset_index().to_dict("records")
+    cases, lack = [person(s) for s in TRAIN], task.removeprefix("missing: ")
+    if lack != "none":
+        cases, test = ([without(case, lack) for case in part] for part in (cases, test))
+    return baseline_rows(cases, cases, test, regions)
+
+
 def plan(store: Store, seeds) -> list[Row]:
     def row(part: str, run, variant: str, fold: int, minutes: float) -> Row:
         return Row(f"missing_{part}", {"variant": variant, "fold": fold}, partial(run, store, variant, fold), minutes, part)
@@ -112,14 +143,16 @@ def plan(store: Store, seeds) -> list[Row]:
         if fold == 0:
             rows += [row("test", run_test, v, fold, 1) for v in ("full", "dropped")]
             rows.append(Row("vote_predictions.npz", {}, partial(run_vote, store), minutes=15, part="vote"))
-    return rows
+    tasks = ["training", *(f"missing: {lack}" for lack in ("none", *SEQUENCES))]
+    return rows + [baselines_row(store, task, partial(run_baselines, task), 0.1) for task in tasks]
 
 
 def report(store: Store) -> dict[str, str]:
     training, test, columns = store.read("missing_training"), store.read("missing_test", keep_default_na=False), list(REGIONS)
-    blocks, names = {}, {f"dice_{region}": region for region in REGIONS}
+    blocks, names, networks = {}, {f"dice_{region}": region for region in REGIONS}, {}
     if not training.empty:
         table = training.rename(columns=names)
+        networks["training"] = training.groupby("variant", sort=False)[list(names)].mean()
         means = table.groupby("variant", sort=False)[columns].mean()
         means.insert(0, "folds", table.groupby("variant")["fold"].nunique())
         blocks["training"] = markdown(means.reset_index())
@@ -135,7 +168,9 @@ def report(store: Store) -> dict[str, str]:
     if not test.empty:
         table = test.rename(columns=names).groupby(["variant", "missing"], sort=False)[columns].mean()
         blocks["test"] = markdown(table.reset_index())
-    return blocks
+        for lack, rows in test.groupby("missing", sort=False):
+            networks[f"missing: {lack}"] = rows.groupby("variant", sort=False)[list(names)].mean()
+    return blocks | beside_baselines(store, networks)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def train(store: Store, variant: str, held_out: str) -> Network:
         training, start = training * 3 + generated_cases(), paths.shipped("checkpoints", PRETRAINED)
     options = {"start": start, "folder": folder, "device": DEVICE, "validate_every": 100, "progress": False}
     model = recipes.deepmedic(training, steps=SETTINGS[variant], halvings=(0.6, 0.8, 0.9), **options)
+    store.examine(f"{variant}, {held_out}", model, training[:1])
     card = model.card | {
         "trained_on": sorted(set(model.card["trained_on"])),
         "normalise": "standardise",

@@ -10,7 +10,8 @@ budgets, and its row says so. Widths, batches and rates are what learns somethin
 patients. The CRF's parameters are searched on the patients 50 to 53.
 
 Networks and probabilities are kept in runs/systems: what combines systems is made from them. The tables are
-data/results/systems_scores.csv and systems_runs.csv, and systems_labels.npz (four patients' segmentations), which notebook 12 reads.
+data/results/systems_scores.csv and systems_runs.csv, and systems_labels.npz (four patients' segmentations), which notebook 15 reads,
+and baselines.csv.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from _frame import Row, Store, flip, main, markdown
+from _frame import Row, Store, baseline_rows, baselines_row, beside_baselines, flip, main, markdown
 
 from medseg_lite import context, crf, inference, metrics, models, paths, phantoms, recipes, transforms
 from medseg_lite.ensembles import hierarchical_vote
@@ -89,8 +90,10 @@ def test_scans() -> list[tuple[str, int, str]]:
 
 # ---------------------------------------------------------------------------------------------------------- systems
 #
-# Each trains on `training_cases()` and returns the networks and a function that makes class probabilities `(5, D, H, W)` of a patient's scan.
+# Each trains on `training_cases()` and returns the networks, each with a function that returns the training cases as it sees them, and
+# a function that makes class probabilities `(5, D, H, W)` of a patient's scan.
 
+Networks = list[tuple[Network, Callable[[], Sequence[Case]]]]
 Predict = Callable[[int, str], np.ndarray]
 COMMON = {"classes": CLASSES, "progress": False}
 HALVINGS = (0.5, 0.7, 0.85, 0.95)
@@ -102,11 +105,11 @@ def predict(model: Network, case: Case) -> np.ndarray:
     return inference.predict(model, case, output="probabilities", progress=False)
 
 
-def wrap(model: Network) -> tuple[list[Network], Predict]:
-    return [model], lambda seed, at: predict(model, patient(seed, at))
+def wrap(model: Network) -> tuple[Networks, Predict]:
+    return [(model, training_cases)], lambda seed, at: predict(model, patient(seed, at))
 
 
-def forest(store: Store, seed: int) -> tuple[list[Network], Predict]:
+def forest(store: Store, seed: int) -> tuple[Networks, Predict]:
     """Fit the paper's trees on 4000 points a patient, a tenth of them tumour: half of the budget, and more trees do not help."""
     trees = RandomForest(trees=50, jobs=1, seed=seed).fit(training_cases(), points_per_case=4000, balance=0.1)
     return [], lambda number, at: trees.predict(patient(number, at), progress=False)
@@ -145,7 +148,7 @@ def drozdzal(store: Store, seed: int):
     cases = [raw_patient(s, site(s)) for s in TRAINING]
     options = {"width": 0.25, "crop": 64, "batch_size": 8, "shear": 0.1, "angle": 10}
     model = recipes.drozdzal(cases, steps=updates("drozdzal"), seed=seed, **options, **COMMON)
-    return [model], lambda number, at: predict(model, raw_patient(number, at))
+    return [(model, lambda: cases)], lambda number, at: predict(model, raw_patient(number, at))
 
 
 def mlynarski_2d(store: Store, seed: int):
@@ -169,7 +172,9 @@ def mlynarski_a(store: Store, seed: int):
 
     options = {"variant": "a", "steps": updates("mlynarski_a"), "seed": seed}
     model = recipes.mlynarski(add_scores(training_cases()), **options, **SOLID, **COMMON)
-    return [*flat.values(), model], lambda number, at: predict(model, *add_scores([patient(number, at)]))
+    networks = [(net, lambda plane=plane: [context.facing(c, plane) for c in training_cases()]) for plane, net in flat.items()]
+    networks.append((model, lambda: add_scores(training_cases())))
+    return networks, lambda number, at: predict(model, *add_scores([patient(number, at)]))
 
 
 # In this order, so that an unfinished table is of use; the ensemble's other members and second seeds come last.
@@ -253,8 +258,9 @@ def run(store: Store, name: str, seed: int) -> dict:
     clock = time.process_time()
     networks, probabilities = SYSTEMS[name](store, seed)
     trained = time.process_time() - clock
-    for i, network in enumerate(networks):
+    for i, (network, see) in enumerate(networks):
         models.save(store.runs / f"{name}_{seed}_{i}.safetensors", network, network.card)
+        store.examine(f"{name}, {seed}, {i}", network, see())
 
     def label(number: int, at: str) -> np.ndarray:
         found = probabilities(number, at)
@@ -264,7 +270,7 @@ def run(store: Store, name: str, seed: int) -> dict:
 
     for number in CONFIGURATION if name == "deepmedic" else ():
         label(number, site(number))
-    parameters = sum(p.numel() for network in networks for p in network.parameters())
+    parameters = sum(p.numel() for network, _ in networks for p in network.parameters())
     about = {"train_seconds": trained, "seconds": 0.0, "parameters": parameters, "budgets": 1}
     return collect_tables(store, name, seed, segment_all(label), **about)
 
@@ -331,6 +337,15 @@ def run_combined(store: Store, name: str) -> dict:
 # ------------------------------------------------------------------------------------------------------------- report
 
 
+def run_baselines() -> list[dict]:
+    """Score the methods without learning; the names of the scores end with the set of patients."""
+    test = {patient(number, at).name: (kind, patient(number, at)) for kind, number, at in test_scans()}
+    cases = training_cases()
+    regions = {f"dice_{region}": labels for region, labels in metrics.regions["brats2015"].items()}
+    rows = baseline_rows(cases, cases, [case for _, case in test.values()], regions)
+    return [{f"{name}_{test[row['case']][0]}" if name in regions else name: v for name, v in row.items()} for row in rows]
+
+
 def plan(store: Store, seeds) -> list[Row]:
     def row(name: str, seed: int, run, minutes: float, part: str) -> Row:
         return Row("systems_runs", {"system": name, "seed": seed}, run, minutes, part)
@@ -338,7 +353,8 @@ def plan(store: Store, seeds) -> list[Row]:
     queue = QUEUE if seeds is None else [(name, seed) for seed in seeds for name in SYSTEMS]
     rows = [row(name, seed, partial(run, store, name, seed), 3, "trained") for name, seed in queue]
     combined = COMBINED if not seeds or 0 in seeds else ()
-    return rows + [row(name, 0, partial(run_combined, store, name), 2, "combined") for name in combined]
+    rows += [row(name, 0, partial(run_combined, store, name), 2, "combined") for name in combined]
+    return [*rows, baselines_row(store, "brains", run_baselines, 0.8)]
 
 
 def report(store: Store) -> dict[str, str]:
@@ -357,7 +373,9 @@ def report(store: Store) -> dict[str, str]:
         )
     columns = ["system", "seed", "budgets", "training s", "s a case", "parameters"]
     columns += [f"{r} {s}" for s in TEST for r in ("whole", "core", "enhancing")] + ["HD95", "ASSD"]
-    return {"systems": markdown(pd.DataFrame(cells, columns=columns), 1)}
+    named = scores.assign(score="dice_" + scores["region"] + "_" + scores["set"])
+    means = named.pivot_table(index="system", columns="score", values="dice", sort=False)
+    return {"systems": markdown(pd.DataFrame(cells, columns=columns), 1)} | beside_baselines(store, {"brains": means})
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def without(model: nn.Module, names: str | Sequence[str]) -> Iterator[nn.Module]
 
     Source: Drozdzal et al. 2018, section 1; Veit, Wilber and Belongie 2016, "Residual networks behave like ensembles of relatively shallow
     networks", section 4.1.
-    Taught in notebook 08.
+    Taught in notebook 10.
     """
     names = [names] if isinstance(names, str) else list(names)
     there = removable(model)
@@ -122,6 +122,48 @@ def without(model: nn.Module, names: str | Sequence[str]) -> Iterator[nn.Module]
         for name in names:
             hooks.callback(modules[name].register_forward_hook(_pass_on).remove)
         yield model
+
+
+@contextmanager
+def exchanged(model: nn.Module, pairs: Sequence[tuple[str, str]]) -> Iterator[nn.Module]:
+    """Let layers of a trained network change places, pair after pair, within the block; afterwards the network is what it was.
+
+        with attribution.exchanged(model, [("up.0.2", "up.0.5")]):
+            other = inference.predict(model, case)
+
+    Args:
+        model: any network; the same object is handed to the block.
+        pairs: names of two layers each, as in `model.named_modules()`, which take and give as many maps of the same size.
+
+    Raises:
+        ValueError: there is no such layer, or the two have weights of different shapes.
+
+    Source: Drozdzal et al. 2018, section 1; Veit, Wilber and Belongie 2016, section 4.3.
+    Taught in notebook 10.
+    """
+    modules = dict(model.named_modules())
+    for pair in pairs:
+        if unknown := [name for name in pair if name not in modules]:
+            raise ValueError(f"this network has no layer {unknown[0]!r}, see model.named_modules()")
+        shapes = [[p.shape for p in modules[name].parameters()] for name in pair]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{' and '.join(pair)} have weights of different shapes, so they cannot change places")
+
+    def exchange(first: str, second: str) -> None:
+        places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in (first, second)]
+        layers = [getattr(parent, name) for parent, name in places]
+        for (parent, name), layer in zip(places, reversed(layers)):
+            setattr(parent, name, layer)
+
+    done: list[tuple[str, str]] = []
+    try:
+        for pair in pairs:
+            exchange(*pair)
+            done.append(pair)
+        yield model
+    finally:
+        for pair in reversed(done):
+            exchange(*pair)
 
 
 def _keeps_shape(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ A 2D network sees a whole slice, and a 3D network a small cube. Slices are cut a
 for each axis. The scores of all three become further channels of the image that the 3D network is trained on.
 
 Source: Mlynarski et al. 2019, section 2.3.
-Taught in notebook 09.
+Taught in notebook 12.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def influence(
         ValueError: when the patch leaves the volume, a network is in training mode, or the networks are on different devices.
 
     Source: Mlynarski et al. 2019, figure 5, measured.
-    Taught in notebook 09.
+    Taught in notebook 12.
     """
     if any(network.training for network in (model, *networks.values())):
         raise ValueError("a network is in training mode, where slices act on each other; call its eval() first")

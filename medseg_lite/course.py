@@ -1,18 +1,25 @@
-"""Functions for the first cell of every notebook: they find out what machine this is, and how large a run it can afford."""
+"""Functions for the first cell of every notebook, which find out what machine this is; and what the checks of exercises return."""
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import platform
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from . import __version__, paths, plotting
+from .claims import card as card
 from .devices import describe_device, fault_of, find_device
 from .engine.precision import number_type
+from .statistics import Interval, two_way
 
 SCALES = ("cpu", "gpu")
 DRIVE = Path("/content/drive")  # where Colab puts Google Drive
@@ -100,6 +107,81 @@ def keep(name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     paths.say(f"runs are kept in {folder}; delete it to begin anew")
     return folder
+
+
+def puzzle(name: str) -> dict[str, dict[str, Interval]]:
+    """Return what networks make of a puzzle: mean Dice over three seeds and eight cases, with its interval over both.
+
+    Args:
+        name: name of the puzzle, a key of `phantoms.PUZZLES`.
+
+    Returns:
+        For each network its interval where the property is "needed" and where it is "not needed", from the table that
+        experiments/puzzles.py stored.
+
+    Raises:
+        ValueError: there is no such puzzle in the table.
+    """
+    stored = pd.read_csv(paths.shipped("results", "puzzles.csv")).dropna(subset="seed")
+    rows = stored[stored["puzzle"] == name]
+    if rows.empty:
+        raise ValueError(f"there is no puzzle {name!r}; there are {', '.join(stored['puzzle'].unique())}")
+    ends = {"needed": rows["needed"].max(), "not needed": rows["needed"].min()}
+    found: dict[str, dict[str, Interval]] = {}
+    for method, runs in rows.groupby("method", sort=False):
+        tables = {
+            end: runs[runs["needed"] == dial].pivot(index="seed", columns="case", values="dice") for end, dial in ends.items()
+        }
+        found[method] = {end: two_way(table) for end, table in tables.items()}
+    return found
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of an exercise's check.
+
+    It is true where the answer is right. A notebook shows nothing for it, because `check` has printed the reason.
+
+    Attributes:
+        passed: True if the answer is right.
+        reason: lines that the check has printed: what is wrong, or what is right.
+    """
+
+    passed: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __repr__(self) -> str:
+        return self.reason
+
+    def _ipython_display_(self) -> None:
+        pass
+
+
+def check(function: Callable[..., bool | None]) -> Callable[..., Verdict]:
+    """Turn a function that prints what is wrong, and returns True if nothing is, into one that returns a `Verdict`.
+
+    It prints as before. Where the function has an argument `seed`, grading gives it a secret one: the check then draws other
+    patients or numbers, whose right answer it knows too.
+
+        @course.check
+        def check_share(share, seed=0): ...
+    """
+
+    @functools.wraps(function)
+    def judge(*answers, **options) -> Verdict:
+        printed = io.StringIO()
+        try:
+            with redirect_stdout(printed):
+                passed = bool(function(*answers, **options))
+        finally:
+            if printed.getvalue():
+                paths.say(printed.getvalue().removesuffix("\n"))
+        return Verdict(passed, printed.getvalue().strip())
+
+    return judge
 
 
 def real_cases_available(dataset: str = "brats2013_deepmedic") -> Path | None:

@@ -19,7 +19,7 @@ class Ensemble(Network):
     are averaged after their sigmoid, and the ensemble has a single output too.
 
     Source: Kamnitsas et al. 2017, section 4.1.3 (three networks that differ in their random start).
-    Taught in notebooks 07 and 08.
+    Taught in notebooks 09 and 11.
     """
 
     def __init__(self, members: Sequence[Network]):
@@ -76,7 +76,7 @@ def hierarchical_vote(
         Class numbers in an array of that shape, uint8.
 
     Source: Mlynarski et al. 2019, section 2.5 and figure 7.
-    Taught in notebook 10.
+    Taught in notebook 13.
     """
     if len(predictions) == 0:
         raise ValueError("a vote needs at least one prediction")

@@ -6,7 +6,7 @@ axes. The sum over any box, however large, is a signed sum of the integral volum
 
 Source: Kamnitsas et al. 2017, section 4.1.2 (50 trees, depth 30, 200 features, 20 mm), which follows Zikic et al., "Decision
 forests for tissue-specific segmentation of high-grade gliomas in multi-channel MR", MICCAI 2012, without its tissue priors.
-Taught in notebooks 04 and 05.
+Taught in notebooks 06 and 07.
 """
 
 from __future__ import annotations

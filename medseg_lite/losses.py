@@ -33,7 +33,7 @@ def cross_entropy(
 
     Source: Kamnitsas et al. 2017, eq. 3 (one voxel per patch) and eq. 4 (V voxels per segment); Kayalibay et al. 2017,
     sections 4.1 and 5.2 (class weights).
-    Taught in notebooks 03 and 06.
+    Taught in notebooks 04 and 08.
     """
     logits, target = _check(logits, target)
     weights = None
@@ -65,7 +65,7 @@ def balanced_cross_entropy(logits: Tensor, target: Tensor, *, target_weights: Se
 
     Source: Mlynarski et al. 2019, eq. 1 and 2. The paper has one more factor, one over the number of voxels. It is left out
     here, because the weights already sum to 1.
-    Taught in notebooks 09 and 10.
+    Taught in notebooks 12 and 13.
     """
     logits, target = _check(logits, target)
     weights = _check_weights("target_weights", target_weights, logits, total=1)
@@ -86,7 +86,7 @@ def deep_supervision(
         main: weight of the network's own loss; .75 in the paper, which leaves .05 for each of 5 subnetworks.
 
     Source: Mlynarski et al. 2019, eq. 3.
-    Taught in notebooks 09 and 10.
+    Taught in notebooks 12 and 13.
     """
     logits, auxiliary = outputs
     if not 0 <= main <= 1 or not auxiliary:
@@ -112,7 +112,7 @@ def jaccard_distance(logits: Tensor, target: Tensor, *, per_class: bool = False)
         per_class: whether to return the K terms instead of their sum.
 
     Source: Kayalibay et al. 2017, eq. 3 and 4.
-    Taught in notebook 06.
+    Taught in notebook 08.
     """
     logits, target = _check(logits, target)
     p = logits.softmax(dim=1).clamp(1e-8, 1).transpose(0, 1).flatten(1)  # (K, voxels), never all zero
@@ -130,7 +130,7 @@ def minmax_jaccard(prediction: Tensor, target: Tensor) -> Tensor:
     Apple's GPUs lack.
 
     Source: Kayalibay et al. 2017, eq. 5.
-    Taught in notebook 06.
+    Taught in notebook 08.
     """
     if prediction.shape != target.shape:
         raise ValueError(
@@ -155,7 +155,7 @@ def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1.0) -> Tensor:
         smooth: number that keeps the loss defined where there is no object; the authors' code has 1.
 
     Source: Drozdzal et al. 2018, section 3.3.
-    Taught in notebook 08.
+    Taught in notebook 10.
     """
     logits, target = _check(logits, target)
     if logits.shape[1] == 1:

@@ -41,7 +41,7 @@ class RMSpropNesterov(torch.optim.Optimizer):
         eps: constant ε inside the root (1e-4).
 
     Source: Kamnitsas et al. 2017, appendix B, and its code for ρ, ε and the (1 − m) factor.
-    Taught in notebook 04.
+    Taught in notebook 05.
     """
 
     def __init__(self, parameters: Iterable, *, lr: float = 1e-3, momentum: float = 0.6, rho: float = 0.9, eps: float = 1e-4):
@@ -138,7 +138,7 @@ class NormalizedSGD(torch.optim.Optimizer):
         momentum: factor m of the momentum. The paper gives no number; .9 is the author's in later code.
 
     Source: Mlynarski et al. 2019, eq. 4. The gradient is that of several batches: `training.fit(accumulate=...)`.
-    Taught in notebook 10.
+    Taught in notebook 13.
     """
 
     def __init__(self, parameters: Iterable, *, lr: float = 0.25, momentum: float = 0.9):

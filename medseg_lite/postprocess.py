@@ -73,7 +73,7 @@ def largest_component(label: np.ndarray) -> np.ndarray:
         A cleaned copy. An empty label stays empty. Of components of the same size the first is kept.
 
     Source: Drozdzal et al. 2018, section 4.3.
-    Taught in notebook 08.
+    Taught in notebook 11.
     """
     label = as_array(label, "the label")
     pieces, count = ndimage.label(label > 0)

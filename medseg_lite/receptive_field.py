@@ -39,7 +39,7 @@ def receptive_field_recursion(
         φ_1 … φ_L. The last one is the receptive field of the network.
 
     Source: Kamnitsas et al. 2017, eq. 1; Kayalibay et al. 2017, eq. 7.
-    Taught in notebooks 01, 03, 06, 09 and 11.
+    Taught in notebooks 01, 04, 08, 12 and 14.
     """
     return [field for field, _ in _layers(kernels, strides, upsampling)]
 
@@ -54,7 +54,7 @@ def output_size(n_in: int, kernels: Sequence[int], strides: Sequence[int] | None
         ValueError: when the input is smaller than the receptive field.
 
     Source: Kamnitsas et al. 2017, eq. 2.
-    Taught in notebooks 01 and 03.
+    Taught in notebooks 01 and 04.
     """
     field, step = [(1, 1), *_layers(kernels, strides)][-1]
     if n_in < field:

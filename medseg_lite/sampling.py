@@ -192,7 +192,7 @@ class SegmentSampler(Sampler):
             cases stay where they are.
 
     Source: Kamnitsas et al. 2017, sections 2.2, 3.2 and 4.1.2.
-    Taught in notebooks 01 and 03.
+    Taught in notebooks 01 and 04.
     """
 
     settings = ("channels", "output", "margin", "batch_size", "scheme", "flip", "shift", "spatial_dims", "augment", "seed")

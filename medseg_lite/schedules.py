@@ -192,7 +192,7 @@ class HalveOnSlowLoss(Halving):
         minimum: lowest rate, .001 in the paper.
 
     Source: Mlynarski et al. 2019, section 2.4.
-    Taught in notebook 10.
+    Taught in notebook 13.
     """
 
     changing = ("halvings", "window", "losses", "slow")
@@ -233,7 +233,7 @@ class HalveOnPlateau(Halving):
             loss over each of them, which should fall.
 
     Source: Kamnitsas et al. 2017, appendix B (halved whenever convergence plateaus).
-    Taught in notebook 13.
+    Taught in notebook 16.
     """
 
     changing = ("halvings", "losses", "best", "waited")

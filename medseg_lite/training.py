@@ -238,7 +238,7 @@ def running_average(values: Sequence[float], *, alpha: float = 0.5, start: float
         start: μ*_0; by default the first value.
 
     Source: Kayalibay et al. 2017, eq. 6.
-    Taught in notebooks 06 and 13.
+    Taught in notebooks 08 and 16.
     """
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha={alpha}; expected 0 (no smoothing) to less than 1")

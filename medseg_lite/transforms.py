@@ -45,7 +45,7 @@ def rescale(case: Case) -> Case:
     """Shift and scale each channel so that it reaches from 0 to 1 inside the mask, or in the whole image without a mask.
 
     Source: Drozdzal et al. 2018, section 1 ("range normalization"), one of the pre-processings that their network replaces.
-    Taught in notebook 08.
+    Taught in notebook 10.
     """
     inside = _inside(case)
     low, high = inside.min(axis=1), inside.max(axis=1)
@@ -65,7 +65,7 @@ def equalise(case: Case, *, bins: int = 256) -> Case:
         bins: number of histogram bins. Values between bin edges are interpolated.
 
     Source: Drozdzal et al. 2018, section 1 ("histogram equalization").
-    Taught in notebook 08.
+    Taught in notebook 10.
     """
     inside = _inside(case)
     _check_varies(case, inside.max(axis=1) > inside.min(axis=1))
@@ -142,7 +142,7 @@ def mirror_healthy(case: Case, *, midline: np.ndarray | None = None) -> Case:
         ValueError: there is no lesion, it reaches into both hemispheres, or the midline is not known.
 
     Source: Kayalibay et al. 2017, section 4.2 (Table 6, Figure 14).
-    Taught in notebook 07.
+    Taught in notebook 09.
     """
     if case.label is None or not case.label.any():
         raise ValueError(f"{case.name} has no lesion in its label, so neither hemisphere is the healthy one")
@@ -247,7 +247,7 @@ def augment(image: Tensor, label: Tensor, *, rng: np.random.Generator, angle: fl
         New tensors of the same shape, type and device.
 
     Source: Kayalibay et al. 2017, section 3.2.1.
-    Taught in notebook 06.
+    Taught in notebook 08.
     """
     dims = image.ndim - 2
     if dims not in (2, 3) or label.shape != (image.shape[0], *image.shape[2:]):
@@ -300,6 +300,7 @@ def distort(
 
     Source: Drozdzal et al. 2018, section 4 (.41 and 25 degrees for electron microscopy, .1 radians and 10 degrees for the prostate);
     the grid and `warp` are those of the authors' published code, whose unit we took to be half the side.
+    Taught in notebook 01.
     """
     if image.ndim != 4 or label.shape != (image.shape[0], *image.shape[2:]):
         raise ValueError(f"image {tuple(image.shape)} and label {tuple(label.shape)}; expected (B, C, H, W) and (B, H, W)")

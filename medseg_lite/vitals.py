@@ -1,15 +1,16 @@
-"""Signs that a trained network is alive. From a dead one, no conclusion can be drawn."""
+"""Signs that a network is alive: what it has learned, and before that, whether signal and gradient reach every layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
-from . import inference
+from . import inference, losses
 from .features import capture
+from .models.layers import convolutions
 from .volume import Case
 
 LARGEST = 200_000  # numbers kept of each layer: enough to see whether a channel varies
@@ -61,3 +62,40 @@ def examine(model: nn.Module, cases: Sequence[Case]) -> VitalSigns:
     layers = [layer.data.reshape(len(layer.data), -1) for layer in maps.values()]
     silent = np.concatenate([layer.max(axis=1) == layer.min(axis=1) for layer in layers])
     return VitalSigns(bool(found.min() == found.max()), recall, float(silent.mean()))
+
+
+def signals(model: nn.Module, inputs: Tensor, label: Tensor, loss: Callable = losses.cross_entropy) -> dict[str, list[Tensor]]:
+    """Send a batch through a network and the loss's gradient back, and keep what every convolution meets.
+
+    Where the signal or its gradient vanishes on the way, little can be learned. The gradients of all weights are left in `.grad`.
+
+    Args:
+        model: network, in training mode if it is to be trained.
+        inputs, label: batch `(B, C, *n)` and the classes of the voxels that the network predicts for it.
+        loss: function of logits and label.
+
+    Returns:
+        A tensor for each convolution, in the order of the network's definition: its output as "signal", the loss's gradient by that as
+        "gradient", and by the kernel as "kernel_gradient".
+
+    Taught in notebook 05.
+    """
+    outputs: dict[nn.Module, Tensor] = {}
+
+    def note(module, _, output):
+        output.retain_grad()
+        outputs[module] = output
+
+    model.zero_grad()
+    layers = list(convolutions(model))
+    handles = [conv.register_forward_hook(note) for conv in layers]
+    try:
+        loss(model(inputs), label).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        "signal": [outputs[conv].detach() for conv in layers],
+        "gradient": [outputs[conv].grad for conv in layers],
+        "kernel_gradient": [conv.weight.grad.clone() for conv in layers],
+    }

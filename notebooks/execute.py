@@ -1,7 +1,7 @@
 """Run notebooks from top to bottom and store their outputs. `make notebooks` calls this script.
 
-    python notebooks/execute.py notebooks/03_dense_training.ipynb
-    python notebooks/execute.py --strip notebooks/03_dense_training.ipynb    # run nothing, only take widgets out
+    python notebooks/execute.py notebooks/04_dense_training.ipynb
+    python notebooks/execute.py --strip notebooks/04_dense_training.ipynb    # run nothing, only take widgets out
 
 The header gets the date, and the minutes at the scale that it ran at. A notebook that fails is not changed.
 """

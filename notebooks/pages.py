@@ -20,6 +20,7 @@ from traitlets.config import Config
 
 from medseg_lite import inference, models, phantoms, plotting, recipes, transforms, widgets
 from medseg_lite.paths import atomic_write, shipped
+from medseg_lite.sampling import SegmentSampler
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "notebooks" / "template"
@@ -102,7 +103,16 @@ LIVE = {
     "slices": "Slice viewer: one brain, four sequences, its tumour and the network's prediction",
     "compare": "Two networks compared: found, missed and made up",
     "crf": "CRF explorer: pull the sliders, and specks go while the tumour stays",
-    "kernel": "Kernel editor: nine numbers, and the edges that they find",
+    "kernel": "Sliding kernel: nine numbers, and the edges that they find",
+    "rate": "Learning rate: one kernel learns, too slowly, well, or not at all",
+    "segment": "Segment dial: what a training segment sees, predicts and costs",
+    "signals": "Signals: why a deep network trains or does not, layer by layer",
+    "bench": "Loss bench: how hard four losses push on a large class, a tiny one and the background",
+    "progress": "Training scrubber: five networks learn the bones of a hand, update by update",
+    "game": "You are the network: lesion or not, with and without a wider view",
+    "cells": "Merged and split cells: move the threshold, close a gap, and watch V_rand",
+    "blocks": "Block switchboard: 47 residual blocks, switched off one by one, or read one after the other",
+    "gains": "Gain and offset: who minds another scanner, the raw, the standardised or the learned input",
     "training": "Training monitor: a network that learns, update by update",
 }
 
@@ -121,7 +131,28 @@ def make_widgets() -> Iterator[tuple[str, widgets.Widget]]:
     yield "crf", widgets.CRFExplorer(case.select(["flair", "t2"]), lesion, smoothness_weight=1, appearance_weight=3)
     flair, axial = case.image[case.channels.index("flair")], plotting.find_plane("axial")
     middle = plotting.busiest_position(case.label, case.shape)[axial.cut]
-    yield "kernel", widgets.KernelEditor(plotting.cut(flair, axial, middle), preset="Sobel x")
+    image, tumour = (plotting.cut(array, axial, middle) for array in (flair, case.label))
+    yield "kernel", widgets.KernelEditor(image, preset="Sobel x", truth=tumour)
+    yield "rate", widgets.LearningRate([0, 0, 1, 3, 3, 2, 0, 0, 2, 1], rate=0.02, updates=6)
+    healthy = transforms.standardise(phantoms.brain(7, lesion=None))
+    yield "segment", widgets.SegmentDial(healthy, output=9, radius=4)
+    yield "signals", widgets.SignalExplorer(*SegmentSampler([case], output=3, margin=12, batch_size=1).batch(0))
+    yield "bench", widgets.LossBench()
+    with np.load(shipped("results", "hands_progress.npz")) as stored:
+        arrays = [stored[name] for name in ("image", "truth", "labels", "steps", "variants")]
+    yield "progress", widgets.TrainingScrubber(*arrays, ("background", "metacarpal", "proximal", "middle", "distal"))
+    strokes = [phantoms.brain(seed, site="A", lesion="stroke").select(["flair", "t2"]) for seed in (100, 103, 104, 105)]
+    yield "game", widgets.BeTheNetwork(strokes)
+    resnet = models.load(shipped("checkpoints", "em_inputs_standardised.safetensors"))
+    tissue, larger = (transforms.standardise(phantoms.em(103, slices=1, size=s, counts=True)) for s in (128, 256))
+    inside = inference.predict(resnet, larger, output="probabilities", progress=False)[0]
+    yield "cells", widgets.VRandExplorer(larger, inside, threshold=0.9)
+    yield "blocks", widgets.BlockSwitchboard(resnet, tissue)
+    raw, standard, learned = (
+        models.load(shipped("checkpoints", f"drozdzal_prostate{n}.safetensors")) for n in ("_raw", "_standardised", "")
+    )
+    ways = {"raw": raw, "standardised": (standard, transforms.standardise), "learned": learned}
+    yield "gains", widgets.GainOffset(ways, phantoms.prostate(101, site="A", size=64, vary=True))
     few = [transforms.standardise(c) for c in phantoms.brain_cohort(3, spacing=3.0)]
     small = models.deepmedic(width=0.2, classes=5)
     monitor = widgets.TrainingMonitor(small, few[2], every=10)

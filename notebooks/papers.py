@@ -3,7 +3,7 @@
 The tables are made of docstrings in medseg_lite. A docstring names its sources, and then the notebooks that teach it:
 
     Source: Kamnitsas et al. 2017, section 2.3 and eq. 6; Kayalibay et al. 2017, table 7.
-    Taught in notebooks 03 and 05.
+    Taught in notebooks 04 and 07.
 
 A semicolon ends a source. Sources other than the five papers of the course stand in docstrings only.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import fake_device
 import numpy as np
 import pytest
@@ -12,6 +14,13 @@ from medseg_lite import models
 from medseg_lite.volume import Case
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts jobs in the background so; some tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_make_parametrize_id(config, val, argname):
+    """Name long bytes by their length: a test's name is the same in every process, whatever time a gzip file holds."""
+    return f"{argname}: {len(val)} bytes" if isinstance(val, bytes) and len(val) > 16 else None
 
 
 @pytest.fixture

@@ -100,6 +100,7 @@ def test_load_rejects(tmp_path):
 
 
 def test_half_the_bytes(tmp_path, stir):
+    torch.manual_seed(0)
     model = stir(models.fcn_fc_resnet(width=0.1)).eval()
     model.segmenter.head[0].running_var.fill_(1e6)  # more than float16 holds
     full, half = (models.save(tmp_path / f"{half}.safetensors", model, {}, half=half) for half in (False, True))

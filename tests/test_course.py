@@ -3,6 +3,7 @@ import types
 
 import fake_device
 import matplotlib as mpl
+import pandas as pd
 import pytest
 import torch
 
@@ -111,3 +112,51 @@ def test_real_cases(monkeypatch, tmp_path):
     assert course.real_cases_available() is None
     (tmp_path / "brats2013_deepmedic").mkdir()
     assert course.real_cases_available() == tmp_path / "brats2013_deepmedic"
+
+
+def test_puzzles_have_an_interval_for_each_network_and_end():
+    found = course.puzzle("ring")
+    stored = pd.read_csv(paths.shipped("results", "puzzles.csv")).query(
+        "puzzle == 'ring' and method == 'Deep+' and needed == 0"
+    )
+    assert set(found) == {"Deep+", "BigDeep+", "DeepMedic"} and list(found["Deep+"]) == ["needed", "not needed"]
+    assert found["Deep+"]["not needed"].mean == pytest.approx(stored["dice"].mean())
+    assert (found["Deep+"]["needed"].runs, found["Deep+"]["needed"].cases) == (3, 8)
+    with pytest.raises(ValueError, match="no puzzle 'rings'; there are ring"):
+        course.puzzle("rings")
+
+
+def test_a_check_prints_and_returns_its_verdict(capsys):
+    @course.check
+    def check_even(number, seed=0):
+        if number % 2:
+            print(f"{number} is odd")
+            return False
+        print("right")
+        return number % 2 == 0
+
+    verdict = check_even(3)
+    assert capsys.readouterr().out == "3 is odd\n" and repr(verdict) == verdict.reason == "3 is odd"
+    assert not verdict and verdict.passed is False and check_even(4, seed=1).passed is True
+    assert check_even.__name__ == "check_even"
+
+
+def test_a_check_that_fails_shows_what_it_printed_before(capsys):
+    @course.check
+    def check_reciprocal(number):
+        print("dividing")
+        return 1 / number
+
+    with pytest.raises(ZeroDivisionError):
+        check_reciprocal(0)
+    assert capsys.readouterr().out == "dividing\n"
+
+
+def test_a_verdict_is_not_shown_twice(capsys):
+    """IPython shows the value of a cell's last line; the check has printed it already."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell()
+    shell.user_ns["check"] = course.check(lambda: print("right") or True)
+    shell.run_cell("check()")
+    assert capsys.readouterr().out.count("right") == 1

@@ -72,6 +72,42 @@ def test_every_trait_changes_the_picture(explorer, name):
     assert explorer.snapshot() == before
 
 
+def test_a_kernel_that_is_switched_off_is_one_without_weight(explorer):
+    both = explorer.result
+    for name in ("smoothness", "appearance"):
+        weight = getattr(explorer, f"{name}_weight")
+        setattr(explorer, name, False)
+        alone, said = explorer.result, repr(explorer)
+        assert f"without {name}" in said
+        setattr(explorer, name, True)
+        setattr(explorer, f"{name}_weight", 0.01)
+        assert (explorer.result == alone).all()
+        setattr(explorer, f"{name}_weight", weight)
+    assert (explorer.result == both).all()
+
+
+def test_no_update_leaves_the_networks_labels_and_updates_lower_the_energy(explorer):
+    explorer.iterations = 0
+    assert (explorer.result == (explorer._cut(explorer._probability) > 0.5)).all()
+    energy = explorer.energy
+    assert energy["network"] == pytest.approx(energy["after the CRF"])
+    explorer.iterations = 5
+    assert explorer.energy["network"] == pytest.approx(energy["network"])
+    assert explorer.energy["after the CRF"] < energy["network"] - 1
+
+
+def test_the_energy_is_the_sum_over_all_pairs(explorer):
+    """Counted pair by pair, with the smoothness kernel alone, which is exact."""
+    explorer.appearance, explorer.iterations, explorer.smoothness_weight, explorer.smoothness_sigma = False, 0, 1.7, 1.4
+    mask, p = explorer._cut(explorer._mask), explorer._cut(explorer._probability)
+    places, p = np.argwhere(mask).astype(float), p[mask]
+    kernel = np.exp(-((places[:, None] - places[None]) ** 2).sum(2) / (2 * 1.4**2))
+    kernel /= np.sqrt(np.outer(kernel.sum(0), kernel.sum(0)))
+    differ = np.not_equal.outer(p > 0.5, p > 0.5)
+    expected = -np.log(np.maximum(p, 1 - p)).sum() + 1.7 * (kernel * differ)[np.triu_indices(len(p), 1)].sum()
+    assert explorer.energy["network"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_what_the_browser_gets(explorer):
     def unpack(name, kind):
         return np.frombuffer(zlib.decompress(explorer.get_state()["_slice"][name], wbits=31), kind)
@@ -149,6 +185,7 @@ def test_html_holds_everything_and_escapes_its_title(explorer, tmp_path):
         ("smoothness_sigma", 0, "smoothness_sigma is 0; expected 0.3 to 10"),
         ("appearance_weight", float("nan"), "appearance_weight is nan; expected 0.01 to 30"),
         ("intensity_sigma", -1, "expected 0.05 to 5"),
+        ("iterations", 21, "iterations is 21; expected 0 to 20"),
         ("index", 12, "index is 12; expected 0 to 11"),
         ("row", 99, "row is 99; expected 0 to 25"),
         ("column", -1, "column is -1; expected 0 to 21"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -174,17 +177,61 @@ def test_refine_and_search(loops):
     np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
-def test_any_number_of_threads_gives_the_same(loops):
+@pytest.fixture
+def threads():
+    """Set the number of PyTorch's threads."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_number_of_threads_gives_the_same(loops, threads, channels):
     loops(True)
-    features, signal = 2 * noise(3, 5000).float(), noise(3, 5000).float()
-    grid, before, results = (torch.arange(5000), (20, 25, 10), torch.full((3,), 2.0)), torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            results.append((Permutohedral(features).filter(signal), GridGaussian(*grid).filter(signal)))
-    finally:
-        torch.set_num_threads(before)
-    assert all(map(torch.equal, *results))
+    features, signal = 2 * noise(3, 5000).float(), noise(channels, 5000).float()
+    grid, results = (torch.arange(5000), (20, 25, 10), torch.full((3,), 2.0)), []
+    for count in (1, 3, 8):
+        threads(count)
+        lattice = Permutohedral(features)
+        built = (lattice.order, lattice.vertex, lattice.weight, *(side for pair in lattice.neighbours for side in pair))
+        results.append((lattice.filter(signal), GridGaussian(*grid).filter(signal), *built))
+    for (lattice, grid, *built), (expected_lattice, expected_grid, *expected_built) in itertools.pairwise(results):
+        assert_close(lattice, expected_lattice, 1e-6)  # the sums of one channel are added up in another order
+        assert_close(grid, expected_grid, 1e-6)
+        assert all(map(torch.equal, built, expected_built))
+
+
+def test_refining_in_several_threads_at_once(loops, threads):
+    loops(True)
+    threads(3)
+    logits, image = problem((12, 11, 10), 2, 2)
+    p, case = logits.softmax(0).float().numpy(), make_case(image)
+    crf = DenseCRF(appearance_sigma=4.3, intensity_sigma=1.0)
+    expected = crf.refine(p, case)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: crf.refine(p, case), range(12)):
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_pytorch_s_threads_are_given_back(loops, threads):
+    loops(True)
+    threads(3)
+    logits, image = problem((12, 11, 10), 2, 2)
+    DenseCRF(appearance_sigma=4.3, intensity_sigma=1.0).refine(logits.softmax(0).float().numpy(), make_case(image))
+    assert torch.get_num_threads() == 3
+    with pytest.raises(ZeroDivisionError), compiled.threads_for(compiled):
+        assert torch.get_num_threads() == 1 and len(compiled.share_out(9)) == 3 and len(compiled.share_out(9, jobs=2)) == 1
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == 3 and [r.stop - r.start for r in compiled.share_out(8)] == [2, 3, 3]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_has_threads_of_its_own(loops, threads):
+    loops(True)
+    threads(2)
+    assert compiled.side_by_side(abs, [-1, -2]) == [1, 2]
+    with get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(compiled.side_by_side, (abs, [-3, -4])).get(60) == [3, 4]
 
 
 # --- Which is used ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import zlib
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +34,11 @@ OTHER = np.random.default_rng(1).bytes(200_000)
 
 def sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def packed(data: bytes) -> bytes:
+    """Compress without the time of day, so that every process that collects these tests sees the same bytes."""
+    return gzip.compress(data, mtime=0)
 
 
 class Scripted:
@@ -136,14 +142,11 @@ GOOD = {
         None,
     ),
     "one whose file was replaced by a longer one": ([part(OTHER[:150_000], send=90_000), part()], None),
-    "one that compresses": ([whole(gzip.compress(DATA), Content_Encoding="gzip")], 1),
+    "one that compresses": ([whole(packed(DATA), Content_Encoding="gzip")], 1),
     "one that compresses otherwise": ([whole(zlib.compress(DATA), Content_Encoding="deflate")], 1),
-    "one that calls it x-gzip": ([whole(gzip.compress(DATA), Content_Encoding="x-gzip")], 1),
-    "one that compresses in two streams": (
-        [whole(gzip.compress(DATA[:50_000]) + gzip.compress(DATA[50_000:]), Content_Encoding="gzip")],
-        1,
-    ),
-    "one that compresses and breaks off": ([part(gzip.compress(DATA), send=90_000, Content_Encoding="gzip")], 3),
+    "one that calls it x-gzip": ([whole(packed(DATA), Content_Encoding="x-gzip")], 1),
+    "one that compresses in two streams": ([whole(packed(DATA[:50_000]) + packed(DATA[50_000:]), Content_Encoding="gzip")], 1),
+    "one that compresses and breaks off": ([part(packed(DATA), send=90_000, Content_Encoding="gzip")], 3),
     "one that calls the file compressed as it is": ([whole(Content_Encoding="gzip")], 1),
     "a busy one": ([refuse(503, Retry_After="3"), whole()], 2),
     "one with too many requests": ([refuse(429, Retry_After="1"), refuse(429), whole()], 3),
@@ -193,17 +196,17 @@ def test_without_a_checksum_the_same_version_goes_on(tmp_path, scripted):
     assert len(scripted.requests) == 2 and (second["Range"], second["If-Range"]) == ("bytes=90000-", '"1"')
 
 
-PACKED, PLAIN = gzip.compress(DATA, mtime=0), b"plain" * 1000
+PACKED, PLAIN = packed(DATA), b"plain" * 1000
 
 
 @pytest.mark.parametrize(
     "name, sent, expected",
     [
-        ("a.nii.gz", gzip.compress(PACKED), PACKED),  # compressed once more on the way
+        ("a.nii.gz", packed(PACKED), PACKED),  # compressed once more on the way
         ("a.nii.gz", PACKED, PACKED),  # called compressed as it is
         ("a.tgz", PACKED, PACKED),
-        ("a.tar", gzip.compress(PLAIN), PLAIN),
-        ("a.nii", gzip.compress(PLAIN), PLAIN),
+        ("a.tar", packed(PLAIN), PLAIN),
+        ("a.nii", packed(PLAIN), PLAIN),
         ("a.NII.GZ", PACKED, PACKED),
     ],
 )
@@ -229,11 +232,7 @@ BAD = {
         "arrived compressed by 'br'; expected the file as it is",
     ),
     "compressed and damaged": ([whole(b"\x1f\x8b\x08" + DATA, Content_Encoding="gzip")], ValueError, "cannot be unpacked"),
-    "compressed and cut": (
-        [whole(gzip.compress(DATA)[:-9], Content_Encoding="gzip")],
-        ValueError,
-        "cannot be unpacked .*cut off",
-    ),
+    "compressed and cut": ([whole(packed(DATA)[:-9], Content_Encoding="gzip")], ValueError, "cannot be unpacked .*cut off"),
     "busy for long": ([refuse(503, Retry_After="86400")], ConnectionError, "503 .*asks to wait for 86400 s"),
     "busy for ten days": (
         [refuse(429, Retry_After=format_datetime(datetime.now(UTC) + timedelta(days=10), usegmt=True))],
@@ -407,6 +406,31 @@ def test_one_at_a_time(tmp_path, real_sleep):
 
     said = together(9, job)
     assert said.count(True) == 6 and set(most) == {1} and list((tmp_path / "sub").iterdir()) == []
+
+
+def test_a_folder_that_another_process_removes_while_it_is_made(tmp_path, monkeypatch):
+    folder, real, removed = tmp_path / "sub", os.mkdir, []
+
+    def mkdir(path, *args, **options):
+        if Path(path) == folder and len(removed) < 2:  # it was there when `mkdir` looked, and is gone when `mkdir` looks again
+            removed.append(path)
+            raise FileExistsError(17, "File exists", path)
+        real(path, *args, **options)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with alone(folder / "a") as held:
+        assert held and len(removed) == 2
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "above"])
+def test_a_file_in_the_place_of_a_folder(tmp_path, kind):
+    place = tmp_path / "sub"
+    if kind == "link":
+        place.symlink_to(tmp_path / "nowhere")
+    else:
+        place.write_bytes(b"")
+    with pytest.raises((FileExistsError, NotADirectoryError)), alone((place / "more" if kind == "above" else place) / "a"):
+        pass
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -37,6 +37,18 @@ def test_resolutions_and_widths_of_fc_resnet(stir):
     assert shapes == [*going_down, (1024, 32), (512, 64), (256, 128), (128, 256), (32, 512), (32, 512)]
 
 
+def test_depth_is_a_share_of_the_bottlenecks(tmp_path):
+    def bottlenecks(model):
+        return sum(isinstance(module, Bottleneck) for module in model.modules())
+
+    with torch.random.fork_rng(devices=[]):  # later tests draw what they drew before
+        counts = {depth: bottlenecks(models.fc_resnet(width=0.1, depth=depth)) for depth in (1.0, 0.5, 0.1)}
+        assert counts == {1.0: 45, 0.5: 24, 0.1: 14}  # 2 (3 + 8 + 10) + 3; 2 (2 + 4 + 5) + 2; two in each of seven stages
+        model = models.fcn_fc_resnet(classes=1, width=0.1, depth=0.5)
+        assert bottlenecks(model) == 24 and model(torch.zeros(1, 1, 32, 64)).shape == (1, 1, 32, 64)
+        assert bottlenecks(models.load(models.save(tmp_path / "half.safetensors", model, {}))) == 24
+
+
 @pytest.mark.parametrize("name", ["fcn_preprocessor", "unet2d", "fcn_fc_resnet"])
 def test_sizes_that_cannot_be_halved(name):
     model = getattr(models, name)(width=0.1)

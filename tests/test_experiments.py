@@ -21,12 +21,37 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
 
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py"))
 BESIDE = {  # tables that a row writes beside its own
+    "brains_contrasts": ["brains_shares"],
+    "brains_healthy": ["brains_healthy_curves"],
+    "brains_modalities": ["brains_modalities_curves"],
+    "crf_effects": ["crf_effects_chosen", "crf_effects_pieces"],
+    "crf_layer": ["crf_layer_curves", "crf_layer_matrix"],
+    "deepmedic_acquisition": ["deepmedic_acquisition_curves"],
+    "deepmedic_balance": ["deepmedic_balance_curves"],
+    "deepmedic_scales": ["deepmedic_scales_curves"],
     "deepmedic_scores": ["deepmedic_curves"],
+    "deepmedic_start": ["deepmedic_start_curves", "deepmedic_start_layers"],
+    "deepmedic_table1": ["deepmedic_table1_curves", "deepmedic_table1_lesions"],
+    "deepmedic_variants": ["deepmedic_variants_curves"],
+    "em_real": ["em_real_curves"],
     "em_scores": ["em_curves"],
     "hands_scores": ["hands_curves"],
-    "normalisation_prostate": ["normalisation_gain"],
+    "normalisation_prostate": ["normalisation_gain", "normalisation_places", "normalisation_prostate_curves"],
+    "puzzles": ["puzzles_curves"],
     "systems_runs": ["systems_scores"],
 }
+
+IN_ONE_TABLE = [  # experiments whose methods without learning are in baselines.csv
+    "brains",
+    "cascades",
+    "context",
+    "deepmedic_future_work",
+    "em",
+    "hands",
+    "missing_sequences",
+    "normalisation_sites",
+    "systems",
+]
 
 sys.path.append(str(ROOT / "experiments"))
 import _frame  # noqa: E402
@@ -52,8 +77,8 @@ def have_key(table: pd.DataFrame, key) -> pd.Series:
 
 @pytest.fixture
 def results(tmp_path):
-    """A copy of the shipped tables."""
-    return Path(shutil.copytree(RESULTS, tmp_path / "results"))
+    """A copy of the shipped tables, without the notes on when they were made."""
+    return Path(shutil.copytree(RESULTS, tmp_path / "results", ignore=shutil.ignore_patterns("runs.csv")))
 
 
 # ----------------------------------------------------------------------------------------------------- the scripts
@@ -289,3 +314,130 @@ def test_every_network_is_examined(tmp_path, noise_case):
     table = store.read("vitals")
     assert list(table["row"]) == ["dead, seed 0"] and not table["alive"][0] and table["constant"][0]
     assert table["rarest_class"][0] == 1 and table["lowest_recall"][0] == 0
+
+
+def test_methods_without_learning_are_chosen_on_validation_cases(noise_case):
+    """Where the two channels change places between training and validation, the better one for validation cases is taken."""
+    right = noise_case(seed=1)  # the label can be told from the first channel
+    turned = right.replace(image=right.image[::-1].copy())
+    for validation, dice in (([right], 1.0), ([turned], 0.5)):
+        rows = _frame.baseline_rows([turned], validation, [right], {"dice_1": [1], "dice_none": [2]})
+        assert [row["method"] for row in rows][:2] == ["nothing", "everything"] and {row["case"] for row in rows} == {
+            right.name
+        }
+        (threshold,) = (row for row in rows if row["method"] == "threshold")
+        assert threshold["dice_1"] == pytest.approx(dice, abs=0.2) and set(threshold) == {
+            "method",
+            "case",
+            "dice_1",
+            "dice_none",
+        }
+
+
+def test_baselines_go_to_one_table_and_networks_that_lose_are_named(tmp_path, noise_case):
+    store, case, other = (
+        _frame.Store("hands.py", tmp_path),
+        noise_case(),
+        noise_case(seed=1),
+    )  # the first channel tells the label
+    assert store.baselines("noise").empty and _frame.beside_baselines(store, {"noise": pd.DataFrame()}) == {}
+
+    def score() -> list[dict]:
+        rows = _frame.baseline_rows([other], [case], [case], {"dice": [1]})
+        return [*rows, {"method": "best constant", "case": "validation", "loss": 1.5}]
+
+    row = _frame.baselines_row(store, "noise", score, 0.1)
+    store.put(row.table, row.run(), row.key)
+    store.put(
+        "baselines", [{"method": "nothing", "case": "noise", "score": "dice", "value": 1}], {"experiment": "x", "task": "noise"}
+    )
+    assert store.holds(row) and row.names[1] == "baselines"
+    table = store.read("baselines")
+    assert list(table) == ["experiment", "task", "method", "case", "score", "value"] and table["value"].notna().all()
+    simple = store.baselines("noise")
+    assert simple.loc["nothing", "dice"] == 0 and simple.loc["threshold", "dice"] > 0.95
+    assert simple.loc["best constant", "loss"] == 1.5
+    networks = pd.DataFrame({"dice": {"good": 1.0, "poor": 0.5}})
+    text = _frame.beside_baselines(store, {"noise": networks, "not stored": networks})["baselines"]
+    head, _, *rows = text.split("\n\n")[0].splitlines()
+    assert head == "| noise | dice |" and [row.split(" | ")[0] for row in rows] == [
+        f"| {name}" for name in ("good", "poor", "nothing", "everything", "prior", "threshold", "blur + threshold", "rule")
+    ]
+    assert text.count("loses") == 1 and f"* poor loses: dice 0.500 (threshold {simple['dice'].max():.3f})" in text
+    assert "No network loses" in _frame.beside_baselines(store, {"noise": networks[:1]})["baselines"]
+
+
+def test_methods_without_learning_are_scored_as_the_networks_are(noise_case):
+    case = noise_case()
+    (nothing, *_) = _frame.baseline_rows([case], [case], [case], {"any": [1]}, lambda found, case: {"voxels": found.sum()})
+    assert nothing == {"method": "nothing", "case": case.name, "voxels": 0}
+
+
+@pytest.mark.parametrize("name", IN_ONE_TABLE)
+def test_methods_without_learning_stand_beside_the_networks(name):
+    module, store = load(name), _frame.Store(ROOT / "experiments" / f"{name}.py")
+    rows = [row for row in module.plan(store, None) if row.part == "baselines"]
+    assert rows and not any(row.extra for row in rows)
+    for row in rows:
+        methods = store.baselines(row.key["task"]).index
+        assert {"nothing", "everything", "prior", "threshold", "blur + threshold", "rule"} <= set(methods)
+        assert f"| {row.key['task']} | " in module.report(store)["baselines"]
+
+
+def test_a_training_is_examined(tmp_path):
+    brains = load("brains")
+    options = ["--only", "modalities, flair, 0", "--results", str(tmp_path), "--set", "steps=2", "width=0.125"]
+    _frame.main(ROOT / "experiments" / "brains.py", brains.plan, brains.report, brains.SETTINGS, options)
+    assert list(read(tmp_path / "vitals.csv")["row"]) == ["modalities, flair, 0"]
+
+
+@pytest.mark.parametrize("name", ["puzzles", "real_brats", *IN_ONE_TABLE])
+def test_every_script_that_trains_examines(name):
+    assert "store.examine(" in (ROOT / "experiments" / f"{name}.py").read_text("utf-8")
+
+
+def test_shipped_networks_are_examined_where_asked(tmp_path):
+    hands, store = load("hands"), _frame.Store("hands.py", tmp_path)
+    row = next(row for row in hands.plan(store, None) if row.part == "vitals")
+    assert row.extra and row.key == {"experiment": "hands", "row": "Jaccard, 0"}
+    store.put(row.table, row.run(), row.key)
+    assert store.holds(row) and store.read("vitals")["alive"].all()
+
+
+def test_membranes_of_blurred_intensities_are_scored_as_probabilities(noise_case, monkeypatch):
+    em, case = load("em"), noise_case((24, 24, 2), channels=("em",), name="stack")
+    case = case.replace(label=(case.image[0] < -0.5).astype(np.uint8))  # membranes are dark
+    monkeypatch.setattr(em, "stacks", lambda: ([case], [case]))
+    rows = {row["method"]: row for row in em.run_baselines()}
+    assert rows["threshold"]["dice"] > 0.95 and rows["nothing"]["dice"] == 0
+    assert rows["threshold"]["v_rand"] > rows["nothing"]["v_rand"]
+    assert all(rows[f"intensity, blur {sd:g}"]["dice"] is None for sd in em.baselines.BLURS)
+    assert 0 < rows["intensity, blur 0.5"]["v_rand"] <= 1
+
+
+def test_lesions_are_scored_inside_the_liver_alone(noise_case, monkeypatch):
+    sites, case = load("normalisation_sites"), noise_case(channels=("ct",))
+    label = np.where(np.arange(15)[:, None] > 6, 1 + case.label, 0).astype(np.uint8)  # half of the volume is liver
+    monkeypatch.setattr(sites, "patients", lambda part: ([case.replace(label=label)],) * 3)
+    rows = {row["method"]: row for row in sites.run_baselines("liver")}
+    assert rows["threshold"]["dice_lesion"] > 0.95 and rows["nothing"]["dice_liver"] == pytest.approx(2 / 3, abs=0.1)
+    assert rows["everything"]["dice_lesion"] == pytest.approx(2 / 3, abs=0.1) and rows["everything"]["dice_liver"] == 0
+
+
+def test_scores_of_all_systems_are_named_by_their_patients(noise_case, monkeypatch):
+    systems = load("systems")
+    monkeypatch.setattr(systems, "patient", lambda number, at: noise_case(seed=number, name=f"{at}{number}"))
+    monkeypatch.setattr(systems, "training_cases", lambda: [noise_case(seed=number) for number in (0, 1)])
+    monkeypatch.setattr(systems, "test_scans", lambda: [("seen", 2, "A"), ("unseen", 3, "D"), ("twin", 3, "A")])
+    rows = systems.run_baselines()
+    assert [set(row) - {"method", "case"} for row in rows[:3]] == [
+        {f"dice_{region}_{kind}" for region in ("whole", "core", "enhancing")} for kind in ("seen", "unseen", "twin")
+    ]
+
+
+def test_hands_know_the_best_constant_prediction(monkeypatch):
+    hands = load("hands")
+    labels = torch.zeros(2, 8, 8, 8, dtype=torch.long)
+    labels[:, :4] = 1
+    logits = torch.nn.functional.one_hot(labels, 5).movedim(-1, 1).float() * 50
+    assert float(hands.mean_jaccard_distance(logits, labels)) < float(hands.mean_jaccard_distance(0 * logits, labels))

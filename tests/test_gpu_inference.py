@@ -90,17 +90,19 @@ def test_the_gpu_is_waited_for_once_a_tile(network, noise_case):
 # --------------------------------------------------------------------------------------------------- overflow in float16
 
 
-SHIPPED = {
-    "drozdzal_prostate": lambda: phantoms.prostate(102, site="A", size=64).crop(np.s_[:, :, 8:12]),
-    "em_inputs_learned": lambda: phantoms.em(101, slices=1, size=128, counts=True),
-}
+def bright_prostate():
+    case = phantoms.prostate(102, site="A", size=64, vary=True).crop(np.s_[:, :, 8:12])
+    return case.replace(image=case.image * 1e4)  # beyond 65504, with the same outlines
+
+
+SHIPPED = {"drozdzal_prostate": bright_prostate, "em_inputs_learned": lambda: phantoms.em(101, slices=1, size=128, counts=True)}
 
 
 @pytest.mark.parametrize(
     ["name", "kind"], [("drozdzal_prostate", "auto"), ("drozdzal_prostate", "float16"), ("em_inputs_learned", "auto")]
 )
 def test_shipped_networks_for_raw_intensities_are_right_on_a_t4(capsys, name, kind):
-    """The feature maps of the first reach 1e8. Without the check most of its labels would be background."""
+    """Numbers of the first reach 1e7. Without the check its labels would be background."""
     model, case = models.load(paths.shipped("checkpoints", f"{name}.safetensors")), SHIPPED[name]()
     expected = inference.predict(model, case, progress=False)
     assert expected.any()
@@ -312,14 +314,14 @@ def test_grad_cam(network, noise_case, device):
 
 
 def test_the_notebooks_branch_shares(network):
-    """Notebook 08's function takes images as they are, wherever the network is."""
+    """Notebook 10's function takes images as they are, wherever the network is."""
     notebook = json.loads(
-        Path(__file__).parent.parent.joinpath("notebooks", "08_learned_normalisation.ipynb").read_text("utf-8")
+        Path(__file__).parent.parent.joinpath("notebooks", "10_residual_blocks_and_normalisation.ipynb").read_text("utf-8")
     )
     source = next("".join(c["source"]) for c in notebook["cells"] if "def branch_shares" in "".join(c["source"]))
     function = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
     names = {"torch": torch, "Bottleneck": attribution.Bottleneck, "SimpleBlock": attribution.SimpleBlock}
-    exec(compile(ast.Module([function], []), "notebook 08", "exec"), names)
+    exec(compile(ast.Module([function], []), "notebook 10", "exec"), names)
     x = torch.randn(2, 2, 64, 64, generator=torch.Generator().manual_seed(0))
     model = network("fc_resnet")
     expected = names["branch_shares"](model, x)

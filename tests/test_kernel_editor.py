@@ -15,6 +15,7 @@ import traitlets
 from PIL import Image
 from scipy import signal
 
+from medseg_lite import metrics
 from medseg_lite.widgets import KernelEditor
 from medseg_lite.widgets import kernel_editor as module
 
@@ -178,11 +179,53 @@ def test_bad_state_is_refused_and_changes_nothing(editor, name, value, message):
         (IMAGE, dict(position=3), "two whole numbers"),
         (IMAGE, dict(window=(2, 1)), "window is 2 to 1; expected two finite numbers, the lower one first"),
         (IMAGE, dict(window=5), r"window is 5; expected two numbers \(black, white\)"),
+        (IMAGE, dict(truth=np.zeros((3, 3))), r"the truth has shape \(3, 3\); expected the image's, \(20, 26\)"),
+        (IMAGE, dict(bias=np.nan), "bias is nan; expected a finite number"),
+        (IMAGE, dict(threshold=1e9), "threshold is 1e\\+09; expected a finite number"),
+        (IMAGE, dict(limit=0.0), "limit is 0; expected a number above 0"),
     ],
 )
 def test_bad_input(image, options, message):
     with pytest.raises(ValueError, match=message):
         KernelEditor(image, **options)
+
+
+TRUTH = np.zeros(IMAGE.shape, bool)
+TRUTH[5:12, 8:15] = True
+
+
+def test_bias_relu_and_threshold():
+    bright = IMAGE + 5 * TRUTH
+    editor = KernelEditor(bright, truth=TRUTH, preset="blur")
+    plain = editor.feature_map
+    editor.bias, editor.relu = -1.5, True
+    np.testing.assert_allclose(editor.feature_map, np.maximum(plain - 1.5, 0))
+    editor.threshold = 1.0
+    assert editor.prediction.shape == IMAGE.shape and not editor.prediction[[0, -1]].any()
+    assert (editor.prediction[1:-1, 1:-1] == (plain > 2.5)).all()
+    assert editor.dice == metrics.dice(editor.prediction, TRUTH) > 0.8
+    assert KernelEditor(IMAGE).dice is None
+
+
+def test_colours_stay_until_they_are_freed(editor):
+    limit = editor.limit
+    assert editor.locked and limit == module._limit(editor.feature_map)
+    editor.kernel = 10 * np.array(editor.kernel)
+    assert editor.limit == limit  # a tenfold response is seen to be larger
+    locked = snapshot(editor)
+    editor.locked = False
+    assert (snapshot(editor) != locked).any()
+
+
+def test_the_browser_gets_the_truth():
+    state = KernelEditor(IMAGE, truth=TRUTH).get_state()
+    assert zlib.decompress(state["_picture"]["truth"], wbits=31) == TRUTH.astype(np.uint8).tobytes()
+    assert "truth" not in KernelEditor(IMAGE).get_state()["_picture"]
+    other = KernelEditor(IMAGE, truth=TRUTH)
+    other.image = 2 * IMAGE
+    assert "truth" in other.get_state()["_picture"]
+    with pytest.raises(ValueError, match="make a new editor with both"):
+        other.image = IMAGE[:9, :9]
 
 
 @pytest.mark.parametrize(

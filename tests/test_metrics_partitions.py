@@ -86,7 +86,7 @@ def test_partition_scores_by_definition(seed):
     truth = ndimage.gaussian_filter(rng.normal(size=(17, 14)), 1.5) > -0.05
     probability = np.clip(truth * 0.6 + 0.3 * ndimage.gaussian_filter(rng.normal(size=truth.shape), 1) + 0.2, 0, 1)
     expected = slow_partition_scores(probability, truth, np.arange(11) / 10)
-    np.testing.assert_allclose(partitions._partition_scores(probability, truth), expected, atol=1e-6)  # every threshold
+    np.testing.assert_allclose(partitions.partition_scores(probability, truth), expected, atol=1e-6)  # every threshold
     assert metrics.v_rand(probability, truth) == pytest.approx(max(r for r, _ in expected), abs=1e-6)
     assert metrics.v_info(probability, truth) == pytest.approx(max(i for _, i in expected), abs=1e-6)
     one = slow_partition_scores(probability > 0.5, truth, [0])[0]

@@ -1,20 +1,23 @@
 """The contract that every notebook keeps; `make test` also runs each of them through nbval."""
 
 import ast
-import importlib.util
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
-spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
-execute = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(execute)
-FIELDS = ("Paper", "You will learn", "Before this", "Time", "On a GPU", "Data", "Last executed")
+sys.path.insert(0, str(FOLDER))
+execute, readme = importlib.import_module("execute"), importlib.import_module("readme")
+sys.path.remove(str(FOLDER))
+FIELDS = ("Paper", "You will learn", "Before this", "In class", "Time", "On a GPU", "Data", "Last executed")
 SECTIONS = ("Exercises", "Where our version departs from the paper", "What to take away", "Going further")
+
+MOST = {"cells": 60, "open lines": 450, "minutes in class": 90}
 
 
 def read(path: Path) -> dict:
@@ -58,6 +61,22 @@ def test_header(path, notebook):
     assert f"/notebooks/{path.name}" in header, "the Colab badge points at another file"
     minutes = float(re.search(r"\*\*Time\*\* ([\d.]+) min", header)[1])
     assert minutes <= 2.0, "one notebook takes at most two minutes on two CPU cores"
+
+
+def length(notebook: dict) -> tuple[int, int, int]:
+    """Return cells, open lines and minutes in class, in the order of `MOST`."""
+    return readme.counted_cells(notebook), readme.open_lines(notebook), readme.class_minutes(notebook)
+
+
+def test_length(notebook):
+    """A class gets through a notebook."""
+    over = {what: (n, limit) for (what, limit), n in zip(MOST.items(), length(notebook)) if n > limit}
+    assert not over, f"longer than allowed (found, allowed): {over}; split it, cut it, or fold code that only draws"
+
+
+def test_minutes_in_class(notebook):
+    """The header says how long a class needs: what its cells add up to."""
+    assert readme.stored_class_minutes(notebook) == readme.class_minutes(notebook), "run `make readme`"
 
 
 def test_scale(path, notebook):
@@ -191,7 +210,7 @@ def test_speaks_of_the_project_alone(notebook):
 
 
 TITLE = re.compile(
-    r"# @title (Solution: open me when you have tried|Check of exercise \d|Figure: \S.*) \{ display-mode: \"form\" \}\n"
+    r"# @title (Solution: open me when you have tried|Check of exercise \d|(Figure|Claims): \S.*) \{ display-mode: \"form\" \}\n"
 )
 
 

@@ -206,6 +206,24 @@ def test_a_seed_is_the_same_patient_at_every_site(cohort):
             assert np.abs(np.log(medians[a] / medians[b])).max() > 0.5
 
 
+def test_random_scanners_see_the_same_patient_otherwise(cohort):
+    sites = [phantoms.random_site(seed) for seed in range(40)]
+    assert sites[3] == phantoms.random_site(3) and len(set(map(repr, sites))) == 40
+    for name, site in phantoms.SITES.items():  # the ranges hold the settings of all sites
+        for what in ("noise", "bias", "gamma"):
+            values = [getattr(s, what) for s in sites]
+            assert min(values) <= getattr(site, what) * 1.1 and max(values) >= getattr(site, what) * 0.9, (name, what)
+    still = SimpleNamespace(normal=lambda mean, sd, size: np.zeros(size))
+    oedema, wm = (list(mri.TISSUES).index(t) for t in ("oedema", "wm"))
+    for site in sites:  # whatever the scanner, a tumour's oedema is bright
+        for row in mri.signals(site, ("flair", "t2"), still, np.random.default_rng(1)):
+            assert row[oedema] > 1.3 * row[wm]
+    one, again, other = (phantoms.brain(2, site=sites[i]) for i in (0, 0, 1))
+    assert one.image.tobytes() == again.image.tobytes() and one.name == "brain-own-0002"
+    np.testing.assert_array_equal(one.label, cohort[2].label)
+    assert np.abs(np.log(one.image[0][one.mask].mean() / other.image[0][one.mask].mean())) > 0.05
+
+
 def test_a_seed_is_the_same_patient_on_every_grid(cohort):
     fine = phantoms.brain(2, site="C", spacing=1.5)
     assert fine.shape == (96, 107, 85)
@@ -304,6 +322,20 @@ def test_healthy_brains_hold_what_fools_networks():
     young = min(range(12), key=lambda s: Person(s).atrophy)
     spots = [(z_scores(phantoms.brain(s, lesion=None), "flair") > 2).sum() for s in (young, old)]
     assert spots[1] > spots[0]
+
+
+def test_spots_look_like_oedema_and_belong_to_the_background():
+    ill, sound = (phantoms.brain(1, site="B", spacing=4, spots=1, lesion=lesion) for lesion in ("glioma", None))
+    plain = phantoms.brain(1, site="B", spacing=4, spots=0)
+    few = phantoms.brain(1, site="B", spacing=4)
+    np.testing.assert_array_equal(plain.image, few.image)  # the default changes no phantom
+    np.testing.assert_array_equal(ill.label, few.label)
+    assert not sound.label.any()
+    for case, without in ((ill, few), (sound, phantoms.brain(1, site="B", spacing=4, lesion=None))):
+        bright = [(z_scores(c, "flair") > 2) & (c.label == 0) & c.mask for c in (case, without)]
+        assert bright[0].sum() > bright[1].sum() + 20
+    with pytest.raises(ValueError, match="spots is 3; expected 0 to 2"):
+        phantoms.brain(3, spots=3)
 
 
 def test_the_same_person_before_and_after(cohort):

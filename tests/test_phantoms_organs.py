@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -179,6 +181,26 @@ def test_the_same_pelvis_for_the_same_seed_at_every_site_and_size():
     volumes = [c.info["prostate_ml"] for c in phantoms.prostate_cohort(12, size=48)]
     assert 35 < np.median(volumes) < 60 and np.ptp(volumes) > 20
     assert [c.info["site"] for c in phantoms.prostate_cohort(4, size=32, sites="AD", first_seed=1)] == list("ADAD")
+
+
+def test_prostates_that_vary_lie_anywhere_and_differ_in_size(monkeypatch):
+    def centre(case):  # mm from the middle of the field of view, along D and H
+        return np.argwhere(case.label > 0).mean(0)[:2] * case.spacing[:2] + case.affine[:2, 3]
+
+    usual, varied = (phantoms.prostate_cohort(16, size=48, vary=vary) for vary in (False, True))
+    assert max(np.abs(centre(case)).max() for case in usual) < 8
+    spread = np.array([centre(case) for case in varied])
+    assert np.abs(spread).max() < 32 and (np.ptp(spread, axis=0) > 24).all()
+    monkeypatch.setattr(sys.modules["medseg_lite.phantoms.prostate"], "ZOOM", 0.0)
+    alike = phantoms.prostate_cohort(16, size=48, vary=True)
+    zooms = [(b.info["prostate_ml"] / a.info["prostate_ml"]) ** (1 / 3) for a, b in zip(alike, varied)]
+    assert 0.82 < min(zooms) < 0.92 and 1.08 < max(zooms) < 1.18
+    monkeypatch.undo()
+    # The same patient lies at the same place at every site, and on a finer grid.
+    for options in (dict(site="B", size=48), dict(site="D", size=64)):
+        other = phantoms.prostate(0, vary=True, **options)
+        assert centre(other) == pytest.approx(centre(varied[0]), abs=3)
+        assert other.info["prostate_ml"] == pytest.approx(varied[0].info["prostate_ml"], rel=0.2)
 
 
 @pytest.mark.parametrize(

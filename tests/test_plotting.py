@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -512,3 +513,15 @@ def test_display_ranges_come_from_the_whole_volume(shape):
     assert sample.shape == (10_000,) and np.array_equal(sample, plotting.draw_sample(volume, 10_000))
     small = np.arange(24.0).reshape(2, 3, 4)
     assert np.array_equal(plotting.draw_sample(small), small.reshape(-1))
+
+
+def test_intervals_stand_beside_their_names(axes):
+    Found = namedtuple("Found", "mean low high")
+    rows = {"a": {"needed": Found(0.5, 0.4, 0.8), "not": Found(0.9, 0.8, 1.0)}, "b": {"needed": Found(0.1, 0.0, 0.2)}}
+    plotting.intervals(axes, rows)
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]
+    needed, other = axes.containers
+    assert list(needed[0].get_xdata()) == [0.5, 0.1] and list(other[0].get_xdata()) == [0.9]
+    ((start, stop), *_) = [[x for x, _ in segment] for segment in needed[2][0].get_segments()]
+    assert (start, stop) == pytest.approx((0.4, 0.8))
+    assert needed[0].get_ydata()[1] > needed[0].get_ydata()[0] and axes.yaxis_inverted()  # the first row is on top

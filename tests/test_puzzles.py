@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -62,6 +64,13 @@ def test_far_plate_stands_in_the_slices_of_marked_balls_and_far_from_them():
             assert ((left[np.unique(z)] > 1.2) == marked).all()
 
 
+@pytest.mark.parametrize(("needed", "ratio"), [(1.0, 1.0), (0.0, 1.5)])
+def test_balls_of_the_far_plate_differ_in_brightness_only_where_it_is_not_needed(needed, ratio):
+    cases = phantoms.puzzle_cohort("far_plate", 10, needed=needed)
+    bright = [np.concatenate([c.image[0][c.label == k] for c in cases]).mean() for k in (1, 2)]
+    assert bright[1] / bright[0] == pytest.approx(ratio, abs=0.08)
+
+
 def test_rare_is_rare():
     shares = [np.mean([(c.label == 2).mean() for c in phantoms.puzzle_cohort("rare", 20, needed=n)]) for n in (1.0, 0.5, 0.0)]
     assert shares == pytest.approx([1 / 5000, 1 / 500, 1 / 50], rel=0.15)
@@ -78,6 +87,22 @@ def test_decoys_have_twins_and_lesions_do_not():
                 continue
             lesion = case.label[piece].mean() > 0.5
             assert (mirrored & piece).any() != lesion
+
+
+@pytest.mark.parametrize(("needed", "least", "most"), [(0.35, 12.9, 19.2), (1.0, 22, 40)])
+def test_decoys_are_as_far_from_their_twins_as_the_dial_says(needed, least, most):
+    """Each twin is moved by a voxel at most along each axis; some are cut by the border of the brain."""
+    pairs = 0
+    for case in phantoms.puzzle_cohort("decoys", 10, needed=needed):
+        bright = (ndimage.gaussian_filter(case.image[0], 1) > 1.5) & (case.label == 0)
+        pieces, count = ndimage.label(bright)
+        large = 1 + np.flatnonzero(ndimage.sum(bright, pieces, range(1, count + 1)) >= 60)
+        for middle, other in itertools.combinations(np.array(ndimage.center_of_mass(bright, pieces, large)), 2):
+            across, along = abs(middle - other)[0], np.hypot(*(middle - other)[1:])
+            if along < 4:  # other pairs are ten voxels apart
+                pairs += 1
+                assert least - 2.5 < across < most + 2.5
+    assert pairs >= 10
 
 
 @pytest.mark.parametrize("needed", [-0.1, 1.1, np.nan])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -106,10 +107,32 @@ def test_minutes_in_class(readme):
         cell("code", "x = 3", "solution", jupyter={"source_hidden": True}),
     ]
     assert readme.class_minutes({"cells": cells}) == 15
+    assert readme.counted_cells({"cells": cells}) == 8  # all but the solution; the cell before it has no tag "check"
+    assert readme.open_lines({"cells": cells}) == 3
     assert readme.machine_minutes({"cells": cells}) == 1.5
     cells[0]["source"] = ["# 99 A title"]
     with pytest.raises(ValueError, match=r"'99 A title' has no line \*\*Time\*\*"):
         readme.machine_minutes({"cells": cells})
+
+
+def test_minutes_in_class_are_written_into_the_header(readme, tmp_path):
+    path = tmp_path / "99_a_title.ipynb"
+    rest = [{"cell_type": "code", "source": source, "metadata": {}} for source in ("setup", "x = 1\n\ny = 2")]
+    header = (
+        "# 99 A title\n\n* **Before this** nothing\n* **Time** 1 min on a 2-core CPU; no faster with a GPU\n* **Data** none"
+    )
+    written = header.replace("* **Time**", "* **In class** 5 min\n* **Time**")
+    for before in (header, written, written.replace("5 min", "80 min")):
+        cells = [{"cell_type": "markdown", "source": before, "metadata": {}}, *rest]
+        path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
+        readme.store_class_minutes(path)
+        found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        assert found[0]["source"] == written and found[1:] == rest
+        assert readme.stored_class_minutes({"cells": found}) == 5 and readme.open_lines({"cells": found}) == 2
+    assert readme.stored_class_minutes({"cells": cells[1:]}) is None
+    path.write_text(json.dumps({"cells": rest}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"99_a_title\.ipynb has 0 lines"):
+        readme.store_class_minutes(path)
 
 
 def test_links_and_pictures():

@@ -293,7 +293,7 @@ def test_docstrings_name_notebooks_that_mention_them():
     for e in entries():
         where = f"{place(ROOT / e.path, e.line)}: {e.name}"
         if "Taught in" in e.text and not e.taught:
-            offenders.append(f'{where}: write "Taught in notebook 05." or "Taught in notebooks 05 and 12."')
+            offenders.append(f'{where}: write "Taught in notebook 07." or "Taught in notebooks 07 and 15."')
         for number in e.taught:
             text = text_of_notebooks().get(number, "")
             if not e.pattern.search(text) and not re.search(rf"\b{e.name.split('.')[-1]}\b", text, re.IGNORECASE):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import json
 import os
+import re
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +18,9 @@ from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+sys.path.insert(0, str(ROOT / "notebooks"))
+student = importlib.import_module("student")
+sys.path.remove(str(ROOT / "notebooks"))
 
 
 def is_solution(cell: nbformat.NotebookNode) -> bool:
@@ -116,3 +123,71 @@ def test_runs_without_solutions(path, student_runs):
         student_runs[path].result()
     except CellExecutionError as error:
         pytest.fail(f"{path.name} stops where no solution was run:\n{error}", pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def edition() -> dict[str, str]:
+    """The files of the student edition, as if published in another repository."""
+    return student.edition(ROOT, "someone/class", "spring")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_student_edition_has_no_solution(path, edition):
+    """Nothing of a solution is left, and all else is as it was: code, pictures and texts but for the words on solutions."""
+    text = edition[path.name]
+    made, whole = nbformat.reads(text, as_version=4), nbformat.read(path, as_version=4)
+    nbformat.validate(made)
+    kept = [cell for cell in whole.cells if not is_solution(cell)]
+    assert [cell.id for cell in made.cells] == [cell.id for cell in kept] and len(kept) < len(whole.cells)
+    starter: set[str] = set()
+    for cell in whole.cells:
+        lines = [line.strip() for line in cell.source.split("\n")]
+        if "exercise" in cell.metadata.get("tags", []):
+            starter = set(lines)
+        elif is_solution(cell):
+            own = [line for line in lines if line not in starter and not re.match(r"#|(assert )?check_|$", line)]
+            assert own and not any(set(own[:3]) <= {line.strip() for line in c.source.split("\n")} for c in made.cells)
+    for cell, before in zip(made.cells, kept):
+        if cell.cell_type == "code":
+            assert cell.source == before.source
+            assert [o.get("data") for o in cell.outputs] == [o.get("data") for o in before.outputs]
+        else:
+            assert not re.search(r"\b[Ss]olutions?\b", cell.source), "see SENTENCES in notebooks/student.py"
+            assert cell.get("attachments") == before.get("attachments")
+        if "check" in cell.metadata.get("tags", []):
+            assert cell.metadata.cellView == "form" and cell.metadata.jupyter.source_hidden
+    counts = [cell.execution_count for cell in made.cells if cell.cell_type == "code" and cell.execution_count]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_student_edition_links(path, edition):
+    text = edition[path.name]
+    header = json.loads(text)["cells"][0]["source"]
+    assert f"colab.research.google.com/github/someone/class/blob/spring/{path.name}" in header
+    assert f"mybinder.org/v2/gh/someone/class/spring?labpath={path.name}" in header
+    markdown = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+    local = [a for a in re.findall(r"\]\(([^)#\s]+)[^)]*\)", re.sub(r"`[^`]*`|\$[^$]*\$", "", markdown)) if "://" not in a]
+    assert not [a for a in local if a.endswith((".md", ".ipynb", ".py", ".csv")) and a not in edition]
+
+
+def test_student_edition_is_written_again_but_over_nothing_else(tmp_path):
+    out, files = tmp_path / "out", {"00_a.ipynb": "{}\n", "README.md": "read\n"}
+    student.write(out, files)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    student.write(out, files)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before and [p.name for p in tmp_path.iterdir()] == ["out"]
+    student.write(out, {"README.md": "read\n"})
+    assert not (out / "00_a.ipynb").exists()
+
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"did not write, or that were changed since: mine\.txt"):
+        student.write(out, files)
+    (out / "mine.txt").unlink()
+    (out / "README.md").write_text("my answers")
+    with pytest.raises(FileExistsError, match="README"):
+        student.write(out, files)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="expected the name of a folder"):
+        student.write(tmp_path / "file", files)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"], "nothing temporary is left"

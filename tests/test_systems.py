@@ -1,4 +1,4 @@
-"""The stored results of notebook 12: complete, consistent, and what the stored segmentations score."""
+"""The stored results of notebook 15: complete, consistent, and what the stored segmentations score."""
 
 import numpy as np
 import pandas as pd

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..arrays import as_image, as_tensor
 from ..volume import Case
+from .compiled import threads_for
 from .kernels import Prepared, Voxels, check_finite, take_voxels
 
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
@@ -49,7 +50,7 @@ class DenseCRF(nn.Module):
 
     Source: Kamnitsas et al. 2017, section 2.5 and eq. 5; Krähenbühl and Koltun 2011 and 2013. As a layer: Zheng et al.
     2015, which Kamnitsas et al. name as future work (section 5).
-    Taught in notebook 05.
+    Taught in notebook 07.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class DenseCRF(nn.Module):
             spacing = case.spacing if self.units == "mm" else None
             prepared = self.prepare(as_tensor(case.image).to(device), mask, spacing=spacing)
         self._check_prepared(prepared, case.shape)
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), threads_for(prepared.voxels.loops):
             refined = self.mean_field(log_inside(values, prepared.voxels, clip), prepared).softmax(0)
         result = values.flatten(1).to(torch.float32, copy=True)
         return result.index_copy_(1, prepared.voxels.index.to("cpu"), refined.to(result)).view(values.shape).numpy()
@@ -195,7 +196,8 @@ class DenseCRF(nn.Module):
         flat, index = logits.flatten(1), prepared.voxels.index
         inside = torch.index_select(flat, 1, index)
         check_finite("logits", inside)
-        refined = self.mean_field(inside, prepared).log_softmax(0)
+        with threads_for(prepared.voxels.loops):
+            refined = self.mean_field(inside, prepared).log_softmax(0)
         return flat.index_copy(1, index, refined.to(logits.dtype)).view(logits.shape)
 
     def mean_field(self, unary: Tensor, prepared: Prepared) -> Tensor:
@@ -226,6 +228,7 @@ class DenseCRF(nn.Module):
             kernels.append((self.smoothness_weight.to(kind), prepared.smoothness))
         if matters(self.appearance_weight):
             kernels.append((self.appearance_weight.to(kind), prepared.appearance))
+        add = [kernel.weighted(weight) for weight, kernel in kernels]
         unary = unary[:-1] - unary[-1:]
         zero = unary.new_zeros(1, unary.shape[1])
         z = unary
@@ -238,12 +241,12 @@ class DenseCRF(nn.Module):
                 difference = q[:-1] - q[-1:]
             if potts:
                 z = unary
-                for weight, kernel in kernels:
-                    z = kernel.add(z, difference, weight)
+                for add_weighted in add:
+                    z = add_weighted(z, difference)
             else:
                 filtered = zero
-                for weight, kernel in kernels:
-                    filtered = kernel.add(filtered, difference, weight)
+                for add_weighted in add:
+                    filtered = add_weighted(filtered, difference)
                 z = unary - relative[:, :-1] @ filtered
                 if uneven.requires_grad or uneven.any():
                     constant = sum(weight * kernel.filtered_ones for weight, kernel in kernels)
@@ -300,7 +303,7 @@ def whole_tumour(crf: DenseCRF, probabilities: np.ndarray, case: Case, *, prepar
         Class numbers `(D, H, W)`, uint8.
 
     Source: Kamnitsas et al. 2017, section 4.2.2.
-    Taught in notebook 05.
+    Taught in notebook 07.
     """
     probabilities = as_image(probabilities, "probabilities")
     background = probabilities[0]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .compiled import loops_for, side_by_side
+from .compiled import loops_for, share_out, side_by_side
 
 # Distance between samples in σ. By Poisson's summation formula the error is 2 exp(-π² / 2 SPACING²), about 5e-6.
 SPACING = 0.62
@@ -69,19 +69,23 @@ class GridGaussian:
 def unflatten(index: Tensor, shape: Sequence[int]) -> list[Tensor]:
     """Return the coordinates of positions in a flattened grid, one tensor for each axis.
 
-    `torch.unravel_index` does the same, but imports a computer algebra system at its first call, half a second's work.
+    `torch.unravel_index` does the same, but imports a computer algebra system at its first call, half a second's work. NumPy
+    divides integers several times as fast as PyTorch, and short integers twice as fast as long ones.
     """
+    on_cpu = index.device.type == "cpu"
+    if on_cpu:
+        index = index.numpy().astype(np.int32 if math.prod(shape) < 2**31 else np.int64)
     coordinates = []
     for n in reversed(shape):
         line = index // n
         coordinates.append(index - line * n)
         index = line
-    return coordinates[::-1]
+    return [torch.from_numpy(c) for c in coordinates[::-1]] if on_cpu else coordinates[::-1]
 
 
 def _flatten(coordinates: list[Tensor], shape: Sequence[int]) -> Tensor:
     """Return the positions in the flattened grid of voxels with these coordinates."""
-    flat = torch.zeros_like(coordinates[0])
+    flat = torch.zeros_like(coordinates[0], dtype=torch.int64)
     for coordinate, n in zip(coordinates, shape):
         flat = flat * n + coordinate
     return flat
@@ -142,8 +146,8 @@ class _Planes:
 
     def __init__(self, index: np.ndarray, shape: Sequence[int], sigma: Sequence[float], loops: ModuleType) -> None:
         planes, rows, columns = shape
-        row = index // columns
-        column = index - row * columns
+        plane_of, row_of, column = (c.numpy() for c in unflatten(torch.from_numpy(index), shape))
+        row = plane_of * rows + row_of
         start = np.searchsorted(row, np.arange(planes * rows + 1))
         start, stop = start[:-1].reshape(planes, rows), start[1:].reshape(planes, rows)
         # The smallest box that holds the voxels.
@@ -154,26 +158,42 @@ class _Planes:
         self._column = (column - left).astype(np.uint32)
         planes, rows, columns = len(self._start), self._start.shape[1] - 1, int(column.max() - left) + 1
         samples = []
-        self._reduce, self._expand = (), ()
+        self._reduce, self._expand = (), ()  # for planes and rows
         for n, s in zip((planes, rows), sigma):
             count, reduce, expand = _plan_axis(n, s)
             samples.append(count)
-            self._reduce, self._expand = self._reduce + reduce, self._expand + expand
-        self._samples = (*samples, columns)
+            self._reduce, self._expand = (*self._reduce, reduce), (*self._expand, expand)
+        # Voxels are read back from four samples at a time: behind the last one there are others that stay 0.
+        self._samples = (samples[0] + 3, samples[1] + 3, columns)
         distance = np.arange(min(math.ceil(REACH * sigma[2]), columns - 1) + 1)
         self._along_row = np.exp(-((distance / sigma[2]) ** 2) / 2).astype(np.float32)
 
     def filter(self, signal: Tensor) -> Tensor:
         signal = signal.contiguous()
         result = torch.empty_like(signal)
-        side_by_side(lambda i: self._filter(signal[i].numpy(), result[i].numpy()), range(len(signal)))
+        ranges = share_out(len(self._start), len(signal))
+        # Every range of planes has samples of its own to write to, and these are added up.
+        samples = np.empty((len(signal), len(ranges), *self._samples), np.float32)
+        jobs = [(i, part, planes) for i in range(len(signal)) for part, planes in enumerate(ranges)]
+        side_by_side(lambda job: self._reduce_planes(signal[job[0]].numpy(), job[2], samples[job[0], job[1]]), jobs)
+        side_by_side(self._sum_and_blur, samples)
+        side_by_side(lambda job: self._expand_planes(samples[job[0], 0], job[2], result[job[0]].numpy()), jobs)
         return result
 
-    def _filter(self, signal: np.ndarray, result: np.ndarray) -> None:
-        samples = np.empty(self._samples, np.float32)
-        self._loops.reduce_planes(signal, self._column, self._start, *self._reduce, samples)
-        self._loops.blur_rows(samples, self._along_row)
-        self._loops.expand_planes(samples, self._column, self._start, *self._expand, result)
+    def _reduce_planes(self, signal: np.ndarray, planes: slice, samples: np.ndarray) -> None:
+        along_planes, along_rows = self._reduce
+        start, near, weight = self._start[planes], along_planes.near[planes], along_planes.weight[planes]
+        self._loops.reduce_planes(signal, self._column, start, near, weight, *along_rows, samples)
+
+    def _sum_and_blur(self, parts: np.ndarray) -> None:
+        for other in parts[1:]:
+            parts[0] += other
+        self._loops.blur_rows(parts[0], self._along_row)
+
+    def _expand_planes(self, samples: np.ndarray, planes: slice, result: np.ndarray) -> None:
+        along_planes, along_rows = self._expand
+        start, near, weight = self._start[planes], along_planes.near[planes], along_planes.weight[planes]
+        self._loops.expand_planes(samples, self._column, start, near, weight, *along_rows, result)
 
 
 def _plan_axis(n: int, sigma: float) -> tuple[int, _Taps, _Taps]:
@@ -185,16 +205,22 @@ def _plan_axis(n: int, sigma: float) -> tuple[int, _Taps, _Taps]:
         near = (voxels - taps // 2).clip(0, n - taps)
         distance = near[:, None] + np.arange(taps) - voxels[:, None]
         there = np.exp(-((distance / sigma) ** 2) / 2)
-        return n, _taps(near, there), _taps(voxels, np.ones((n, 1)))
+        return n, _taps(near, there), _in_fours(_taps(voxels, np.ones((n, 1))))
     step, taps = places[1] - places[0], min(TAPS, len(places))
     near = np.rint((voxels - places[0]) / step - (taps - 1) / 2).astype(int).clip(0, len(places) - taps)
     distance = places[near[:, None] + np.arange(taps)] - voxels[:, None]
     both = np.exp(-((distance / sigma) ** 2)) * math.sqrt(SPACING * math.sqrt(2 / math.pi))
-    return len(places), _taps(near, both), _taps(near, both)
+    taps = _taps(near, both)
+    return len(places), taps, _in_fours(taps)
 
 
 def _taps(near: np.ndarray, weight: np.ndarray) -> _Taps:
     return _Taps(near.astype(np.uint32), np.ascontiguousarray(weight, np.float32))
+
+
+def _in_fours(taps: _Taps) -> _Taps:
+    """Add weights of 0, up to a multiple of four."""
+    return _Taps(taps.near, np.pad(taps.weight, ((0, 0), (0, -taps.weight.shape[1] % 4))))
 
 
 class _SymmetricFilter(torch.autograd.Function):

@@ -6,10 +6,12 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from .compiled import loops_for
 from .gaussian import GridGaussian, unflatten
 from .permutohedral import Permutohedral
 
@@ -27,6 +29,11 @@ class Voxels:
     index: Tensor
     shape: tuple[int, ...]
     intensities: Tensor
+
+    @property
+    def loops(self) -> ModuleType | None:
+        """The compiled loops if they are to filter these voxels, else None."""
+        return loops_for(len(self.index), self.intensities.dtype, self.intensities.device)
 
     @functools.cached_property
     def positions(self) -> Tensor:
@@ -132,13 +139,16 @@ class Kernel:
         return self(self._ones)
 
     def __call__(self, signal: Tensor) -> Tensor:
-        return self.add(self._ones.new_zeros(()), signal, self._ones.new_ones(()))
+        return self.weighted(self._ones.new_ones(()))(self._ones.new_zeros(()), signal)
 
-    def add(self, total: Tensor, signal: Tensor, weight: Tensor) -> Tensor:
-        """Return total + weight K signal, in few passes over memory."""
-        if self._before is not None:
-            signal = signal * self._before
-        return torch.addcmul(total, self._filter(signal), weight if self._after is None else weight * self._after)
+    def weighted(self, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function that adds `weight` K `signal` to a total, in few passes over memory."""
+        after = weight if self._after is None else weight * self._after
+
+        def add(total: Tensor, signal: Tensor) -> Tensor:
+            return torch.addcmul(total, self._filter(signal if self._before is None else signal * self._before), after)
+
+        return add
 
 
 class _LatticeFilter(torch.autograd.Function):

@@ -71,16 +71,16 @@ def shear_chunk(features, start, count, matrix, x):
     shear(x, matrix, count)
 
 
-@compiled("void(f4[:,::1], f4[:,::1], f4[:,::1], f4[:,::1])")
-def find_extremes(features, matrix, low, high):
-    """Lower `low` and raise `high` to the lattice coordinates of features `(d, N)`.
+@compiled("void(f4[:,::1], i8, i8, f4[:,::1], f4[:,::1], f4[:,::1])")
+def find_extremes(features, first, stop, matrix, low, high):
+    """Lower `low` and raise `high` to the lattice coordinates of the features `(d, N)` from number `first` to `stop`.
 
     Both are `(d, CHUNK)`, one column for each place in a chunk, because the compiler takes several columns at a time.
     """
-    d, points = features.shape
+    d = len(features)
     t = np.empty((d, CHUNK), np.float32)
-    for start in range(0, points, CHUNK):
-        count = min(CHUNK, points - start)
+    for start in range(first, stop, CHUNK):
+        count = min(CHUNK, stop - start)
         shear_chunk(features, start, count, matrix, t)
         for row in range(d):
             for i in range(count):
@@ -88,13 +88,13 @@ def find_extremes(features, matrix, low, high):
                 high[row, i] = max(high[row, i], t[row, i])
 
 
-@compiled("void(f4[:,::1], f4[:,::1], f4[::1], i8[::1], i8[::1])")
-def find_corners(features, matrix, low, strides, keys):
-    """Write the key of every point's floor, the first vertex of its simplex."""
-    d, points = features.shape
+@compiled("void(f4[:,::1], i8, i8, f4[:,::1], f4[::1], i8[::1], i8[::1])")
+def find_corners(features, first, stop, matrix, low, strides, keys):
+    """Write the keys of the floors, the first vertices of their simplices, of the points from number `first` to `stop`."""
+    d = len(features)
     t = np.empty((d, CHUNK), np.float32)
-    for start in range(0, points, CHUNK):
-        count = min(CHUNK, points - start)
+    for start in range(first, stop, CHUNK):
+        count = min(CHUNK, stop - start)
         shear_chunk(features, start, count, matrix, t)
         for i in range(count):
             keys[start + i] = 0
@@ -105,7 +105,7 @@ def find_corners(features, matrix, low, strides, keys):
 
 @compiled("i8(f4[:,::1], f4[:,::1], f4[::1], i8[::1], u4[::1], u4[:,::1], f4[:,::1], i8[::1])")
 def embed(features, matrix, low, strides, order, vertex, weight, keys):
-    """Find the simplex of each point, visiting the points in `order`.
+    """Find the simplex of each point in `order`, which holds numbers of all points or of some.
 
     Writes barycentric weights, and numbers of vertices as they come up. A vertex that was not seen lately gets a new number and
     leaves its key in `keys`, so most vertices get one number, and some get several.
@@ -113,7 +113,7 @@ def embed(features, matrix, low, strides, order, vertex, weight, keys):
     Returns:
         The number of keys written.
     """
-    d, points = features.shape
+    d, points = len(features), len(order)
     t, packed, corner = np.empty((d, CHUNK), np.float32), np.empty((d, CHUNK), np.int32), np.empty(CHUNK, np.int64)
     seen, number = np.full(SLOTS, -1, np.int64), np.empty(SLOTS, np.uint32)
     # A fractional part and its axis are packed into one integer, with the axis in the low bits. Sorting the integers sorts both.
@@ -305,20 +305,24 @@ def expand_planes(samples, column, start, near_plane, plane_weight, near_row, ro
         for j in range(plane.shape[0]):
             for k in range(columns):
                 plane[j, k] = 0
-        for tap in range(plane_weight.shape[1]):
-            sample, weight = near_plane[p] + tap, plane_weight[p, tap]
+        for tap in range(0, plane_weight.shape[1], 4):
+            a, b, c, d = plane_weight[p, tap], plane_weight[p, tap + 1], plane_weight[p, tap + 2], plane_weight[p, tap + 3]
+            s = near_plane[p] + tap
             for j in range(plane.shape[0]):
                 for k in range(columns):
-                    plane[j, k] += weight * samples[sample, j, k]
+                    plane[j, k] += (
+                        a * samples[s, j, k] + b * samples[s + 1, j, k] + c * samples[s + 2, j, k] + d * samples[s + 3, j, k]
+                    )
         for r in range(near_row.size):
             first, stop = start[p, r], start[p, r + 1]
             if first < stop:
                 left, right = column[first], column[stop - 1] + 1
                 for k in range(left, right):
                     row[k] = 0
-                for tap in range(row_weight.shape[1]):
-                    sample, weight = near_row[r] + tap, row_weight[r, tap]
+                for tap in range(0, row_weight.shape[1], 4):
+                    a, b, c, d = row_weight[r, tap], row_weight[r, tap + 1], row_weight[r, tap + 2], row_weight[r, tap + 3]
+                    s = near_row[r] + tap
                     for k in range(left, right):
-                        row[k] += weight * plane[sample, k]
+                        row[k] += a * plane[s, k] + b * plane[s + 1, k] + c * plane[s + 2, k] + d * plane[s + 3, k]
                 for i in range(first, stop):
                     result[i] = row[column[i]]

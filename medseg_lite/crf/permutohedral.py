@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .compiled import loops_for, side_by_side
+from .compiled import loops_for, share_out, side_by_side
 
 Pair = tuple[Tensor, Tensor]
 
@@ -85,7 +85,8 @@ class Permutohedral:
             return torch.stack([self._filter(channel, directions) for channel in signal])
         signal = signal.contiguous()
         result = torch.empty_like(signal)
-        side_by_side(lambda i: self._filter_with_loops(signal[i], directions, result[i].numpy()), range(len(signal)))
+        ranges = share_out(self.points, len(signal))
+        side_by_side(lambda i: self._filter_with_loops(signal[i], directions, ranges, result[i].numpy()), range(len(signal)))
         return result
 
     def _filter(self, signal: Tensor, directions: list[Pair]) -> Tensor:
@@ -98,15 +99,26 @@ class Permutohedral:
         read = values.index_select(0, self.vertex.flatten()).view_as(self.weight)
         return read.mul_(self.weight).sum(1).mul_(self.scale)
 
-    def _filter_with_loops(self, signal: Tensor, directions: list[Pair], result: np.ndarray) -> None:
+    def _filter_with_loops(self, signal: Tensor, directions: list[Pair], ranges: list[slice], result: np.ndarray) -> None:
         order, vertex, weight = _unsigned(self.order), _unsigned(self.vertex), self.weight.numpy()
-        # Vertices are read and written in two arrays by turns.
-        values, other = np.empty(self.vertices, np.float32), np.empty(self.vertices, np.float32)
-        self._loops.splat(signal.numpy(), order, vertex, weight, values)
+        # Every range of points has values of its own to write to, and these are added up.
+        parts = np.empty((len(ranges), self.vertices), np.float32)
+
+        def splat(part: int) -> None:
+            points = ranges[part]
+            self._loops.splat(signal.numpy(), order[points], vertex[points], weight[points], parts[part])
+
+        side_by_side(splat, range(len(ranges)))
+        for other in parts[1:]:
+            parts[0] += other
+        # Blurring reads and writes two arrays by turns.
+        values, other = parts[0], parts[1] if len(ranges) > 1 else np.empty(self.vertices, np.float32)
         for here, there in directions:
             self._loops.blur(values, _unsigned(here), _unsigned(there), other)
             values, other = other, values
-        self._loops.slice_(values, order, vertex, weight, self.scale, result)
+        side_by_side(
+            lambda points: self._loops.slice_(values, order[points], vertex[points], weight[points], self.scale, result), ranges
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- keys of vertices
@@ -167,27 +179,35 @@ def _find_pairs(keys: Tensor, step: int) -> Pair:
 def _build_with_loops(features: np.ndarray, loops: ModuleType) -> tuple[Tensor, Tensor, Tensor, list[Pair], int]:
     """Return `order`, `vertex`, `weight`, `neighbours` and the number of vertices."""
     d, points = features.shape
-    matrix = shear(d).numpy()
-    low, high = np.full((d, loops.CHUNK), np.inf, np.float32), np.full((d, loops.CHUNK), -np.inf, np.float32)
-    loops.find_extremes(features, matrix, low, high)
-    origin, steps, cells = _plan_keys(np.floor(low.min(1)).tolist(), np.floor(high.max(1)).tolist())
+    matrix, ranges = shear(d).numpy(), share_out(points)
+    extremes = np.full((len(ranges), 2, d, loops.CHUNK), np.inf, np.float32)
+    extremes[:, 1] = -np.inf
+    side_by_side(lambda job: loops.find_extremes(features, job[0].start, job[0].stop, matrix, *job[1]), zip(ranges, extremes))
+    low, high = extremes[:, 0].min((0, 2)), extremes[:, 1].max((0, 2))
+    origin, steps, cells = _plan_keys(np.floor(low).tolist(), np.floor(high).tolist())
     origin, strides = np.array(origin, np.float32), np.array(steps[:-1])
 
     # Points in the order of their corners: points of one cell have their vertices in common.
     keys = np.empty(points, np.int64)
-    loops.find_corners(features, matrix, origin, strides, keys)
+    side_by_side(lambda part: loops.find_corners(features, part.start, part.stop, matrix, origin, strides, keys), ranges)
     _, order = _sort(keys, cells)
 
     vertex, weight = np.empty((points, d + 1), np.uint32), np.empty((points, d + 1), np.float32)
-    keys = np.empty(vertex.size, np.int64)  # the system provides only the part that is written
-    keys = keys[: loops.embed(features, matrix, origin, strides, order, vertex, weight, keys)]
+    keys = np.empty((points, d + 1), np.int64)  # the system provides only the part that is written
+
+    def embed(part: slice) -> np.ndarray:
+        found = keys[part].reshape(-1)
+        return found[: loops.embed(features, matrix, origin, strides, order[part], vertex[part], weight[part], found)]
+
+    found = side_by_side(embed, ranges)
 
     # Vertices that got several numbers get one, and the numbers go with the keys.
-    keys, places = _sort(keys, cells)
+    keys, places = _sort(np.concatenate(found) if len(found) > 1 else found[0], cells)
     numbers = np.empty(len(keys), np.uint32)
     keys = keys[: loops.number_keys(keys, places, numbers)]
-    loops.renumber(vertex.reshape(-1), numbers)
-    del places, numbers
+    of_range = np.split(numbers, np.cumsum([len(part) for part in found])[:-1])
+    side_by_side(lambda job: loops.renumber(vertex[job[0]].reshape(-1), job[1]), zip(ranges, of_range))
+    del places, numbers, of_range, found
 
     def find_pairs(step: int) -> Pair:
         here, there = np.empty(len(keys), np.uint32), np.empty(len(keys), np.uint32)

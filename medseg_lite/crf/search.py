@@ -96,7 +96,7 @@ def search(
         **fixed: parameters of `DenseCRF` that are not searched, such as `iterations` or `units`.
 
     Source: Kamnitsas et al. 2017, sections 4.1.2, 4.2.2 and 4.3.2 (random search; the ranges are ours).
-    Taught in notebook 05.
+    Taught in notebook 07.
     """
     _check(cases, probabilities, trials, weights_per_lattice, space, fixed)
     device = find_device(str(device))

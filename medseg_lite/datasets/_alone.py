@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -49,10 +50,14 @@ def _wait(lock: Path) -> tuple[int, bool]:
     """Return an open lock file, and whether it is locked."""
     told, misses = False, 0
     while True:
-        lock.parent.mkdir(parents=True, exist_ok=True)
         try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # another process failed and removed the folder
+            continue
+        except FileExistsError:  # a file lies in the folder's place, or another process removed the folder meanwhile
+            if any(_is_no_folder(folder) for folder in lock.parents):
+                raise
             continue
         held = _try_lock(handle)
         if held is None:
@@ -82,6 +87,14 @@ def _try_lock(handle: int) -> bool | None:
     except OSError as error:
         return False if error.errno in busy else None
     return True
+
+
+def _is_no_folder(path: Path) -> bool:
+    """Return whether something other than a folder lies at `path`, by one look at the disk."""
+    try:
+        return not stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError:
+        return path.is_symlink()  # a link that leads nowhere
 
 
 def _is_there(handle: int, lock: Path) -> bool:

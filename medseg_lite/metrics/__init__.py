@@ -20,7 +20,7 @@ one cannot be compared with averages made with the other.
 
 from .operating import best_threshold, operating_points
 from .overlap import dice, jaccard, precision, sensitivity, specificity, volume_difference
-from .partitions import v_info, v_rand
+from .partitions import partition_scores, v_info, v_rand
 from .surfaces import assd, boundary_distance, count_borders, hausdorff, slice_inconsistency, surface, surface_distances
 from .tables import DEFAULT_METRICS, as_regions, evaluate, evaluate_cohort, read_table, regions, write_table
 
@@ -37,6 +37,7 @@ __all__ = [
     "hausdorff",
     "jaccard",
     "operating_points",
+    "partition_scores",
     "precision",
     "read_table",
     "regions",

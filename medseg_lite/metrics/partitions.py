@@ -27,9 +27,9 @@ def v_rand(prediction, truth) -> float:
 
     Source: Arganda-Carreras et al. 2015, "Crowdsourcing the creation of image segmentation algorithms for connectomics",
     equations 1 to 5, and the challenge's published script; Drozdzal et al. 2018, tables III and IV.
-    Taught in notebook 08.
+    Taught in notebook 10.
     """
-    return max(rand for rand, _ in _partition_scores(prediction, truth))
+    return max(rand for rand, _ in partition_scores(prediction, truth))
 
 
 def v_info(prediction, truth) -> float:
@@ -37,11 +37,11 @@ def v_info(prediction, truth) -> float:
 
     S and T are the true cell and the predicted segment of a random pixel, I is their mutual information and H an entropy.
     """
-    return max(info for _, info in _partition_scores(prediction, truth))
+    return max(info for _, info in partition_scores(prediction, truth))
 
 
-def _partition_scores(prediction, truth) -> list[tuple[float, float]]:
-    """Return V_rand and V_info for every threshold."""
+def partition_scores(prediction, truth) -> list[tuple[float, float]]:
+    """Return V_rand and V_info at every threshold, for the same arguments as `v_rand`: a single pair for a bool array."""
     prediction, truth = as_voxels(prediction, "prediction"), as_binary(truth, "truth")
     check_same_shape(prediction, truth)
     if truth.ndim not in (2, 3):

@@ -138,7 +138,7 @@ def slice_inconsistency(label, *, axis: int, mask=None) -> float:
         The ratio. It is infinite where classes change only from slice to slice, and NaN where they never change.
 
     Source: ours, for the stripes that Mlynarski et al. 2019 show in figure 11.
-    Taught in notebook 09.
+    Taught in notebook 12.
     """
     label = as_labels(label, "label")
     if label.ndim < 2 or not -label.ndim <= axis < label.ndim:

@@ -55,7 +55,7 @@ class DeepMedic(Network):
         reach: voxels that a full-resolution prediction sees to each side (8: receptive field 17).
 
     Source: Kamnitsas et al. 2017, sections 2.1 to 2.4, 3.5 and Table B.1.
-    Taught in notebooks 03 and 04.
+    Taught in notebooks 04, 05 and 06.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ class UNet(Network):
         dims: 2 or 3.
 
     Source: Drozdzal et al. 2018, section 3.1 and table I; Ronneberger, Fischer and Brox 2015.
-    Taught in notebook 08.
+    Taught in notebook 10.
     """
 
     def __init__(self, in_channels: int, classes: int, maps: Sequence[int], *, narrow_first: bool, output: int, dims: int = 2):
@@ -92,7 +92,7 @@ class Bottleneck(nn.Module):
     sub-sampled or repeated. It goes through a 1² convolution where the number of feature maps changes.
 
     Source: Drozdzal et al. 2018, section 3.2 and table II; He et al. 2016, "Identity mappings in deep residual networks".
-    Taught in notebook 08.
+    Taught in notebook 10.
     """
 
     def __init__(self, in_maps: int, f: int, *, scale: float = 1):
@@ -109,6 +109,11 @@ class Bottleneck(nn.Module):
         y = self.filter(self.norms[1](y).relu())  # (B, f, H, W)
         y = self.expand(resample(self.norms[2](y).relu(), max(self.scale, 1)))  # (B, 4f, H, W), or twice as many
         return self.shortcut(x) + y
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether the shortcut is the identity, so that the block can be taken out and leave no gap."""
+        return self.scale == 1 and isinstance(self.project, nn.Identity)
 
     def shortcut(self, x: Tensor) -> Tensor:
         """Return the result of the block without its convolutions."""
@@ -128,6 +133,11 @@ class SimpleBlock(nn.Module):
         y = self.norm(x).relu()
         y = F.max_pool2d(y, 2) if self.scale < 1 else resample(y, self.scale)
         return self.shortcut(x) + self.conv(y)
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether the shortcut is the identity."""
+        return self.scale == 1
 
     def shortcut(self, x: Tensor) -> Tensor:
         """Return the result of the block without its convolution."""
@@ -156,28 +166,32 @@ class LongSkip(nn.Module):
 class FCResNet(Network):
     """A ResNet that goes down to 1/32 of the resolution and up again, with long skips that are added.
 
+    Args:
+        width: share of the paper's feature maps.
+        depth: share of the paper's bottlenecks; each stage keeps at least the two that change its resolution and its maps.
+
     Attributes:
         stem, down, across, up, skips, last, head: its parts, from the input to the output.
 
     Source: Drozdzal et al. 2018, section 3.2 and table II. The table leaves open how skips of different widths are summed.
     Projecting both to the narrower width gives the parameter count that the paper states for the pair of networks (12.8 million).
-    Taught in notebook 08.
+    Taught in notebook 10.
     """
 
     spatial_dims, multiple = 2, 32
     halo = 608  # mostly from the 23 convolutions at 1/16 and 1/32 of the resolution
 
-    def __init__(self, in_channels: int, classes: int, width: float = 1.0):
+    def __init__(self, in_channels: int, classes: int, width: float = 1.0, depth: float = 1.0):
         super().__init__(in_channels, classes)
         stem, across = scaled(STEM, width), scaled(ACROSS[0], width)
-        stages = [(scaled(f, width), n) for f, n in STAGES]
+        stages = [(scaled(f, width), max(2, round(n * depth))) for f, n in STAGES]
         going_down = [stem, *(4 * f for f, _ in stages)]  # maps at 1/2, 1/4, 1/8 and 1/16 of the resolution: 32, 128, 256, 512
         going_up = [4 * across, *(4 * f for f, _ in reversed(stages))]  # maps before each long skip: 1024, 512, 256, 128
         joined = [*(f for f, _ in reversed(stages)), stem]  # maps of each long skip: 128, 64, 32, 32
         self.stem = nn.Conv2d(in_channels, stem, 3, padding=1)
         self.down = nn.ModuleList(_stage(maps, f, n, first=0.5) for maps, (f, n) in zip(going_down, stages))
         self.down.insert(0, SimpleBlock(stem, scale=0.5))
-        self.across = _stage(going_down[-1], across, ACROSS[1], first=0.5, last=2)
+        self.across = _stage(going_down[-1], across, max(2, round(ACROSS[1] * depth)), first=0.5, last=2)
         self.up = nn.ModuleList(_stage(f, f, n, last=2) for f, n in reversed(stages))
         self.up.append(SimpleBlock(stem, scale=2))
         self.skips = nn.ModuleList(LongSkip(*maps) for maps in zip(going_up, reversed(going_down), joined))
@@ -213,7 +227,7 @@ class Pipeline(Network):
         segmenter: `(B, C, *n) -> (B, K, *n)`.
 
     Source: Drozdzal et al. 2018, section 3 and figure 1.
-    Taught in notebook 08.
+    Taught in notebooks 10 and 11.
     """
 
     def __init__(self, preprocessor: Network, segmenter: Network):
@@ -234,7 +248,7 @@ class FCN8(Network):
 
     Source: Long, Shelhamer and Darrell 2015, "Fully convolutional networks for semantic segmentation"; one of the baselines of
     Drozdzal et al. 2018, table V. Ours starts from random weights and pads its 7² layer by 3 instead of the image by 100.
-    Taught in notebook 08.
+    Taught in notebook 10.
     """
 
     spatial_dims, multiple, halo = 2, 32, 288
@@ -296,20 +310,20 @@ def fcn_preprocessor(*, in_channels: int = 1, classes: int = 1, width: float = 1
 
 
 @builder
-def fc_resnet(*, in_channels: int = 1, classes: int = 2, width: float = 1.0) -> FCResNet:
+def fc_resnet(*, in_channels: int = 1, classes: int = 2, width: float = 1.0, depth: float = 1.0) -> FCResNet:
     """Build FC-ResNet of table II. 11,042,273 parameters with 1 channel and 1 class (a sigmoid's).
 
-    It has 140 convolutions on its main path.
+    It has 140 convolutions on its main path. `depth` is the share of its bottlenecks.
     """
-    return FCResNet(in_channels, classes, width)
+    return FCResNet(in_channels, classes, width, depth)
 
 
 @builder
-def fcn_fc_resnet(*, in_channels: int = 1, classes: int = 2, width: float = 1.0) -> Pipeline:
+def fcn_fc_resnet(*, in_channels: int = 1, classes: int = 2, width: float = 1.0, depth: float = 1.0) -> Pipeline:
     """Build pre-processor and FC-ResNet, trained as one. 12,874,418 parameters with 1 channel and 1 class."""
     return Pipeline(
         fcn_preprocessor(in_channels=in_channels, classes=in_channels, width=width),
-        fc_resnet(in_channels=in_channels, classes=classes, width=width),
+        fc_resnet(in_channels=in_channels, classes=classes, width=width, depth=depth),
     )
 
 
@@ -318,7 +332,7 @@ def unet2d(*, in_channels: int = 1, classes: int = 2, width: float = 1.0) -> UNe
     """Build the U-Net, zero-padded. 31,030,658 parameters (1 channel, 2 classes).
 
     Source: Ronneberger, Fischer and Brox 2015; baseline of Drozdzal et al. 2018, tables III and V.
-    Taught in notebook 08.
+    Taught in notebook 10.
     """
     return UNet(in_channels, classes, [scaled(m, width) for m in UNET_MAPS], narrow_first=True, output=1)
 

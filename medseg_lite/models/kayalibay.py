@@ -110,7 +110,7 @@ class KayalibayUNet3d(Network):
         halo: distance in voxels beyond which nothing influences a prediction, rounded up to a multiple of `multiple`.
 
     Source: Kayalibay et al. 2017, section 3, figures 4 and 17, Table 7; its code (short skips).
-    Taught in notebook 06.
+    Taught in notebook 08.
     """
 
     def __init__(

@@ -24,6 +24,7 @@ class RollingBatchNorm(nn.Module):
         eps: small number that is added to the variance.
 
     Source: Ioffe and Szegedy 2015; Kamnitsas et al. 2017, section 2.3, and its code (rolling average over 60 batches).
+    Taught in notebook 05.
     """
 
     def __init__(self, channels: int, *, window: int = 60, eps: float = 1e-5):
@@ -97,6 +98,7 @@ def init_he(model: nn.Module) -> None:
     """Draw every convolution's kernel from N(0, √(2/n_in)), n_in = C_in · kernel voxels; set biases to zero.
 
     Source: He et al. 2015; Kamnitsas et al. 2017, section 2.3.
+    Taught in notebook 10.
     """
     _init(model, lambda kernel: nn.init.normal_(kernel, std=(2 / kernel[0].numel()) ** 0.5))
 
@@ -113,6 +115,7 @@ def init_xavier(model: nn.Module) -> None:
     """Draw every convolution's kernel from N(0, √(2/(n_in + n_out))), n = C · kernel voxels; set biases to zero.
 
     Source: Glorot and Bengio 2010; Kayalibay et al. 2017, section 3.2.1.
+    Taught in notebook 10.
     """
     _init(model, nn.init.xavier_normal_)
 

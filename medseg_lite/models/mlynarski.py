@@ -89,7 +89,7 @@ class Mlynarski2d(Network):
         halo: distance in pixels beyond which nothing influences a prediction.
 
     Source: Mlynarski et al. 2019, section 2.2 and figure 4.
-    Taught in notebooks 09 and 10.
+    Taught in notebooks 12 and 13.
     """
 
     spatial_dims, multiple, halo = 2, 16, 144
@@ -210,7 +210,7 @@ class Mlynarski3d(Network):
         margin: voxels lost on each side, 21: the paper's patch of 70³ gives 28³ predictions.
 
     Source: Mlynarski et al. 2019, section 2.3 and figure 6.
-    Taught in notebook 09.
+    Taught in notebook 12.
     """
 
     margin, multiple = 21, 4

@@ -4,7 +4,7 @@ from .brain import brain, brain_cohort
 from .em import em, em_cohort
 from .hand import hand, hand_cohort
 from .liver import liver, liver_cohort
-from .mri import SITES
+from .mri import SITES, Site, random_site
 from .prostate import PROSTATE_SITES, prostate, prostate_cohort
 from .puzzles import PUZZLES, puzzle_cohort
 
@@ -12,6 +12,7 @@ __all__ = [
     "PROSTATE_SITES",
     "PUZZLES",
     "SITES",
+    "Site",
     "brain",
     "brain_cohort",
     "em",
@@ -23,4 +24,5 @@ __all__ = [
     "prostate",
     "prostate_cohort",
     "puzzle_cohort",
+    "random_site",
 ]

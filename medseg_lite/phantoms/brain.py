@@ -18,7 +18,7 @@ from ..transforms import mirror_hemisphere
 from ..volume import BRATS_CLASSES, Case, bounding_box
 from . import lesions
 from .anatomy import EXTENT, SHRINK, Person
-from .mri import SITES, TISSUES, acquire, signals
+from .mri import SITES, TISSUES, Site, acquire, signals
 from .noise import Axes, bspline_noise, centred_axes, check_grid, check_whole, make_affine, make_cohort, multiply_axis, stream
 
 CHANNELS = ("flair", "t1", "t1c", "t2")
@@ -42,7 +42,7 @@ SOFTNESS = {"oedema": 1.5, "necrosis": 0.9, "nonenhancing": 1.3, "enhancing": 0.
 def brain(
     seed: int,
     *,
-    site: str = "A",
+    site: str | Site = "A",
     spacing: float = 2.0,
     lesion: str | None = "glioma",
     grade: str | None = None,
@@ -51,12 +51,14 @@ def brain(
     motion: float = 0.0,
     cut: float = 0.0,
     shape: Sequence[int] | None = None,
+    spots: float = 0.0,
 ) -> Case:
     """Generate one brain phantom.
 
     Args:
         seed: number of the patient, 0 or more. The same seed gives the same bytes.
-        site: site of the scanner: "A", "B", "C", or "D", which is meant to be held out (see `SITES`).
+        site: site of the scanner: "A", "B", "C", or "D", which is meant to be held out (see `SITES`); or a `Site` of your own, such as
+            one from `random_site`, which is called "own".
         spacing: voxel size in mm: 2 (72×80×64 voxels), 1.5 or 1 (144×160×128).
         lesion: "glioma" (labels as in BRATS 2015: 1 necrosis, 2 oedema, 3 non-enhancing, 4 enhancing), "contusions"
             (label 1), "stroke" (label 1, with a fifth channel "dwi"), or None for a healthy brain.
@@ -70,6 +72,9 @@ def brain(
             mask are 0 there.
         shape: number of voxels along D, H, W, by default those of a field of view of 144×160×128 mm. The middle of the
             grid stays where it was.
+        spots: how many more white-matter hyperintensities than the person's age alone brings, 0 to 2, at every site. They are
+            bright on FLAIR and T2 as oedema is, ill and healthy people have them, and they belong to the background. With 1
+            they grow together around the ventricles.
 
     Returns:
         A case in RAS order. `image` holds whole non-negative numbers on the scanner's own scale, exactly 0 outside
@@ -78,7 +83,7 @@ def brain(
         positive on the patient's right. `info` holds seed, site, age, lesion, grade, side, volumes in ml and the names
         of the "classes".
     """
-    _check(seed, site, spacing, lesion, grade, mirrored, missing, motion, cut, shape)
+    _check(seed, site, spacing, lesion, grade, mirrored, missing, motion, cut, shape, spots)
     seed, spacing = int(seed), float(spacing)
     if shape is None:
         shape = tuple(max(1, round(mm / spacing)) for mm in FIELD_OF_VIEW)
@@ -95,11 +100,12 @@ def brain(
         label[m] = disease.labels[tissue]
 
     visit = stream(seed, f"scan at {site}")
-    table = signals(SITES[site], channels, stream(seed, "relaxation"), visit)
-    fractions = _fractions(person, disease, maps, masks, axes)
+    scanner, site = (site, "own") if isinstance(site, Site) else (SITES[site], site)
+    table = signals(scanner, channels, stream(seed, "relaxation"), visit)
+    fractions = _fractions(person, disease, maps, masks, axes, spots)
     image = multiply_axis(fractions, 0, table)
     _add_texture(image, channels, person, maps, fractions, axes)
-    image = acquire(image, SITES[site], channels, axes, visit, extent=EXTENT, motion=motion)
+    image = acquire(image, scanner, channels, axes, visit, extent=EXTENT, motion=motion)
 
     extra = {name: np.where(mask, maps[name], 0).astype(np.float16) for name in ("csf", "gm", "wm")}
     midline = positions[0] * np.float32(SHRINK)
@@ -141,11 +147,11 @@ def _channels(lesion: str | None) -> tuple[str, ...]:
     return (*CHANNELS, "dwi") if lesion == "stroke" else CHANNELS
 
 
-def _check(seed, site, spacing, lesion, grade, mirrored, missing, motion, cut, shape) -> None:
+def _check(seed, site, spacing, lesion, grade, mirrored, missing, motion, cut, shape, spots) -> None:
     check_whole("seed", seed, 0)
     check_grid(spacing, shape, "2, 1.5 or 1")
-    if site not in SITES:
-        raise ValueError(f"site is {site!r}; expected one of {', '.join(SITES)}")
+    if not isinstance(site, Site) and site not in SITES:
+        raise ValueError(f"site is {site!r}; expected one of {', '.join(SITES)}, or a Site")
     if lesion not in LESIONS:
         raise ValueError(f"lesion is {lesion!r}; expected one of {', '.join(map(repr, LESIONS))}")
     if grade not in ("high", "low", None):
@@ -166,6 +172,8 @@ def _check(seed, site, spacing, lesion, grade, mirrored, missing, motion, cut, s
         raise ValueError(f"motion is {motion!r} mm; expected 0 to 20")
     if not 0 <= cut <= 0.9:
         raise ValueError(f"cut is {cut!r}; expected a share of the brain, 0 to 0.9")
+    if not 0 <= spots <= 2:
+        raise ValueError(f"spots is {spots!r}; expected 0 to 2")
 
 
 def _draw_lesion(person: Person, lesion: str | None, grade: str | None, *, crossing: bool) -> lesions.Lesion:
@@ -182,7 +190,7 @@ def _strip_skull(person: Person, maps: dict[str, np.ndarray], axes: Axes) -> np.
     return largest_component((maps["depth"] + 0.8 * ragged > 0.9) & (maps["depth"] > 0.3))
 
 
-def _fractions(person, disease, maps, masks, axes) -> np.ndarray:
+def _fractions(person, disease, maps, masks, axes, burden) -> np.ndarray:
     """Return the share of every tissue in every voxel, `(tissues, D, H, W)` in the order of `TISSUES`; they sum to 1."""
     rng = stream(person.seed, "variants")
     f = {name: np.zeros(maps["wm"].shape, np.float32) for name in TISSUES}
@@ -190,8 +198,8 @@ def _fractions(person, disease, maps, masks, axes) -> np.ndarray:
 
     # White-matter hyperintensities of age: caps around the ventricles, and scattered spots.
     spots, broad, curve, other = bspline_noise(rng, axes, 8, extent=EXTENT, count=4)
-    caps = np.clip(2.4 * maps["near_ventricle"], 0, 1) + 0.25 * spots - (1.15 - 0.70 * person.atrophy)
-    scattered = spots - (3.4 - 1.0 * person.atrophy)
+    caps = np.clip(2.4 * maps["near_ventricle"], 0, 1) + 0.25 * spots - (1.15 - 0.70 * person.atrophy - 0.35 * burden)
+    scattered = spots - (3.4 - 1.0 * person.atrophy - 1.2 * burden)
     f["hyperintensity"] = 0.85 * np.clip(3 * np.maximum(caps, scattered), 0, 1) * np.clip(4 * maps["wm"] - 2, 0, 1)
 
     # Tissues that take up contrast agent in everybody: sinuses, arteries, choroid plexus, dura, and vessels in the sulci,

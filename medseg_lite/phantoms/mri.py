@@ -121,6 +121,49 @@ SITES = {
 }
 
 
+def random_site(seed: int) -> Site:
+    """Draw a scanner and its settings at random: a generative model of how images are acquired.
+
+    Field strength, noise, shading, intensity scale, and for each channel the sequence, its times, level, slices and blur are drawn one
+    by one, from ranges of clinical practice that hold the four `SITES`. So patients can be scanned by scanners that exist nowhere.
+
+    Args:
+        seed: seed of the draw.
+
+    Returns:
+        A site for `phantoms.brain(..., site=...)`.
+
+    Source: Kamnitsas et al. 2017, section 5, propose such a model for the augmentation of training data. The ranges are ours.
+    Taught in notebook 06.
+    """
+    rng = np.random.default_rng([int(seed), 1])
+
+    def protocol(kind: str, tr: tuple[float, float], te: tuple[float, float], ti: tuple[float, float] = (0, 0)) -> Protocol:
+        times = [float(rng.uniform(*limits)) for limits in (tr, te, ti)]
+        level, slice_mm, blur = np.exp(rng.uniform(5.2, 7.8)), rng.choice([1.0, 3.0, 5.0]), rng.uniform(0.5, 1.2)
+        return Protocol(kind, *times, level=float(level), slice_mm=float(slice_mm), blur_mm=float(blur))
+
+    def t1() -> Protocol:
+        if rng.random() < 0.5:
+            return protocol("spin echo", (400, 700), (8, 18))
+        return protocol("mprage", (1800, 2300), (2.5, 4), (900, 1200))
+
+    protocols = {
+        "flair": protocol("flair", (6000, 11000), (90, 140)),
+        "t1": t1(),
+        "t1c": t1(),
+        "t2": protocol("spin echo", (3000, 6000), (80, 120)),
+        "dwi": protocol("dwi", (4000, 8000), (70, 110)),
+    }
+    tesla, noise, bias, gamma = (
+        rng.choice([1.5, 3.0]),
+        rng.uniform(0.015, 0.045),
+        rng.uniform(0.1, 0.35),
+        rng.uniform(0.85, 1.2),
+    )
+    return Site(float(tesla), float(noise), float(bias), float(gamma), protocols)
+
+
 def signals(site: Site, channels: Sequence[str], person: np.random.Generator, visit: np.random.Generator) -> np.ndarray:
     """Compute the signal of every tissue in every channel, `(channels, tissues)` in the order of `TISSUES`, white matter = 1.
 

@@ -20,6 +20,8 @@ from .shapes import EVERYWHERE, Scene, carve, ellipsoid, join
 
 CLASSES = ("background", "prostate")
 EXTENT = ((-90.0, 90.0), (-90.0, 90.0), (-60.0, 60.0))  # mm that random fields span, on any grid
+WIDE = ((-120.0, 120.0), (-120.0, 120.0), (-60.0, 60.0))  # the same where patients lie anywhere
+SHIFT, ZOOM = 24.0, 0.15  # with `vary`: most mm along D and H, a fifth of the smallest field of view; most change of size
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,15 @@ PROSTATE_SITES = {
 }
 
 
-def prostate(seed: int, *, site: str = "A", size: int | None = None) -> Case:
+def prostate(seed: int, *, site: str = "A", size: int | None = None, vary: bool = False) -> Case:
     """Generate one patient.
 
     Args:
         seed: number of the patient, 0 or more. The same seed gives the same bytes, and the same patient at every site and size.
         site: "A", "B" (endorectal coil) or "C"; "D" is meant to be held out, to see how a network generalises.
         size: number of pixels along D and H, by default the site's 128, 160, 112 or 144. The field of view stays the same.
+        vary: whether patients lie up to 24 mm from the middle of the field of view, along D and H, and are up to 15 % larger or
+            smaller. Without it the prostate is near the middle, so that a guess without the image finds most of it.
 
     Returns:
         A case of one channel, "t2", slices along W. `image` holds whole numbers; `label` is 1 in the prostate. `info` has the
@@ -77,9 +81,12 @@ def prostate(seed: int, *, site: str = "A", size: int | None = None) -> Case:
     axes = centred_axes((size, size, scanner.slices), spacing)
 
     coil = scanner.coil or (site == "D" and seed % 2 == 1)
-    scene, gland, rectum = _pelvis(seed, axes, coil)
+    shift, zoom = _place(seed) if vary else (np.zeros(3), 1.0)
+    inside = [((a - s) / zoom).astype(np.float32) for a, s in zip(axes, shift)]  # mm from the middle of the prostate
+    extent = WIDE if vary else EXTENT
+    scene, gland, rectum = _pelvis(seed, inside, coil, extent)
     label = (gland < 0).astype(np.uint8)
-    image = _scan(stream(seed, f"prostate scan at {site}"), scanner, scene, pixel, rectum if coil else None)
+    image = _scan(stream(seed, f"prostate scan at {site}"), scanner, scene, pixel, rectum if coil else None, extent)
 
     ml = float(np.prod(spacing)) / 1000
     return Case(
@@ -99,13 +106,21 @@ def prostate_cohort(
     return make_cohort(prostate, count, sites=sites, first_seed=first_seed, progress=progress, **options)
 
 
-def _scan(rng: np.random.Generator, scanner: Scanner, scene: Scene, pixel: float, rectum: np.ndarray | None) -> np.ndarray:
+def _place(seed: int) -> tuple[np.ndarray, float]:
+    """Draw where a patient lies, in mm, and the factor of the size."""
+    rng = stream(seed, "place")
+    return np.array([*rng.uniform(-SHIFT, SHIFT, 2), 0.0]), 1 + rng.uniform(-ZOOM, ZOOM)
+
+
+def _scan(
+    rng: np.random.Generator, scanner: Scanner, scene: Scene, pixel: float, rectum: np.ndarray | None, extent=EXTENT
+) -> np.ndarray:
     """Add the scanner's blur, shading and noise to an ideal picture; a coil in the `rectum` brightens its surroundings."""
     sd, level = np.float32(scanner.noise * rng.uniform(0.7, 1.3)), scanner.level * np.exp(rng.normal(0, 0.15))
     image = scene.image.clip(0)
     if pixel < 1.8:
         image = blur(image, 0.55 / pixel)
-    shading = 0.12 * bspline_noise(rng, scene.axes, 80, extent=EXTENT)
+    shading = 0.12 * bspline_noise(rng, scene.axes, 80, extent=extent)
     if rectum is not None:
         image *= 0.4 + 2.6 * np.exp(-np.maximum(rectum, 0) / 17)
     image *= np.exp(shading)
@@ -126,10 +141,10 @@ class Noise(NamedTuple):
     other: np.ndarray
 
 
-def _pelvis(seed: int, axes: Axes, coil: bool) -> tuple[Scene, np.ndarray, np.ndarray]:
+def _pelvis(seed: int, axes: Axes, coil: bool, extent=EXTENT) -> tuple[Scene, np.ndarray, np.ndarray]:
     """Paint the ideal picture, in which urine is about 1.2; return it with the distances to prostate and rectum."""
     rng = stream(seed, "pelvis")
-    draw = partial(bspline_noise, rng, axes, extent=EXTENT)
+    draw = partial(bspline_noise, rng, axes, extent=extent)
     scene = Scene(axes, draw(38, count=3) * np.array([1.8, 1.8, 1.2], np.float32)[:, None, None, None], 0.62)
     noise = Noise(draw(16), draw(8), draw(3.2), draw(7), draw(7))
 

@@ -5,7 +5,7 @@ plotting.show(plotting.slices(case), alt="Four sequences of one phantom; the tum
 
 from ..volume import BRATS_CLASSES
 from .anatomy import draw_slice, outline, outline_handle, slices
-from .drawing import bars, block_diagram, calibration, class_legend, curves, field, map_with_scale
+from .drawing import bars, block_diagram, calibration, class_legend, curves, field, intervals, map_with_scale
 from .figures import STYLE, SideBySide, history, intensities, paper_table, picture, set_style, show, style
 from .meanings import (
     CLASS_COLOURS,
@@ -77,6 +77,7 @@ __all__ = [
     "find_plane",
     "history",
     "intensities",
+    "intervals",
     "map_with_scale",
     "outcomes",
     "outline",

@@ -99,6 +99,31 @@ def bars(
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, fontsize=9, columnspacing=1.2)
 
 
+def intervals(axes: Axes, rows: Mapping[str, Mapping[str, object]]) -> None:
+    """Draw a mean with its interval for each row and each series of a row; markers tell the series apart.
+
+    Args:
+        axes: axes to draw on; the values lie along x, the first row on top.
+        rows: objects with a `mean`, a `low` and a `high`, as `statistics.two_way` returns them, by row and series.
+    """
+    names = list(dict.fromkeys(name for series in rows.values() for name in series))
+    for n, name in enumerate(names):
+        found = [(y, series[name]) for y, series in enumerate(rows.values()) if name in series]
+        shift = 0.24 * (n - (len(names) - 1) / 2)
+        axes.errorbar(
+            [one.mean for _, one in found],
+            [y + shift for y, _ in found],
+            xerr=np.array([(one.mean - one.low, one.high - one.mean) for _, one in found]).T,
+            fmt=MARKERS[n % len(MARKERS)],
+            capsize=3,
+            label=name,
+        )
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=len(names), fontsize=9)
+
+
 def class_legend(
     figure: Figure, classes: Sequence[str] | Mapping[int, str], values: Sequence[int] | None = None, **look
 ) -> Legend:

@@ -126,7 +126,7 @@ def intensities(
         ValueError: for no stages, no classes, or a stage of another shape than the label.
 
     Source: Drozdzal et al. 2018, figure 6.
-    Taught in notebook 08.
+    Taught in notebook 10.
     """
     label = np.asarray(label)
     present = [int(k) for k in np.unique(label) if k >= 0]

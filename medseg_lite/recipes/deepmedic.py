@@ -5,7 +5,7 @@ samples     `sampling.SegmentSampler`: dense segments, half of them centred on a
 loss        `losses.cross_entropy`, with penalties on the kernels
 optimiser   `optimizers.RMSpropNesterov`, `optimizers.HalveAt`
 afterwards  `crf.DenseCRF`
-notebooks   03, 04 and 05
+notebooks   04, 05, 06 and 07
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def deepmedic(
         The network in evaluation mode. `network.history` has one row per update, and `network.card` says what was done.
 
     Source: Kamnitsas et al. 2017, sections 4.1.2 and 4.2.2, appendix B and Table B.1.
-    Taught in notebooks 03 and 04.
+    Taught in notebooks 04 and 05.
     """
     options |= {"conv_dropout": conv_dropout} if conv_dropout else {}
     build = {"classes": classes, "width": width, "seed": seed, "device": device, "validation": validation, **options}

@@ -5,7 +5,7 @@ samples     `sampling.SegmentSampler`: crops of slices, with `transforms.distort
 loss        `losses.dice_loss`, with a penalty on the kernels
 optimiser   RMSProp, `optimizers.InverseTimeDecay`
 evaluation  `metrics.v_rand`, `metrics.v_info`, `metrics.evaluate`
-notebook    08
+notebooks   10 and 11
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def drozdzal(
         The network in evaluation mode. `network.history` has one row per update, and `network.card` says what was done.
 
     Source: Drozdzal et al. 2018, section 4.
-    Taught in notebook 08.
+    Taught in notebooks 10 and 11.
     """
     names = [name for name in models.DROZDZAL if name != "fcn_preprocessor"]
     build = {"classes": classes, "width": width, "seed": seed, "device": device, "validation": validation, **options}

@@ -5,7 +5,7 @@ samples     `sampling.VolumeSampler`: whole volumes or crops, with `transforms.a
 loss        `losses.jaccard_distance`
 optimiser   Adam
 evaluation  `metrics.evaluate`
-notebooks   06 and 07
+notebooks   08 and 09
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def kayalibay(
         The network in evaluation mode. `network.history` has one row per update, and `network.card` says what was done.
 
     Source: Kayalibay et al. 2017, section 3.2.
-    Taught in notebooks 06 and 07.
+    Taught in notebooks 08 and 09.
     """
     if isinstance(loss, str) and loss not in LOSSES:
         raise ValueError(f"loss={loss!r}; expected one of {', '.join(LOSSES)}, or a function")

@@ -5,7 +5,7 @@ samples     `sampling.SegmentSampler`: squares of slices, or cubes; `context.wit
 loss        `losses.balanced_cross_entropy`, with `losses.deep_supervision` in 2D
 optimiser   `optimizers.NormalizedSGD`, `optimizers.HalveOnSlowLoss`
 afterwards  `ensembles.Vote`
-notebooks   09 and 10
+notebooks   12 and 13
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def mlynarski(
         The network in evaluation mode. `network.history` has one row per update, and `network.card` says what was done.
 
     Source: Mlynarski et al. 2019, sections 2.4 and 3. Squares and their number are our choice: the paper has whole slices.
-    Taught in notebooks 09 and 10.
+    Taught in notebooks 12 and 13.
     """
     build = {"classes": classes, "width": width, "seed": seed, "device": device, "validation": validation, **options}
     model = _prepare(network, cases, others=incomplete, **build)
@@ -230,7 +230,7 @@ def pretrain_subnetwork(
         One row per update, as `training.fit`.
 
     Source: Mlynarski et al. 2019, sections 2.2 and 3.2.
-    Taught in notebook 10.
+    Taught in notebook 13.
     """
     channels = tuple(channels)
     if len(channels) != model.in_channels:

@@ -39,7 +39,7 @@ _PAGE = """<!doctype html>
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ margin: 1.5rem auto; max-width: 920px; padding: 0 1rem; background: Canvas; font-family: system-ui, sans-serif; }}
-body:has(.medseg-compare) {{ max-width: 1240px; }}
+body:has(.medseg-compare, .medseg-operating) {{ max-width: 1240px; }}
 body:has(.medseg-features) {{ max-width: 1440px; }}
 h1 {{ font-size: 1.2rem; font-weight: 600; }}
 {css}

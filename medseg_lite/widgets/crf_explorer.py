@@ -13,6 +13,8 @@ from scipy import ndimage
 
 from .. import plotting
 from ..crf import DenseCRF
+from ..crf.dense import CLIP
+from ..crf.kernels import Prepared
 from ..crf.permutohedral import shear
 from ..metrics import dice
 from ..volume import Case, bounding_box
@@ -23,6 +25,8 @@ COLOURS = {
     "removed": plotting.COLOURS["removed"],
     "added": plotting.COLOURS["added"],
     "influence": plotting.COLOURS["probability"],
+    "lesion": plotting.class_colour("lesion"),
+    "background": "#ffffff",
     "truth": plotting.COLOURS["truth"],
 }
 MARK = plotting.COLOURS["field"]
@@ -34,6 +38,8 @@ RANGES = {
     "appearance_sigma": (0.3, 30.0),
     "intensity_sigma": (0.05, 5.0),
 }
+SWITCHES = ("smoothness", "appearance", "iterations")
+MOST_ITERATIONS = 20
 
 
 class CRFExplorer(Widget):
@@ -41,11 +47,16 @@ class CRFExplorer(Widget):
 
         explorer = CRFExplorer(case, probabilities)
         explorer.appearance_weight = 3          # every slider is also an attribute
+        explorer.smoothness = False             # without the smoothness kernel
+        explorer.iterations = 1                 # after the first update
         explorer.result                         # (rows, columns) bool: the foreground of the slice after the CRF
+        explorer.energy                         # of the network's labels, and of the labels after the CRF
 
     There are four pictures: the network's foreground; the weight of every voxel in the marked one's smoothness kernel, and in
-    its appearance kernel; and the foreground after the CRF, with what it kept, removed and added. Click a voxel to mark it. If
-    the case has a label, its outline and the Dice of this slice are shown.
+    its appearance kernel; and the foreground after the CRF, with what it kept, removed and added. Click a voxel to mark it. Lines
+    lead to it from some of the voxels that it listens to. They are as thick as the voxel's weight in the kernel times the
+    network's certainty about it, |2p − 1|, and have the colour of what it votes for. If the case has a label, its outline and the
+    Dice of this slice are shown.
 
     The CRF runs on this one slice alone, in two dimensions. The browser runs it itself, so that the pictures follow the sliders
     without a kernel; `result` is computed by `crf.DenseCRF`. Several classes are merged into one foreground, as
@@ -57,16 +68,19 @@ class CRFExplorer(Widget):
         plane: "axial", "coronal" or "sagittal".
         index: slice shown; by default the one with most foreground.
         voxel: (row, column) of the marked voxel in the picture; by default on the rim of a larger piece of foreground.
-        iterations: number of mean-field updates.
+        iterations: number of mean-field updates at first.
         **parameters: first values of the sliders, as for `DenseCRF`.
 
     Attributes:
         index, row, column: slice and marked voxel.
         smoothness_weight, smoothness_sigma, appearance_weight, appearance_sigma, intensity_sigma: parameters, as for
             `DenseCRF`.
+        smoothness, appearance: whether the CRF has this kernel.
+        iterations: number of mean-field updates, 0 to 20.
         result: foreground of the slice after the CRF.
+        energy: energies of two labellings of the slice, "network" (p > 0.5) and "after the CRF".
 
-    All attributes but `result` are synchronised with the browser. A page of its own (`to_html`) holds the present slice only.
+    All attributes but `result` and `energy` are synchronised with the browser. A page of its own (`to_html`) holds the present slice only.
 
     Raises:
         ValueError: for probabilities on another grid or outside 0..1, for a NaN, for unknown parameters and planes.
@@ -83,6 +97,9 @@ class CRFExplorer(Widget):
     appearance_weight = traitlets.Float(3.0).tag(sync=True)
     appearance_sigma = traitlets.Float(6.0).tag(sync=True)
     intensity_sigma = traitlets.Float(0.5).tag(sync=True)
+    smoothness = traitlets.Bool(True).tag(sync=True)
+    appearance = traitlets.Bool(True).tag(sync=True)
+    iterations = traitlets.Int(5).tag(sync=True)
     _slice = traitlets.Dict().tag(sync=True)
 
     def __init__(
@@ -113,7 +130,7 @@ class CRFExplorer(Widget):
         foreground = 1 - np.asarray(probabilities[0][box], np.float32)
         self._probability = np.where(self._mask, foreground, 0)
         self._window = plotting.default_window(self._case.image[0], self._mask)
-        self._iterations, self._prepared = iterations, {}
+        self._prepared: dict[tuple, Prepared] = {}
         start = box[self._plane.cut].start
         position = plotting.busiest_position(self._probability > 0.5, self._case.shape)[self._plane.cut]
         self._offset = start  # slices are counted in the whole case
@@ -122,26 +139,52 @@ class CRFExplorer(Widget):
         if voxel is None:
             p = plotting.cut(self._probability, self._plane, int(np.clip(index, start, self._last)) - start)
             voxel = np.unravel_index(np.abs(ndimage.gaussian_filter(p, 1.5) - 0.5).argmin(), p.shape)
-        super().__init__(index=index, row=int(voxel[0]), column=int(voxel[1]), **parameters)
+        super().__init__(index=index, row=int(voxel[0]), column=int(voxel[1]), iterations=iterations, **parameters)
         self._scene = self._describe()
         self._send_slice()
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={getattr(self, name):.3g}" for name in RANGES)
-        return f"CRFExplorer({self._case.name!r}, {self._plane.name.lower()} {self.index}, {values})"
+        off = "".join(f", without {name}" for name in ("smoothness", "appearance") if not getattr(self, name))
+        where = f"{self._plane.name.lower()} {self.index}"
+        return f"CRFExplorer({self._case.name!r}, {where}, {values}, iterations={self.iterations}{off})"
 
     @property
     def result(self) -> np.ndarray:
         """The foreground of the slice after the CRF, `(rows, columns)` bool."""
         image, p, mask = (torch.from_numpy(part.copy()) for part in self._cut_slice())
-        parameters = {name: getattr(self, name) for name in RANGES}
-        crf = DenseCRF(**parameters, iterations=self._iterations, learn=())
-        sigmas = (self.index, *(v for name, v in parameters.items() if "sigma" in name))
-        if sigmas not in self._prepared:
-            self._prepared = {sigmas: crf.prepare(image, mask)}  # the last one only
-        logits = torch.stack([1 - p, p]).clamp(min=1e-5).log()
-        refined = crf(logits[None], image[None], mask[None], prepared=self._prepared[sigmas])[0]
+        refined = self._crf()(_logits(p)[None], image[None], mask[None], prepared=self._prepare())[0]
         return ((refined[1] > refined[0]) & mask).numpy()
+
+    @property
+    def energy(self) -> dict[str, float]:
+        """The energy of the network's labels and of those after the CRF, as in equation 5, over unordered pairs of voxels."""
+        crf, prepared = self._crf(), self._prepare()
+        p, index = torch.from_numpy(self._cut(self._probability).copy()), prepared.voxels.index
+        unary = -_logits(p).flatten(1)[:, index]
+        found = {}
+        for name, foreground in (("network", p > 0.5), ("after the CRF", torch.from_numpy(self.result))):
+            label = foreground.flatten()[index].float()
+            total = torch.where(label > 0, unary[1], unary[0]).sum()
+            for weight, kernel in ((crf.smoothness_weight, "smoothness"), (crf.appearance_weight, "appearance")):
+                if weight > 0:  # every pair of a foreground and a background voxel costs its weight
+                    total += weight * ((1 - label) * getattr(prepared, kernel)(label[None])[0]).sum()
+            found[name] = float(total)
+        return found
+
+    def _crf(self) -> DenseCRF:
+        parameters = {name: getattr(self, name) for name in RANGES}
+        for kernel in ("smoothness", "appearance"):
+            parameters[f"{kernel}_weight"] *= getattr(self, kernel)
+        return DenseCRF(**parameters, iterations=self.iterations, learn=())
+
+    def _prepare(self) -> Prepared:
+        """Return the kernels of the present slice; the last ones are kept."""
+        key = (self.index, *(getattr(self, name) for name in RANGES if "sigma" in name))
+        if key not in self._prepared:
+            image, _, mask = (torch.from_numpy(part.copy()) for part in self._cut_slice())
+            self._prepared = {key: self._crf().prepare(image, mask)}
+        return self._prepared[key]
 
     def _cut(self, volume: np.ndarray) -> np.ndarray:
         return plotting.cut(volume, self._plane, self.index - self._offset)
@@ -174,8 +217,8 @@ class CRFExplorer(Widget):
             "slices": (self._offset, self._last),
             "window": self._window,
             "ranges": RANGES,
-            "first": {name: getattr(self, name) for name in (*RANGES, "index", "row", "column")},
-            "iterations": self._iterations,
+            "first": {name: getattr(self, name) for name in (*RANGES, *SWITCHES, "index", "row", "column")},
+            "most": MOST_ITERATIONS,
             "shear": shear(2 + len(self._case.image), dtype=torch.float64).tolist(),
             "colours": COLOURS | {"mark": MARK},
         }
@@ -250,6 +293,10 @@ class CRFExplorer(Widget):
     def _valid_parameter(self, proposal):
         return _within(proposal["trait"].name, proposal["value"], *RANGES[proposal["trait"].name])
 
+    @traitlets.validate("iterations")
+    def _valid_iterations(self, proposal):
+        return _within("iterations", proposal["value"], 0, MOST_ITERATIONS)
+
     @traitlets.validate("index")
     def _valid_index(self, proposal):
         return _within("index", proposal["value"], self._offset, self._last)
@@ -259,6 +306,11 @@ class CRFExplorer(Widget):
         shape = plotting.cut(self._mask, self._plane, 0).shape
         name = proposal["trait"].name
         return _within(name, proposal["value"], 0, shape[name == "column"] - 1)
+
+
+def _logits(p: torch.Tensor) -> torch.Tensor:
+    """Return the logarithms of the probabilities of background and foreground."""
+    return torch.stack([1 - p, p]).clamp(min=CLIP).log()
 
 
 def _within(name: str, value: float, low: float, high: float) -> float:

@@ -5,6 +5,7 @@ Without a Chromium the tests are skipped, unless CI or MEDSEG_REQUIRE_BROWSER is
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
 import shutil
@@ -148,3 +149,55 @@ def make_case(shape=(40, 48, 32)) -> Case:
 @pytest.fixture(scope="session")
 def case() -> Case:
     return make_case()
+
+
+@pytest.fixture
+def exported(page, tmp_path):
+    """`exported(widget)`: the widget's page of its own, opened. By the end of the test it has asked for no other address."""
+    requests, path = [], tmp_path / "widget.html"
+    page.on("request", lambda request: requests.append(request.url))
+
+    def show(widget):
+        widget.to_html(path)
+        page.goto(path.as_uri())
+        page.wait_for_selector("[data-ready]")
+        return page
+
+    yield show
+    assert requests == [path.as_uri()]
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    """The script of axe-core, which looks for what people with a screen reader or a keyboard cannot use."""
+    if importlib.util.find_spec("axe_playwright_python") is None and not os.environ.get("MEDSEG_REQUIRE_BROWSER"):
+        pytest.skip("axe-playwright-python is not installed (make installs it)")
+    folder = Path(importlib.import_module("axe_playwright_python").__file__).parent
+    return (folder / "axe.min.js").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def findings(axe):
+    """`findings(page)`: what axe finds, one line each, by all rules or by those named."""
+
+    def find(page, *rules: str) -> list[str]:
+        page.evaluate(axe)
+        found = page.evaluate("rules => axe.run(rules.length ? { runOnly: rules } : {})", rules)["violations"]
+        return [f"{v['id']}, {len(v['nodes'])} times: {v['nodes'][0]['html'][:200]}" for v in found]
+
+    return find
+
+
+@pytest.fixture
+def check_layout(findings):
+    """`check_layout(page, scheme)`: in a theme, on wide and narrow pages, nothing is cut off and axe finds nothing."""
+
+    def check(page, scheme: str) -> None:
+        page.emulate_media(color_scheme=scheme)
+        for width in (1280, 900, 390, 320):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.wait_for_timeout(50)
+            assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0, width
+            assert not findings(page), width
+
+    return check

@@ -16,11 +16,8 @@ def compare(case):
 
 
 @pytest.fixture
-def opened(page, compare, tmp_path):
-    compare.to_html(tmp_path / "c.html")
-    page.goto((tmp_path / "c.html").as_uri())
-    page.wait_for_selector("[data-ready]")
-    return page
+def opened(exported, compare):
+    return exported(compare)
 
 
 def shots(page) -> list[str]:

@@ -21,16 +21,8 @@ def explorer(case) -> CRFExplorer:
 
 
 @pytest.fixture
-def opened(page, explorer, tmp_path):
-    """The exported page of `explorer`, which asks for no other address."""
-    requests = []
-    page.on("request", lambda request: requests.append(request.url))
-    path = tmp_path / "explorer.html"
-    explorer.to_html(path)
-    page.goto(path.as_uri())
-    page.wait_for_selector("[data-ready]")
-    yield page
-    assert requests == [path.as_uri()]
+def opened(exported, explorer):
+    return exported(explorer)
 
 
 def foreground(page, shape) -> np.ndarray:
@@ -73,6 +65,34 @@ def test_labels_are_those_of_python(opened, explorer):
     assert len(set(seen)) > 3  # the parameters do matter here
 
 
+def test_updates_switches_and_energies_are_those_of_python(opened, explorer):
+    def check():
+        wanted = explorer.result
+        assert (foreground(opened, wanted.shape) != wanted).sum() <= 1
+        said = opened.inner_text(".readout").split("network ")[-1]
+        for number, energy in zip(said.split(", after the CRF "), explorer.energy.values()):
+            assert float(number) == pytest.approx(energy, rel=2e-3, abs=0.6)
+
+    check()
+    lines = opened.eval_on_selector("[data-view='2'] canvas", "c => c.toDataURL()")
+    for kernel in ("appearance", "smoothness"):
+        opened.get_by_label(f"use the {kernel} kernel").uncheck()
+        setattr(explorer, kernel, False)
+        check()
+    assert opened.inner_text("figure:nth-of-type(2) small") == "switched off"
+    assert opened.eval_on_selector("[data-view='2'] canvas", "c => c.toDataURL()") != lines  # without lines
+    opened.get_by_role("button", name="Reset").click()
+    explorer.appearance = explorer.smoothness = True
+    updates = opened.get_by_label("mean-field updates")
+    updates.fill("0")
+    explorer.iterations = 0
+    check()
+    opened.get_by_role("button", name="One update more").click()
+    assert updates.input_value() == "1"
+    explorer.iterations = 1
+    check()
+
+
 def test_mark_a_voxel_by_pointer_and_keys(opened, explorer):
     rows, columns = explorer.result.shape
     before = opened.eval_on_selector("[data-view='2'] canvas", "c => c.toDataURL()")
@@ -91,6 +111,15 @@ def test_mark_a_voxel_by_pointer_and_keys(opened, explorer):
     explorer.row, explorer.column = 29, 0
     for number, kernel in zip((2, 3), explorer._kernels()):
         assert opened.inner_text(f"figure:nth-of-type({number}) small") == f"the sum of the weights is {kernel.sum():.0f}"
+    # The kernels' pictures show the neighbourhood of the mark; a click in them marks what is seen there.
+    stage = opened.locator("[data-view='1']")
+    near = stage.bounding_box()
+    stage.click(position={"x": 0.5 * near["width"], "y": near["height"] - 1})
+    shown = rows / min(min(rows, columns) / 7, 6)  # of the rows, with a standard deviation of one voxel
+    assert f"row {int(29.5 + shown / 2 - 0.1)}, column" in opened.inner_text(".readout")
+    opened.get_by_label("kernels: near the mark").uncheck()
+    stage.click(position={"x": 0.5 / columns * near["width"], "y": 29.5 / rows * near["height"]})
+    assert "row 29, column 0" in opened.inner_text(".readout")
     opened.mouse.click(box["x"] + 50, box["y"] + 50, button="right")  # opens a menu, and marks nothing
     assert "row 29, column 0" in opened.inner_text(".readout")
 
@@ -104,11 +133,16 @@ def test_reset_names_and_narrow_notebooks(opened, explorer):
     opened.get_by_role("button", name="Reset").click()
     assert far.get_attribute("aria-valuetext") == "1.0 mm, 1.00 voxels"
     assert f"row {explorer.row}, column {explorer.column}" in opened.inner_text(".readout")
-    names = opened.eval_on_selector_all("input, .stage", "all => all.map((e) => e.ariaLabel)")
-    assert len(names) == len(set(names)) == 9 and all(names)
+    names = opened.eval_on_selector_all("input, .stage", "all => all.map((e) => e.ariaLabel ?? e.labels[0].innerText)")
+    assert len(names) == len(set(names)) == 13 and all(names)
     assert "Dice" in names[-1] and "Arrow keys" in names[-1]
     for width, across in ((900, 4), (390, 2)):
         opened.set_viewport_size({"width": width, "height": 900})
         opened.wait_for_timeout(50)
         assert opened.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
         assert len({round(b["y"]) for b in (opened.locator(f"[data-view='{n}']").bounding_box() for n in range(across))}) == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_and_narrow_notebooks(opened, check_layout, scheme):
+    check_layout(opened, scheme)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from medseg_lite import metrics
 from medseg_lite.widgets import KernelEditor
 from medseg_lite.widgets import kernel_editor as module
 
@@ -14,21 +15,14 @@ ROWS, COLUMNS = 40, 34
 @pytest.fixture
 def editor() -> KernelEditor:
     r, c = np.indices((ROWS, COLUMNS))
-    image = np.exp(-((r - 18) ** 2 + (c - 15) ** 2) / 60) + 0.05 * np.random.default_rng(0).normal(size=(ROWS, COLUMNS))
-    return KernelEditor(image, preset="Sobel x", position=(12, 20))
+    far = (r - 18) ** 2 + (c - 15) ** 2
+    image = np.exp(-far / 60) + 0.05 * np.random.default_rng(0).normal(size=(ROWS, COLUMNS))
+    return KernelEditor(image, preset="Sobel x", position=(12, 20), truth=far < 42)
 
 
 @pytest.fixture
-def opened(page, editor, tmp_path):
-    """The exported page of `editor`, which asks for no other address."""
-    requests = []
-    page.on("request", lambda request: requests.append(request.url))
-    path = tmp_path / "editor.html"
-    editor.to_html(path)
-    page.goto(path.as_uri())
-    page.wait_for_selector("[data-ready]")
-    yield page
-    assert requests == [path.as_uri()]
+def opened(exported, editor):
+    return exported(editor)
 
 
 def pixels(page, view: str) -> np.ndarray:
@@ -43,7 +37,8 @@ def pixels(page, view: str) -> np.ndarray:
 def assert_shows(page, editor):
     """The map on screen agrees with numpy to one level of colour, and its rim is left open."""
     values, half = editor.feature_map, len(editor.kernel) // 2
-    t = np.clip(values / module._limit(values), -1, 1)[..., None]
+    limit = editor.limit if editor.locked else module._limit(values)
+    t = np.clip(values / limit, -1, 1)[..., None]
     ends = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in module.SIGNED_COLOURS]
     negative, zero, positive = np.array(ends)
     wanted = zero + np.abs(t) * (np.where(t < 0, negative, positive) - zero)
@@ -54,6 +49,7 @@ def assert_shows(page, editor):
     row, column = editor.position
     said = page.inner_text(".result b").replace("−", "-")
     assert float(said) == pytest.approx(values[row - half, column - half], rel=0.006, abs=1e-9)
+    assert float(page.inner_text(".score b")) == pytest.approx(editor.dice, abs=0.0006)
 
 
 def weight(page, row: int, column: int):
@@ -126,6 +122,93 @@ def test_the_marked_pixel_by_keys_and_pointer(opened, editor):
     np.testing.assert_allclose(patch, editor.image[29:32, 4:7].ravel(), atol=0.0051)
 
 
+def test_products_and_their_sum(opened, editor):
+    shown = [float(t.replace("−", "-")) for t in opened.locator(".products span").all_inner_texts()]
+    wanted = np.array(editor.kernel) * editor.image[11:14, 19:22]
+    np.testing.assert_allclose(shown, wanted.ravel(), atol=0.0051)
+    assert f"add up to {wanted.sum():.4g}".replace("-", "−") in opened.inner_text(".result")
+
+
+def test_bias_relu_and_the_colours(opened, editor):
+    opened.get_by_label("Bias").fill("-0.5")
+    editor.bias = -0.5
+    assert_shows(opened, editor)
+    opened.get_by_label("ReLU").check()
+    editor.relu = True
+    assert_shows(opened, editor)
+    opened.get_by_label("Lock the colours").uncheck()
+    editor.locked = False
+    assert_shows(opened, editor)
+    opened.get_by_role("button", name="blur").click()
+    editor.preset = "blur"
+    assert_shows(opened, editor)
+    opened.get_by_label("Lock the colours").check()  # at what they are now
+    editor.limit, editor.locked = module._limit(editor.feature_map), True
+    opened.get_by_role("button", name="sharpen").click()
+    editor.preset = "sharpen"
+    assert_shows(opened, editor)
+
+
+def test_threshold_and_dice(opened, editor):
+    opened.get_by_role("button", name="blur").click()
+    editor.preset = "blur"
+    slider = opened.get_by_label("Threshold")
+    slider.focus()
+    opened.keyboard.press("ArrowRight")
+    editor.threshold = float(slider.input_value())
+    assert_shows(opened, editor)
+    opened.get_by_role("button", name="best for this map").click()
+    values, truth = editor.feature_map, editor._truth > 0
+    dices = [metrics.dice(np.pad(values > t, 1), truth) for t in np.unique(values)]
+    assert float(opened.inner_text(".score b")) == pytest.approx(max(dices), abs=0.0006)
+    lines = "[data-view=image] canvas.lines"
+    drawn = "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v)"
+    assert opened.eval_on_selector(lines, drawn)
+
+
+def test_step_and_play_fill_the_map(opened, editor):
+    def shown():
+        return int((pixels(opened, "map")[..., 3] > 0).sum())
+
+    whole = (ROWS - 2) * (COLUMNS - 2)
+    assert shown() == whole
+    opened.get_by_role("button", name="One pixel on").click()
+    assert "row 12, column 21" in opened.inner_text(".result")
+    assert shown() == 11 * (COLUMNS - 2) + 21
+    assert "so far" in opened.inner_text(".score")
+    opened.focus("[data-view=map]")
+    opened.keyboard.press("s")
+    assert shown() == 11 * (COLUMNS - 2) + 22
+    opened.get_by_role("button", name="Whole map").click()
+    assert shown() == whole
+    opened.get_by_role("button", name="Let the kernel slide").click()
+    opened.wait_for_timeout(150)
+    assert 0 < shown() < whole
+    opened.get_by_role("button", name="Stop the kernel").click()
+    opened.focus("[data-view=map]")
+    before = shown()
+    opened.wait_for_timeout(150)
+    assert shown() == before
+    opened.keyboard.press("p")
+    opened.get_by_role("button", name="Let the kernel slide").wait_for(timeout=20_000)
+    assert shown() == whole
+    editor.position = (ROWS - 2, COLUMNS - 2)
+    assert_shows(opened, editor)
+
+
+def test_reduced_motion_moves_on_request_only(browser, opened):
+    context = browser.new_context(reduced_motion="reduce")
+    quiet = context.new_page()
+    quiet.goto(opened.url)
+    quiet.wait_for_selector("[data-ready]")
+    button = quiet.get_by_role("button", name="Fill the next row of the map")
+    for rows in (1, 2):
+        button.click()
+        quiet.wait_for_timeout(120)
+        assert (pixels(quiet, "map")[..., 3] > 0).sum() == rows * (COLUMNS - 2)
+    context.close()
+
+
 def test_large_weights_keep_their_digits(opened):
     for button in ("identity", "3×3"):
         opened.get_by_role("button", name=button).click()
@@ -164,13 +247,26 @@ def test_every_control_has_a_name_and_fits_narrow_notebooks(opened):
     )
     assert not unnamed
     reached = set()
-    for _ in range(22):
+    for _ in range(34):
         opened.keyboard.press("Tab")
         reached.add(opened.evaluate("document.activeElement.ariaLabel ?? document.activeElement.innerText"))
-    for name in ("Sobel y", "5×5", "Weight in row 1, column 1", "Weight in row 3, column 3"):
+    for name in (
+        "Sobel y",
+        "5×5",
+        "One pixel on",
+        "Bias",
+        "Threshold",
+        "Weight in row 1, column 1",
+        "Weight in row 3, column 3",
+    ):
         assert name in reached, (name, reached)
     assert sum("Arrow keys" in name for name in reached) == 2
     for width in (900, 640, 380):
         opened.set_viewport_size({"width": width, "height": 900})
         overflow = opened.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert overflow <= 0, width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_and_narrow_notebooks(opened, check_layout, scheme):
+    check_layout(opened, scheme)

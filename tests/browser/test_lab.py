@@ -234,3 +234,49 @@ def test_crf_explorer(open_notebook):
     run_until(page, 2, "8 0")
     run_cell(page, 1)
     page.wait_for_function("old => document.querySelectorAll('.medseg-crf small')[3].innerText === old", arg=before)
+
+
+OPERATING = """
+from medseg_lite.widgets import OperatingPoint
+p = np.clip(0.2 + 0.5 * ball + 0.2 * np.random.default_rng(0).normal(size=ball.shape), 0, 1).astype(np.float32)
+points = OperatingPoint([case, case], {"a": [p, p], "b": [p**2, p**2]}, chosen={"a": 0.31})
+points
+"""
+
+
+def test_operating_point(open_notebook):
+    """A slider in the browser sets the threshold in Python, and Python moves the slider."""
+    page = open_notebook(
+        SETUP + OPERATING, "points.thresholds = {'b': 0.75}", "print(points.thresholds, points.case, points.index)"
+    )
+    page.wait_for_selector(".medseg-operating[data-ready]")
+    page.wait_for_function(
+        "() => document.querySelectorAll('.medseg-operating figcaption')[1].innerText.includes('above 0.75: ')"
+    )
+    page.get_by_role("slider", name="Threshold of a").fill("30")
+    page.get_by_role("slider", name="Axial slice").fill("9")
+    run_until(page, 2, "{'a': 0.18, 'b': 0.75} ball 9")
+    page.get_by_label("Case").select_option("ball 2")
+    run_until(page, 2, "{'a': 0.18, 'b': 0.75} ball 2 13")
+    page.get_by_label("One threshold for all").check()
+    run_until(page, 2, "{'a': 0.18, 'b': 0.18} ball 2 13")
+
+
+BLOCKS = """
+import torch
+from medseg_lite import models
+from medseg_lite.widgets import BlockSwitchboard
+torch.manual_seed(0)
+board = BlockSwitchboard(models.fc_resnet(in_channels=2, width=0.05), case)
+board
+"""
+
+
+def test_a_combination_of_blocks_is_computed_by_the_kernel(open_notebook):
+    page = open_notebook(SETUP + BLOCKS, "print(board.off, f'{board.dice:.3f}')")
+    page.wait_for_selector("[data-ready]")
+    for number in (2, 20, 40):
+        page.get_by_role("button", name=f"Block {number},").click()
+    page.wait_for_function("() => document.querySelector('.medseg-blocks .note').innerText === 'Blocks 2, 20, 40 are off.'")
+    shown = page.locator(".medseg-blocks .readout span").first.inner_text().removeprefix("Dice").strip()
+    assert run_until(page, 1, "['down.1.0', 'down.3.7', 'up.1.4']").endswith(shown)

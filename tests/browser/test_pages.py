@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -21,21 +20,6 @@ def pages():
     sys.path.remove(str(FOLDER))
 
 
-@pytest.fixture(scope="module")
-def axe() -> str:
-    if importlib.util.find_spec("axe_playwright_python") is None and not os.environ.get("MEDSEG_REQUIRE_BROWSER"):
-        pytest.skip("axe-playwright-python is not installed (make installs it)")
-    folder = Path(importlib.import_module("axe_playwright_python").__file__).parent
-    return (folder / "axe.min.js").read_text(encoding="utf-8")
-
-
-def findings(page, axe: str, *rules: str) -> list[str]:
-    """Return axe's findings on a page, one line each, by all rules or by those named."""
-    page.evaluate(axe)
-    found = page.evaluate("rules => axe.run(rules.length ? { runOnly: rules } : {})", rules)["violations"]
-    return [f"{v['id']}, {len(v['nodes'])} times: {v['nodes'][0]['html'][:200]}" for v in found]
-
-
 def show(page, text: str, tmp_path: Path) -> None:
     """Open a page without the network: it must be whole without its formulas."""
     page.route(re.compile("^http"), lambda route: route.abort())
@@ -43,8 +27,8 @@ def show(page, text: str, tmp_path: Path) -> None:
     page.goto((tmp_path / "page.html").as_uri())
 
 
-@pytest.mark.parametrize("number", ["00", "06"])
-def test_notebook_as_a_page(pages, axe, page, tmp_path, number):
+@pytest.mark.parametrize("number", ["00", "08"])
+def test_notebook_as_a_page(pages, findings, page, tmp_path, number):
     paths = pages.find_notebooks()
     (path,) = [p for p in paths if p.name.startswith(number)]
     notebook = nbformat.read(path, as_version=4)
@@ -63,17 +47,17 @@ def test_notebook_as_a_page(pages, axe, page, tmp_path, number):
     assert page.locator(".output > img").first.is_visible()
 
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    assert not findings(page, axe)
+    assert not findings(page)
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") == 390, "the page scrolls sideways on a phone"
-    assert not findings(page, axe, "scrollable-region-focusable", "target-size")
+    assert not findings(page, "scrollable-region-focusable", "target-size")
 
 
-def test_first_page(pages, axe, page, tmp_path):
+def test_first_page(pages, findings, page, tmp_path):
     paths = pages.find_notebooks()
     show(page, pages.make_index(paths, list(pages.LIVE)), tmp_path)
     assert page.locator("main li a").count() == len(paths) + len(pages.LIVE)
-    assert not findings(page, axe)
+    assert not findings(page)
 
 
 def test_folding(pages):
@@ -95,7 +79,7 @@ def test_mended_tables_and_links(pages):
         '<thead><tr><td></td><th scope="col" class="a">mean</th></tr></thead>'
         '<tbody><tr><th scope="row">whole</th><td>1</td></tr></tbody>'
     )
-    assert pages.mend('<a href="05_dense_crf.ipynb#search">') == '<a href="05_dense_crf.html#search">'
+    assert pages.mend('<a href="07_dense_crf.ipynb#search">') == '<a href="07_dense_crf.html#search">'
     experiment = pages.mend('<a href="../experiments/em.md">')
     assert re.fullmatch(r'<a href="https://github.com/[\w./-]+/blob/main/experiments/em.md">', experiment)
 

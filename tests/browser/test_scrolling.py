@@ -7,7 +7,22 @@ import pytest
 import torch
 
 from medseg_lite import models
-from medseg_lite.widgets import CompareSegmentations, CRFExplorer, FeatureExplorer, KernelEditor, SliceViewer, TrainingMonitor
+from medseg_lite.widgets import (
+    BlockSwitchboard,
+    CompareSegmentations,
+    CRFExplorer,
+    FeatureExplorer,
+    GainOffset,
+    KernelEditor,
+    LossBench,
+    OperatingPoint,
+    SegmentDial,
+    SignalExplorer,
+    SliceViewer,
+    TrainingMonitor,
+    TrainingScrubber,
+    VRandExplorer,
+)
 
 
 def make_slices(case):
@@ -33,10 +48,51 @@ def make_crf(case):
     return CRFExplorer(case, np.stack([1 - p, p])), "[data-view='3']"
 
 
+def make_operating(case):
+    p = np.where(case.label > 0, 0.7, 0.2)
+    return OperatingPoint(case, {"a": p, "b": p}, label=[1, 4], chosen={"a": 0.5}), "[data-view=picture1]"
+
+
+def make_segment(case):
+    return SegmentDial(case), "[data-view=segment]"
+
+
 def make_monitor(case):
     monitor = TrainingMonitor(models.dm2d_seg(in_channels=2, classes=5, width=0.1), case, every=1)
     monitor({"step": 1, "loss": 1.0})
     return monitor, "[data-view=picture]"
+
+
+def make_signals(case):
+    generator = torch.Generator().manual_seed(0)
+    segments = torch.randn(1, 1, 26, 26, 26, generator=generator)
+    return SignalExplorer(segments, torch.zeros(1, 2, 2, 2, dtype=torch.long)), "[data-view=update]"
+
+
+def make_bench(case):
+    return LossBench(), "[data-view=image0]"
+
+
+def make_scrubber(case):
+    image, truth = case.image[0, :, :, 15], case.label[:, :, 15]
+    labels = np.stack([np.roll(truth, n, axis=0) for n in (3, 2, 1)])[None]
+    return TrainingScrubber(image, truth, labels, [1, 2, 3], ["moved"], case.info["classes"]), "[data-view=picture1]"
+
+
+def make_cells(case):
+    truth = case.label[:, :, 15] == 0
+    return VRandExplorer(case.image[0, :, :, 15], np.where(truth, 0.8, 0.3), truth), "[data-view=segments]"
+
+
+def make_blocks(case):
+    torch.manual_seed(0)
+    model = models.fc_resnet(in_channels=2, width=0.05)
+    return BlockSwitchboard(model, case), "[data-view=probability]"
+
+
+def make_gains(case):
+    torch.manual_seed(0)
+    return GainOffset({"one": models.unet2d(in_channels=2, width=0.05)}, case), "[data-view='network 0']"
 
 
 def write_page(make, case, folder):
@@ -54,7 +110,25 @@ def widget(request, case, tmp_path_factory):
     return write_page(request.param, case, tmp_path_factory.mktemp("page"))
 
 
-@pytest.fixture(scope="module", params=[make_slices, make_compare, make_features, make_kernel, make_crf, make_monitor])
+ALL = [
+    make_slices,
+    make_compare,
+    make_features,
+    make_kernel,
+    make_crf,
+    make_operating,
+    make_segment,
+    make_signals,
+    make_monitor,
+    make_bench,
+    make_scrubber,
+    make_cells,
+    make_blocks,
+    make_gains,
+]
+
+
+@pytest.fixture(scope="module", params=ALL)
 def any_widget(request, case, tmp_path_factory):
     return write_page(request.param, case, tmp_path_factory.mktemp("page"))
 

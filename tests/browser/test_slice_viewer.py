@@ -18,16 +18,8 @@ def viewer(case):
 
 
 @pytest.fixture
-def opened(page, viewer, tmp_path):
-    """The exported page of `viewer`, and every address that it asked for."""
-    requests = []
-    page.on("request", lambda request: requests.append(request.url))
-    path = tmp_path / "viewer.html"
-    viewer.to_html(path)
-    page.goto(path.as_uri())
-    page.wait_for_selector("[data-ready]")
-    yield page
-    assert requests == [path.as_uri()]
+def opened(exported, viewer):
+    return exported(viewer)
 
 
 def pixels(page, plane: str) -> np.ndarray:
