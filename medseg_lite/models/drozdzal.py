@@ -112,7 +112,7 @@ class Bottleneck(nn.Module):
 
     @property
     def hands_on(self) -> bool:
-        """Whether the shortcut is the identity, so that the block can be taken out and leave no gap."""
+        """The answer to whether the shortcut is the identity: then the block can be taken out and leaves no gap."""
         return self.scale == 1 and isinstance(self.project, nn.Identity)
 
     def shortcut(self, x: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class SimpleBlock(nn.Module):
 
     @property
     def hands_on(self) -> bool:
-        """Whether the shortcut is the identity."""
+        """The answer to whether the shortcut is the identity."""
         return self.scale == 1
 
     def shortcut(self, x: Tensor) -> Tensor:

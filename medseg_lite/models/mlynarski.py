@@ -23,6 +23,7 @@ MAIN = (64, 128, 256, 512, 1024)  # feature maps of the main 2D network, scale b
 SUBNET = 32  # feature maps that each subnetwork hands over
 TRUNK = (32, 64, 128)  # feature maps of the 3D network, scale by scale
 VARIANTS = ("standard", "a", "b", "c")
+FIELDS = {3: (21, 4), 2: (12, 2)}  # the 3D network's margin and multiple, by its number of scales
 
 
 class Conv(nn.Sequential):
@@ -163,32 +164,41 @@ class Subnetwork(Network):
 class Trunk(nn.Module):
     """A valid 3D U-Net of three scales: `(B, C, n + 41) -> (B, 32, n)`, n one more than a multiple of 4.
 
+    With two scales, `(B, C, n + 23) -> (B, 32, n)`, n odd: the coarsest scale is left out, all other layers stay.
+
     Up-convolutions with kernels of 2 make the receptive field odd: 45 voxels layer by layer; measured, 46 for three of four voxels
     and 42 for the fourth. But they put it half a voxel beside the grid: output k lies between the voxels k + 20 and k + 21 of the
     input. We take k + 20, as the skip from the finest scale does.
 
     Args:
         in_channels: channels C of the input.
-        maps: feature maps of every scale, from the finest.
+        maps: feature maps of every scale, from the finest, two or three of them.
         extra: number of feature maps `(B, extra, n + 41)` that come in before the final convolutions, 0 for none.
     """
 
     def __init__(self, in_channels: int, maps: Sequence[int], *, extra: int = 0):
         super().__init__()
-        a, b, c = maps
+        a, b, *coarsest = maps
         self.down1 = _valid(in_channels, a)
         self.down2 = nn.Sequential(_valid(a, b), _valid(b, b))
-        self.down3 = nn.Sequential(_valid(b, c), _valid(c, c))
-        self.enlarge2, self.up2 = _valid(c, b, 2), nn.Sequential(_valid(2 * b, b), _valid(b, b))
+        self.down3 = self.enlarge2 = None
+        for c in coarsest:
+            self.down3 = nn.Sequential(_valid(b, c), _valid(c, c))
+            self.enlarge2 = _valid(c, b, 2)
+        self.up2 = nn.Sequential(_valid(2 * b if coarsest else b, b), _valid(b, b))
         self.enlarge1, self.up1 = _valid(b, a, 2), nn.Sequential(_valid(2 * a + extra, a), _valid(a, a))
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
         fine = self.down1(x)  # (B, 32, 68³) for n = 29, an input of 70³
         middle = self.down2(F.max_pool3d(fine, 2))  # (B, 64, 30³)
-        y = self.enlarge2(_double(self.down3(F.max_pool3d(middle, 2))))  # (B, 128, 11³), then (B, 64, 21³)
-        y = self.up2(torch.cat([_crop(middle, y, 4), y], dim=1))  # (B, 64, 17³)
+        if self.down3 is None:
+            y = self.up2(middle)
+        else:
+            y = self.enlarge2(_double(self.down3(F.max_pool3d(middle, 2))))  # (B, 128, 11³), then (B, 64, 21³)
+            y = self.up2(torch.cat([_crop(middle, y, 4), y], dim=1))  # (B, 64, 17³)
         y = self.enlarge1(_double(y))  # (B, 32, 33³)
-        joined = [_crop(fine, y, 17), y] if extra is None else [_crop(fine, y, 17), _crop(extra, y, 18), y]
+        start = (fine.shape[-1] - y.shape[-1]) // 2  # 17
+        joined = [_crop(fine, y, start), y] if extra is None else [_crop(fine, y, start), _crop(extra, y, start + 1), y]
         return self.up1(torch.cat(joined, dim=1))  # (B, 32, 29³)
 
 
@@ -203,20 +213,28 @@ class Mlynarski3d(Network):
         classes: output classes K, background included.
         variant: "standard", "a", "b" or "c".
         features: channels of the 2D features, by default a score for every class in three planes; 0 for "standard".
+        scales: 3, with a receptive field of 45 voxels as in the paper; or 2, with one of 25 voxels, for grids twice as coarse as
+            the paper's 1 mm.
         width: factor for every number of feature maps.
 
     Attributes:
         in_channels: channels that `forward` takes, first the image, then the features.
-        margin: voxels lost on each side, 21: the paper's patch of 70³ gives 28³ predictions.
+        margin: voxels lost on each side, 21: the paper's patch of 70³ gives 28³ predictions. With two scales 12.
+        multiple: the sides of the prediction are multiples of this number, 4, or with two scales 2.
 
     Source: Mlynarski et al. 2019, section 2.3 and figure 6.
     Taught in notebook 12.
     """
 
-    margin, multiple = 21, 4
-
     def __init__(
-        self, in_channels: int, classes: int, *, variant: str = "standard", features: int | None = None, width: float = 1.0
+        self,
+        in_channels: int,
+        classes: int,
+        *,
+        variant: str = "standard",
+        features: int | None = None,
+        scales: int = 3,
+        width: float = 1.0,
     ):
         super().__init__(in_channels, classes, fewest_classes=2)
         if variant not in VARIANTS:
@@ -225,8 +243,11 @@ class Mlynarski3d(Network):
             features = 0 if variant == "standard" else 3 * classes
         if (features > 0) != (variant != "standard"):
             raise ValueError(f'variant={variant!r} with {features} features; "standard" has none, the others have some')
+        if scales not in FIELDS:
+            raise ValueError(f"scales={scales!r}; expected 3 (the paper's field of 45 voxels) or 2 (25 voxels)")
+        self.margin, self.multiple = FIELDS[scales]
         self.variant, self.image_channels, self.in_channels = variant, in_channels, in_channels + features
-        maps = [scaled(m, width) for m in TRUNK]
+        maps = [scaled(m, width) for m in TRUNK[:scales]]
         self.trunk = Trunk(self.in_channels if variant in "ac" else in_channels, maps, extra=features if variant == "b" else 0)
         self.image_trunk = Trunk(in_channels, maps) if variant == "c" else None
         self.join = nn.Sequential(nn.Conv3d(2 * maps[0], maps[0], 1), nn.ReLU()) if variant == "c" else None
@@ -234,7 +255,7 @@ class Mlynarski3d(Network):
         init_he(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, C + features, n + 42) -> (B, K, n)` logits, n a multiple of 4."""
+        """`(B, C + features, n + 42) -> (B, K, n)` logits, n a multiple of 4; with two scales n + 24, and n even."""
         self.check_size(x)
         image, extra = x[:, : self.image_channels], x[:, self.image_channels :]
         y = self.trunk(image, extra) if self.variant == "b" else self.trunk(x)  # (B, 32, n + 1)
@@ -266,10 +287,16 @@ def mlynarski_2d(*, in_channels: int = 4, classes: int = 4, width: float = 1.0, 
 
 @builder
 def mlynarski_3d(
-    *, in_channels: int = 4, classes: int = 4, width: float = 1.0, variant: str = "standard", features: int | None = None
+    *,
+    in_channels: int = 4,
+    classes: int = 4,
+    width: float = 1.0,
+    variant: str = "standard",
+    features: int | None = None,
+    scales: int = 3,
 ) -> Mlynarski3d:
     """Build Mlynarski's 3D network. 1,330,372 parameters (4 sequences, 4 classes).
 
     With features it has 1,340,740 in the variants A and B, and 2,673,060 in C.
     """
-    return Mlynarski3d(in_channels, classes, variant=variant, features=features, width=width)
+    return Mlynarski3d(in_channels, classes, variant=variant, features=features, scales=scales, width=width)
