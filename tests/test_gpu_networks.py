@@ -85,7 +85,9 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def assert_equal(found: Learned, expected: Learned, gpu) -> None:
-    limit = 1e-5 if gpu.counted else 2e-2  # a real GPU adds up in another order, and networks of few voxels amplify that
+    # A real GPU adds up in another order, and networks of few voxels amplify that. On a CPU too, kernels that are chosen by the layout
+    # of memory differ in the last digit, and then a maxout unit with two nearly equal pieces takes the other one.
+    limit = 5e-4 if gpu.counted else 2e-2
     for name in ("logits", "gradients", "state"):
         assert error(getattr(found, name), getattr(expected, name)) < limit, name
 
