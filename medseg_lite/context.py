@@ -91,13 +91,15 @@ def extract_scores(
                 save_file({"scores": scores}, temporary, metadata={"origin": json.dumps(origin)})
 
 
-def with_scores(case: Case, folder: str | Path, *, planes: Sequence[str] = tuple(PLANES)) -> Case:
+def with_scores(case: Case, folder: str | Path, *, planes: Sequence[str] = tuple(PLANES), scale: float = 1.0) -> Case:
     """Return the case with the scores of `extract_scores` as further channels, "axial 0", "axial 1", … after those of the image.
 
     Args:
         case: case whose scores were extracted.
         folder: folder of the scores.
         planes: planes whose scores are joined, in the order of the new channels.
+        scale: factor for the scores. The paper asks that image and scores have about the same range; beside an image of variance 1,
+            a factor of 1/4 does that for our networks.
 
     Raises:
         FileNotFoundError: when the case's scores are not there yet.
@@ -113,13 +115,19 @@ def with_scores(case: Case, folder: str | Path, *, planes: Sequence[str] = tuple
             raise ValueError(f"{path} was not made from this image of {case.name}; call extract_scores again")
         with safe_open(path, framework="np") as file:
             scores = file.get_tensor("scores")
-        parts.append(scores.astype(np.float32))
+        parts.append(scale * scores.astype(np.float32))
         names += [f"{plane} {k}" for k in range(len(scores))]
     return case.replace(image=np.concatenate(parts), channels=tuple(names))
 
 
 def influence(
-    networks: Mapping[str, Network], model: Network, case: Case, voxel: Sequence[int], *, class_number: int
+    networks: Mapping[str, Network],
+    model: Network,
+    case: Case,
+    voxel: Sequence[int],
+    *,
+    class_number: int,
+    scale: float = 1.0,
 ) -> np.ndarray:
     """Measure the influence of every voxel of the image on one prediction of a 3D network, directly and through the 2D networks.
 
@@ -133,6 +141,7 @@ def influence(
         case: normalised case, of the image alone, without scores.
         voxel: (d, h, w), far enough from the border for the 3D network's patch to lie inside the volume.
         class_number: number of the class whose score counts.
+        scale: factor for the 2D scores, as in `with_scores`.
 
     Returns:
         `(D, H, W)` float32.
@@ -155,7 +164,7 @@ def influence(
             )
     image = as_tensor(case.image).to(_common_device(networks, model), torch.float32)
     with torch.no_grad():
-        scores = [_scores(net, plane, image, patch) for plane, net in networks.items()]
+        scores = [scale * _scores(net, plane, image, patch) for plane, net in networks.items()]
     x = torch.cat([image[(slice(None), *patch)], *scores])[None].requires_grad_()
     place = tuple(v - s.start - model.margin for v, s in zip(voxel, patch))
     (direct,) = torch.autograd.grad(model(x)[(0, class_number, *place)], x)
@@ -166,7 +175,7 @@ def influence(
         axis = _axis(plane)
         for one, share in zip(_slices(plane, patch), part.split(1, dim=axis + 1)):
             found, leaf = _slice_scores(net, plane, image, one)
-            (gradient,) = torch.autograd.grad(found, leaf, share)
+            (gradient,) = torch.autograd.grad(found, leaf, scale * share)
             total.narrow(axis + 1, one[axis].start, 1).add_(gradient)
     return total.abs().sum(0).cpu().numpy()
 

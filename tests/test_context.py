@@ -53,6 +53,8 @@ def test_scores_are_those_of_the_networks_slice_by_slice(networks, noise_case, t
         found = np.take(full.image[2 + 3 * n : 5 + 3 * n], number, axis=axis + 1)
         np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)  # kept in float16
     assert with_scores(case, tmp_path, planes=["coronal"]).image.shape[0] == 5
+    scaled = with_scores(case, tmp_path, scale=0.25)
+    assert np.array_equal(scaled.image[:2], case.image) and np.array_equal(scaled.image[2:], full.image[2:] / 4)
 
 
 def test_an_interrupted_extraction_goes_on_without_recomputing(networks, noise_case, tmp_path, monkeypatch):
@@ -132,10 +134,11 @@ def test_influence_is_the_gradient_through_both_steps(networks, noise_case, stir
         expected = inference.predict(networks[plane], facing(case, plane), output="logits", progress=False)
         np.testing.assert_allclose(parts[-1].detach(), facing_back(expected, plane), atol=1e-4)
     patch = tuple(slice(v // 4 * 4 - 21, v // 4 * 4 + 25) for v in voxel)
-    logits = solid(torch.cat(parts)[(slice(None), *patch)][None])
+    joined = torch.cat([image, *(0.5 * part for part in parts[1:])])
+    logits = solid(joined[(slice(None), *patch)][None])
     (gradient,) = torch.autograd.grad(logits[0, 1, 2, 1, 0], image)
 
-    found = influence(networks, solid, case, voxel, class_number=1)
+    found = influence(networks, solid, case, voxel, class_number=1, scale=0.5)
     expected = gradient.abs().sum(0).numpy()  # rounding may switch a rectifier here and there
     assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
     assert np.isclose(found, expected, rtol=1e-3, atol=1e-6).mean() > 0.99

@@ -24,16 +24,35 @@ def test_variants_of_the_3d_network(variant, features, parameters, stir):
         assert not torch.allclose(model(other), y)
 
 
-def test_features_of_variant_b_lie_where_the_image_does():
+@pytest.mark.parametrize("scales", [2, 3])
+def test_features_of_variant_b_lie_where_the_image_does(scales):
     """An impulse in a feature changes the predictions around its own place, whose field is 5 voxels wide."""
-    model = models.mlynarski_3d(variant="b", features=1, in_channels=1, width=0.1).eval()
+    model = models.mlynarski_3d(variant="b", features=1, in_channels=1, width=0.1, scales=scales).eval()
     with torch.no_grad():
         for conv in convolutions(model):
             conv.weight.abs_()
-    x = torch.zeros(1, 2, 58, 58, 58)
-    x[0, 1, 21 + 8, 21 + 6, 21 + 9] = 1
+    side, margin = 16 + 2 * model.margin, model.margin
+    x = torch.zeros(1, 2, side, side, side)
+    x[0, 1, margin + 8, margin + 6, margin + 9] = 1
     changed = (model(x) != model(torch.zeros_like(x))).any(1)[0].nonzero()
     assert changed.amin(0).tolist() == [6, 4, 7] and changed.amax(0).tolist() == [10, 8, 11]
+
+
+@pytest.mark.parametrize("variant", ["standard", "a", "b", "c"])
+def test_two_scales(variant, stir):
+    """Without the coarsest scale the network sees 24 or 26 voxels, around the voxel that it predicts."""
+    model = stir(models.mlynarski_3d(variant=variant, width=0.1, scales=2))
+    assert (model.margin, model.multiple) == (12, 2)
+    x = torch.randn(1, model.in_channels, 28, 30, 28)
+    assert model(x).shape == (1, 4, 4, 6, 4)
+    for k, side in ((0, 26), (1, 24)):
+        seen = torch.zeros_like(x).requires_grad_()
+        (gradient,) = torch.autograd.grad(model(seen + x)[0, 0, k, k, k], seen)
+        found = gradient[0, :4].abs().sum(0).nonzero()
+        assert (found.amax(0) - found.amin(0) + 1).max() == side
+        assert (found.amin(0) + found.amax(0) - 2 * (12 + k)).abs().max() <= 1  # centred
+    with pytest.raises(ValueError, match="scales=4; expected 3 .* or 2"):
+        models.mlynarski_3d(scales=4)
 
 
 def test_the_paper_s_patch():
