@@ -113,6 +113,8 @@ LIVE = {
     "cells": "Merged and split cells: move the threshold, close a gap, and watch V_rand",
     "blocks": "Block switchboard: 47 residual blocks, switched off one by one, or read one after the other",
     "gains": "Gain and offset: who minds another scanner, the raw, the standardised or the learned input",
+    "votes": "Vote tree: six networks vote on a voxel, and three thresholds decide what counts",
+    "valley": "Valley of two weights: plain descent, another scale of the loss, and steps of a fixed length",
     "training": "Training monitor: a network that learns, update by update",
 }
 
@@ -153,6 +155,13 @@ def make_widgets() -> Iterator[tuple[str, widgets.Widget]]:
     )
     ways = {"raw": raw, "standardised": (standard, transforms.standardise), "learned": learned}
     yield "gains", widgets.GainOffset(ways, phantoms.prostate(101, site="A", size=64, vary=True))
+    with np.load(shipped("results", "vote_predictions.npz")) as stored:
+        seed, voters, maps, truth = int(stored["seeds"][4]), stored["networks"], stored["maps"][4], stored["truth"][4]
+    voted = transforms.standardise(phantoms.brain(seed, site="ABC"[seed % 3]))
+    classes = ("background", "non-enhancing core", "oedema", "enhancing core")
+    voted = voted.replace(label=truth, info=voted.info | {"classes": classes})
+    yield "votes", widgets.VoteTree(voted, dict(zip(voters.tolist(), maps)), channel="t1c")
+    yield "valley", widgets.Valley(updates=30)
     few = [transforms.standardise(c) for c in phantoms.brain_cohort(3, spacing=3.0)]
     small = models.deepmedic(width=0.2, classes=5)
     monitor = widgets.TrainingMonitor(small, few[2], every=10)

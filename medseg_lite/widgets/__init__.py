@@ -15,6 +15,8 @@ from .signal_explorer import SignalExplorer
 from .slice_viewer import SliceViewer
 from .training_monitor import TrainingMonitor
 from .training_scrubber import TrainingScrubber
+from .valley import Valley
+from .vote_tree import VoteTree
 from .vrand_explorer import VRandExplorer
 
 __all__ = [
@@ -34,4 +36,6 @@ __all__ = [
     "TrainingMonitor",
     "TrainingScrubber",
     "VRandExplorer",
+    "Valley",
+    "VoteTree",
 ]

@@ -21,6 +21,8 @@ from medseg_lite.widgets import (
     SliceViewer,
     TrainingMonitor,
     TrainingScrubber,
+    Valley,
+    VoteTree,
     VRandExplorer,
 )
 
@@ -95,6 +97,15 @@ def make_gains(case):
     return GainOffset({"one": models.unet2d(in_channels=2, width=0.05)}, case), "[data-view='network 0']"
 
 
+def make_votes(case):
+    maps = {name: np.roll(case.label, n, axis=0) for n, name in enumerate("abc")}
+    return VoteTree(case, maps, labels=(1, 2, 4)), "[data-view=vote]"
+
+
+def make_valley(case):
+    return Valley(updates=20), "[data-view=valley]"
+
+
 def write_page(make, case, folder):
     """Write a page that is longer than the window. Return its path and the selector of one of its pictures."""
     widget, stage = make(case)
@@ -125,6 +136,8 @@ ALL = [
     make_cells,
     make_blocks,
     make_gains,
+    make_votes,
+    make_valley,
 ]
 
 
