@@ -284,21 +284,22 @@ def run(store: Store, row: str, seed: int) -> dict:
                     facts[f"{what}stripes_{plane}"] = metrics.slice_inconsistency(volume, axis=axis, mask=case.mask)
             found.append(facts | {"shift": shift} | cost)
     if seed == 0:
-        ship(store, row)
+        ship(store, row, shift)
     return {"context": found}
 
 
-def ship(store: Store, row: str) -> None:
-    """Save the networks of notebook 12 among the checkpoints."""
+def ship(store: Store, row: str, shift: float) -> None:
+    """Save the networks of notebook 12 among the checkpoints; 3D networks with the shift, 2D networks as A takes their scores."""
     names = {f"2D {plane}": f"2d_{plane}" for plane in context.PLANES} | {"standard": "3d_standard", "A": "3d_a"}
-    if row in names:
-        model, facts = flat_network(store, "far", PLANES[row][0], 0) if row in PLANES else solid_network(store, row, 0)
-        card = {
-            "updates": facts["updates"],
-            "cpu_seconds": facts["seconds"],
-            "patients": "generated gliomas, seeds 0 to 11, 2 mm",
-        }
-        store.save(f"context_{names[row]}", model, card, half=True)
+    if row not in names:
+        return
+    if row in PLANES:
+        model, facts = flat_network(store, "far", PLANES[row][0], 0)
+    else:
+        model, facts = solid_network(store, row, 0)
+        model.classifier.bias.data[0] += shift
+    card = {"steps": facts["updates"], "cpu_seconds": facts["seconds"], "trained_on": [patient(s).name for s in TRAIN]}
+    store.save(f"context_{names[row]}", model, card, half=True)
 
 
 def run_copy(store: Store, method: str, training: str, copy: int) -> list[dict]:

@@ -167,10 +167,10 @@ def test_influence_without_features_is_the_cube(networks, noise_case, stir):
 
 
 def test_shipped_networks_score_what_is_stored(tmp_path):
-    table = pd.read_csv(paths.shipped("results", "context_scores.csv"))
-    assert not table.duplicated(["grid", "row", "seed", "set", "case"]).any()
+    table = pd.read_csv(paths.shipped("results", "context.csv"))
+    assert not table.duplicated(["row", "seed", "set", "case"]).any()
     assert table.filter(like="dice").stack().between(0, 1).all()
-    table = table[(table.grid == 2) & (table.seed == 0)].set_index(["row", "case"])
+    table = table[table.seed == 0].set_index(["row", "case"])
 
     case = phantoms.brain(103, site="B")
     case = transforms.standardise(case.replace(label=np.array([0, 1, 2, 1, 3], np.uint8)[case.label], extra={}))
@@ -178,9 +178,11 @@ def test_shipped_networks_score_what_is_stored(tmp_path):
     networks = {part: models.load(paths.shipped("checkpoints", f"context_{part}.safetensors")) for part in parts}
     assert not any(case.name in network.card["trained_on"] for network in networks.values())
     extract_scores({plane: networks[f"2d_{plane}"] for plane in PLANES}, [case], tmp_path, progress=False)
-    full = with_scores(case, tmp_path)
+    full = with_scores(case, tmp_path, scale=1 / 4)
+    coronal = 4 * full.image[8:12]
+    coronal[0] += table.loc[("2D coronal", case.name), "shift"]
     found = {
-        "2D coronal": np.where(case.mask, full.image[8:12].argmax(0), 0),
+        "2D coronal": np.where(case.mask, coronal.argmax(0), 0),
         "standard": inference.predict(networks["3d_standard"], case, progress=False),
         "A": inference.predict(networks["3d_a"], full, progress=False),
     }
