@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pandas as pd
 import torch
 import traitlets
-from torch import nn
+from torch import Tensor, nn
 
 from .. import attribution, features, inference, metrics, models, plotting
 from ..engine.tracing import contract, evaluating
@@ -87,6 +87,12 @@ class Interventions(CaseWidget):
 
     # ------------------------------------------------------------------------------------------------ what is computed
 
+    def _describe_network(self) -> dict[str, object]:
+        """Return what the script needs to know of the network: the classes that it predicts, and whether there is a twin."""
+        self._outputs = range(1, max(2, contract(self._models[0]).classes))
+        names = [(k, plotting.class_name(k, self._names), plotting.class_colour(k, self._names)) for k in self._outputs]
+        return {"predicted": names, "twin": has_twin(self._models[0])}
+
     @property
     def _first(self) -> int:
         """The number of the panel that is shown first."""
@@ -154,7 +160,9 @@ class Interventions(CaseWidget):
         channels = range(self._infos[0][self.layer].channels)
         paths = {self._path_key(c): {"from": self.fed_by(c)} for c in channels}
         changes = [[], *([[self.layer, c, 0.0]] for c in channels)]
-        found = {self._key(one): self._pack_answer(one) for one in changes}
+        self._predict([])  # before the modules remember, because the fastest form of the network is a copy of them
+        with remembering(self._network(self._first), [n for n in self._infos[0] if "#" not in n], self._memory):
+            found = {self._key(one): self._pack_answer(one) for one in changes}
         return paths | (found if sum(len(one["labels"]) for one in found.values()) <= room else {})
 
     # --------------------------------------------------------------------------------------------------------- checks
@@ -176,6 +184,36 @@ class Interventions(CaseWidget):
         if proposal["value"] and not has_twin(self._models[0]):
             raise StateError(f"{type(self._models[0]).__name__} has no builder, and parts without reset_parameters")
         return proposal["value"]
+
+
+@contextmanager
+def remembering(model: nn.Module, names: Sequence[str], memory: float) -> Iterator[None]:
+    """Let layers whose input is that of their first run give the output of that run again, within the block.
+
+    So a run with a map silenced computes only what comes of it. Outputs are kept in at most `memory` bytes.
+    """
+    kept, modules = {}, [model.get_submodule(name) for name in names]
+
+    def wrap(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            if x.is_meta:  # the memory is measured
+                return forward(x)
+            if module in kept and torch.equal(kept[module][0], x):
+                return kept[module][1].clone()  # what follows may work in place
+            y = forward(x)
+            if module not in kept and sum(out.nbytes for _, out in kept.values()) + y.nbytes <= memory:
+                kept[module] = x, y.clone()
+            return y
+
+        return run
+
+    for module in modules:
+        module.forward = wrap(module, module.forward)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 def has_twin(model: nn.Module) -> bool:

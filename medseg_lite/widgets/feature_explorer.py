@@ -14,13 +14,12 @@ from torch import nn
 
 from .. import features, plotting
 from ..engine.tiles import check_fits, find_region
-from ..engine.tracing import contract
 from ..features import FeatureMaps
 from ..volume import Case, bounding_box
 from . import _feature_picture
 from ._base import LARGEST_IMAGE, StateError, check_images, check_known, pack, script, styles
 from ._feature_numbers import describe_layer, describe_maps, offsets, shrink
-from ._interventions import TWIN, Interventions, has_twin
+from ._interventions import TWIN, Interventions
 
 # Values of one layer that go to the browser, a byte each. With two layers and the input the page stays under 100 MB.
 LARGEST = 32_000_000
@@ -48,9 +47,7 @@ class FeatureExplorer(Interventions):
     axes; a smaller `region` shows it all. The box on the input is the receptive field of the layer's voxel at the crosshair.
     "Dead" channels have one value everywhere.
 
-        explorer.silence(12)                           # multiply a channel by 0, or by factor=; restore() takes it back
-        explorer.prediction, explorer.effect           # of the slice shown: classes, and Dice before and after
-        explorer.untrained = True                      # the same layer of the same architecture with fresh weights
+        explorer.silence(12)                           # and see explorer.prediction, explorer.effect; restore() ends it
         explorer.fed_by(12)                            # the three earlier maps that feed channel 12 most
 
     Args:
@@ -168,7 +165,6 @@ class FeatureExplorer(Interventions):
             self._infos[1] = features.list_layers(model, [*self._infos[0], compare])
         for m in self._models:
             check_fits(m, self._case)
-        self._outputs = range(1, max(2, contract(model).classes))
 
     def _take_classes_and_maps(self, classes, maps: Mapping[str, np.ndarray] | None) -> None:
         """Set what the channels are compared with: the classes inside the region, and the tissue maps."""
@@ -204,10 +200,7 @@ class FeatureExplorer(Interventions):
         return {
             "masked": self._case.mask is not None,
             "classes": [(k, name, self._class_colours[k]) for name, k in self._classes.items()],
-            "predicted": [
-                (k, plotting.class_name(k, self._names), plotting.class_colour(k, self._names)) for k in self._outputs
-            ],
-            "twin": has_twin(self._models[0]),
+            **self._describe_network(),
             "maps": list(self._targets),
             "palettes": {name: _feature_picture.hex_colours(name) for name in _feature_picture.PALETTES},
             "panels": [
