@@ -75,11 +75,12 @@ function makeInterventions(model, scene, { planeNow, channelNow, slice }) {
   const heads = ["class", "Dice as it is", "with the changes", "change"].map((text) => make("th", { scope: "col" }, text));
   const table = make("table", {}, make("caption", {}, "Dice in this slice"), make("thead", {}, make("tr", {}, ...heads)), rows);
   const painted = make("li", {}, make("i", { class: "painted" }), "predicted otherwise"), truth = make("li", {}, make("i", { class: "dotted" }), "truth");
-  const key = make("ul", { class: "key", "aria-label": "Predicted classes" }, ...predicted.map(([, name, colour]) =>
+  const others = predicted.filter(([k]) => !scene.classes.some(([known]) => known === k)); // the key below has those of the truth
+  const key = make("ul", { class: "key", "aria-label": "Marks" }, ...others.map(([, name, colour]) =>
     make("li", {}, make("i", { style: `--class-colour: ${colour}` }), name)), painted, truth);
   const results = make("section", { class: "results", "aria-label": "Prediction with the changes" }, note,
     make("div", { class: "before-after" }, ...views.map((v) => v.box), table), key);
-  const overlay = Uint32Array.from({ length: 256 }, (_, k) => (k ? pixel("#F0E442", 150) : 0));
+  const overlay = Uint32Array.from({ length: 256 }, (_, k) => (k ? pixel("#CC79A7", 190) : 0));
 
   async function showResults() {
     const list = changes();

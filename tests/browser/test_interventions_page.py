@@ -136,7 +136,7 @@ def test_the_prediction_follows_slice_and_plane(live, explored):
 
 
 def test_the_outlines_are_those_of_the_prediction(live, explored):
-    """A click into a voxel that is predicted otherwise finds yellow there, and elsewhere not."""
+    """A click into a voxel that is predicted otherwise finds pink there, and elsewhere not."""
     silence(live).click()
     settled(live)
     live.get_by_label("outlines", exact=True).uncheck()
@@ -156,8 +156,8 @@ def test_the_outlines_are_those_of_the_prediction(live, explored):
             )
             for view in ("before", "after")
         ]
-    (r, _, b, _) = colours["yes"][1]
-    assert colours["yes"][0] != colours["yes"][1] and r > b + 40
+    r, g, b, _ = colours["yes"][1]
+    assert colours["yes"][0] != colours["yes"][1] and g < min(r, b) - 30
     assert colours["no"][0] == colours["no"][1]
 
 
@@ -184,8 +184,6 @@ def test_path(live, explored):
 def test_untrained_twin(live, explored):
     twin, grid = live.get_by_role("button", name="Untrained twin"), "[data-view=grid0] canvas"
     before = live.eval_on_selector(grid, "c => c.toDataURL()")
-    with torch.no_grad():
-        explored._models[0].normal[0].conv.weight.data.mul_(1)  # the same weights: nothing is computed anew
     twin.click()
     live.wait_for_function("() => document.querySelector('.facts').innerText.includes('of the untrained twin')")
     assert twin.get_attribute("aria-pressed") == "true" and explored.untrained
