@@ -349,6 +349,19 @@ def test_pages_hold_each_map_silenced(explorer, model):
     assert not any("forward" in vars(m) for m in model.modules())
 
 
+def test_pages_of_layers_inside_layers():
+    """The module around a silenced layer has the same input every time; it must not give the same output."""
+    torch.manual_seed(0)
+    model, case = nn.Sequential(nn.Conv3d(2, 4, 1), nn.Sequential(nn.Conv3d(4, 4, 1), nn.Conv3d(4, 5, 1))), make_case()
+    explorer = FeatureExplorer(model, case, layers=["", "0", "1", "1.0", "1.1"], layer="1.0")
+    answers = state(explorer.to_html())["_answers"]
+    for channel in range(4):
+        with attribution.ablate(model, "1.0", channel):
+            labels = model(torch.tensor(case.image[None]))[0].argmax(0).numpy() * case.mask
+        stored = answers[f"0/axial/7/1.0:{channel}:0"]["labels"]["base64"]
+        assert (unpacked(base64.b64decode(stored)) == labels[explorer._box][:, :, 7 - explorer._box[2].start].reshape(-1)).all()
+
+
 def test_pages_without_room_hold_no_predictions(explorer):
     answers = state(explorer.to_html(megabytes=0.02))["_answers"]
     assert answers and all("labels" not in one for one in answers.values())

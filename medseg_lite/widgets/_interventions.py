@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -70,8 +71,10 @@ class Interventions(CaseWidget):
         norms, sources = self._feeding[panel, layer]
         row = norms[self.channel if channel is None else channel] if sources else []
         known = [s for s in sources if not s[1] or s[1] in self._infos[0]]
-        found = [(name, c, float(row[j] * self._deviation(panel, name)[c])) for j, name, c in known]
-        return sorted(found, key=lambda one: -one[2])[:count]
+        squares: Counter[tuple[str, int]] = Counter()  # a map can come in several times
+        for j, name, c in known:
+            squares[name, c] += (row[j] * self._deviation(panel, name)[c]) ** 2
+        return [(name, c, float(square**0.5)) for (name, c), square in squares.most_common(count)]
 
     def _deviation(self, panel: int, layer: str) -> np.ndarray:
         """Return the standard deviation of each map of a layer, or of each sequence, inside the mask."""
@@ -161,7 +164,9 @@ class Interventions(CaseWidget):
         paths = {self._path_key(c): {"from": self.fed_by(c)} for c in channels}
         changes = [[], *([[self.layer, c, 0.0]] for c in channels)]
         self._predict([])  # before the modules remember, because the fastest form of the network is a copy of them
-        with remembering(self._network(self._first), [n for n in self._infos[0] if "#" not in n], self._memory):
+        # A module around the layer gets the same input, and yet gives another output.
+        names = [n for n in self._infos[0] if n and "#" not in n and not self.layer.startswith(f"{n}.")]
+        with remembering(self._network(self._first), names, self._memory):
             found = {self._key(one): self._pack_answer(one) for one in changes}
         return paths | (found if sum(len(one["labels"]) for one in found.values()) <= room else {})
 
