@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -49,33 +49,52 @@ def ablate(model: nn.Module, layer: str, channels: int | Sequence[int], *, value
     Raises:
         ValueError: when there is no such layer or channel, or the layer does not put out one tensor.
     """
+    wanted = [int(c) for c in (channels if isinstance(channels, (Sequence, np.ndarray)) else [channels])]
+    with _changed(model, layer, wanted, lambda maps: torch.full_like(maps, value)):
+        yield model
+
+
+@contextmanager
+def scaled(model: nn.Module, layer: str, factors: Mapping[int, float]) -> Iterator[nn.Module]:
+    """Multiply some of a layer's channels by a factor each, within the block, as `ablate` sets them to one value.
+
+        with attribution.scaled(model, "normal.7", {12: 0.5, 30: 2}):
+            other = inference.predict(model, case)
+
+    Args:
+        model, layer: the same as in `ablate`.
+        factors: factor of each channel that is changed.
+    """
+    by = torch.tensor(list(factors.values()), dtype=torch.float32)
+    with _changed(model, layer, list(factors), lambda maps: maps * by.to(maps).view(-1, *[1] * (maps.ndim - 2))):
+        yield model
+
+
+@contextmanager
+def _changed(model: nn.Module, layer: str, channels: list[int], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let `change` replace some channels `(B, channels, *space)` of a layer's output, within the block."""
     modules = dict(model.named_modules())
     if layer not in modules:
         parts = ", ".join(name for name, _ in model.named_children())
         raise ValueError(f"this network has no layer {layer!r}; its parts are {parts}, see model.named_modules()")
-    wanted = [int(c) for c in (channels if isinstance(channels, (Sequence, np.ndarray)) else [channels])]
 
-    def silence(module, inputs, output):
+    def hook(module, inputs, output):
         if not isinstance(output, Tensor) or output.ndim < 3:
             raise ValueError(f"layer {layer!r} does not put out feature maps; choose a convolution")
-        if any(not 0 <= c < output.shape[1] for c in wanted):
-            raise ValueError(f"channels={wanted}; layer {layer!r} has channels 0 to {output.shape[1] - 1}")
-        output = output.clone()  # the caller's tensor is not ours to change
-        output[:, wanted] = value
-        return output
+        if any(not 0 <= c < output.shape[1] for c in channels):
+            raise ValueError(f"channels={channels}; layer {layer!r} has channels 0 to {output.shape[1] - 1}")
+        return output.index_copy(1, torch.tensor(channels, device=output.device), change(output[:, channels]))
 
-    handle = modules[layer].register_forward_hook(silence)
+    handle = modules[layer].register_forward_hook(hook)
     # A copy rearranged for inference would not know of the hook.
-    before = vars(model).get("for_inference")
+    own = {name: value for name, value in vars(model).items() if name == "for_inference"}
     vars(model)["for_inference"] = lambda: model
     try:
-        yield model
+        yield
     finally:
         handle.remove()
-        if before is None:
-            del vars(model)["for_inference"]
-        else:
-            vars(model)["for_inference"] = before
+        del vars(model)["for_inference"]
+        vars(model).update(own)
 
 
 def removable(model: nn.Module) -> list[str]:

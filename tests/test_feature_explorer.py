@@ -317,6 +317,7 @@ def test_pages_are_small(model):
 
 
 def test_the_picture_can_leave_out_what_lies_outside_the_mask(explorer):
+    assert explorer.brain_only and not FeatureExplorer(explorer._models[0], explorer._case.replace(mask=None)).brain_only
     before = explorer.snapshot()
-    explorer.brain_only = True
+    explorer.brain_only = False
     assert explorer.snapshot() != before

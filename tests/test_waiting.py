@@ -12,7 +12,7 @@ import torch
 from medseg_lite import cli, models
 from medseg_lite.crf.gaussian import unflatten
 from medseg_lite.engine.geometry import shape_of_result
-from medseg_lite.widgets import FeatureExplorer, feature_explorer
+from medseg_lite.widgets import FeatureExplorer, _feature_numbers
 
 COMPILER = {"sympy", "torch._dynamo"}  # a second's work, and nothing here is compiled
 
@@ -118,8 +118,8 @@ def test_shapes_that_are_not_plain_are_left_to_pytorch(name, arguments):
 
 
 def test_numbers_of_a_layer_are_computed_once(monkeypatch, noise_case):
-    calls, describe = [], feature_explorer.describe_channels
-    monkeypatch.setattr(feature_explorer, "describe_channels", lambda *given: calls.append(given) or describe(*given))
+    calls, describe = [], _feature_numbers.describe_channels
+    monkeypatch.setattr(_feature_numbers, "describe_channels", lambda *given: calls.append(given) or describe(*given))
     model = models.deep(in_channels=2, classes=2, width=0.1)
     explorer = FeatureExplorer(model, noise_case((24, 26, 25)), layers=["normal.0", "normal.1"])
     explorer._repr_mimebundle_()

@@ -268,13 +268,13 @@ def pack(array: np.ndarray) -> bytes:
     return compressor.compress(np.ascontiguousarray(array, np.uint8)) + compressor.flush()
 
 
-def script(name: str) -> str:
-    """Return a script of this folder as an ES module without imports, as notebooks need it.
+def script(*names: str) -> str:
+    """Return scripts of this folder as one ES module without imports, as notebooks need it.
 
-    The script defines `render({model, el})`. The functions of shared.js stand in front of it.
+    The last one defines `render({model, el})`. The functions of shared.js stand in front.
     """
-    shared, own = ((_HERE / file).read_text(encoding="utf-8") for file in ("shared.js", name))
-    return f"{shared}\n{own}\n{_EXPORT}\n"
+    parts = [(_HERE / file).read_text(encoding="utf-8") for file in ("shared.js", *names)]
+    return "\n".join([*parts, _EXPORT, ""])
 
 
 def styles(name: str, scope: str) -> str:

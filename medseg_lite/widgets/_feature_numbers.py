@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from .. import plotting
-from ..features import LayerInfo, ReceptiveField
+from ..features import FeatureMaps, LayerInfo, ReceptiveField
 from ._base import pack
 
 LEVELS = 255
@@ -84,6 +84,24 @@ def describe_layer(info: LayerInfo) -> dict[str, object]:
         "stride": stride,
         "side": side,
     }
+
+
+def describe_maps(
+    maps: FeatureMaps, inside: np.ndarray | None, classes: Mapping[str, np.ndarray], targets: Mapping[str, np.ndarray]
+) -> tuple[dict, dict, np.ndarray]:
+    """Return facts about maps that the browser needs, the numbers of each channel, and the maps as bytes."""
+    levels, low, step = quantise(maps.data, inside)
+    facts = {
+        "shape": maps.data.shape,
+        "offset": maps.offset,
+        "stride": maps.stride,
+        "every": maps.every,
+        "field": None if maps.field is None else offsets(maps.field),
+        "low": low.tolist(),
+        "step": step.tolist(),
+        "signed": is_signed(maps.data),
+    }
+    return facts, describe_channels(maps.data, levels, inside, classes, targets), levels
 
 
 def describe_channels(

@@ -96,7 +96,8 @@ function render({ model, el }) {
   });
 
   // ------------------------------------------------------------------------------------------------- a layer's maps
-  const keyOf = (view) => `${view.number}/${model.get(view.layerKey)}`;
+  const twinIn = (view) => !view.number && model.get("untrained"); // the untrained twin stands in the place of the first network
+  const keyOf = (view) => `${twinIn(view) ? 2 : view.number}/${model.get(view.layerKey)}`;
 
   async function load(view) {
     const key = keyOf(view), store = received.get(model);
@@ -114,7 +115,7 @@ function render({ model, el }) {
     delete view.root.dataset.waiting;
     const layer = view.panel.layers.find((l) => l.name === model.get(view.layerKey));
     const size = about.shape.slice(1).join("×"), parts = about.every.reduce((a, b) => a * b), thin = parts > 1 ? `, one voxel of ${parts} kept` : "";
-    view.facts.replaceChildren(make("b", {}, layer.name), ` ${layer.kind}: ${about.shape[0]} maps of ${size} voxels${thin} · `
+    view.facts.replaceChildren(make("b", {}, layer.name), twinIn(view) ? " of the untrained twin," : "", ` ${layer.kind}: ${about.shape[0]} maps of ${size} voxels${thin} · `
       + `${layer.parameters.toLocaleString("en")} parameters · ${layer.side ? `receptive field ${layer.side.join("×")}` : "receptive field not known"}`);
     view.root.dataset.layer = layer.name;
     onColours(view);
@@ -246,14 +247,17 @@ function render({ model, el }) {
     const part = (axis) => 1 - (position[axis] - offset[axis] + stride[axis] / 2) / (stride[axis] * size[axis]);
     view.order.forEach((c, i) => {
       const left = (i % columns) * (width + gap), top = Math.floor(i / columns) * (high + gap + LABEL) + LABEL;
+      const factor = view.number ? 1 : tools.factorOf(model.get(view.layerKey), c);
+      context.globalAlpha = factor ? 1 : 0.25;
       stamp(context, tile(c), left, top, width, high);
+      context.globalAlpha = 1;
       context.fillStyle = "rgb(160 160 160 / 75%)";
       const [u, v] = [part(x), part(y)];
       if (u > 0 && u < 1) context.fillRect(left + u * width - 0.5, top, 1, high);
       if (v > 0 && v < 1) context.fillRect(left, top + v * high - 0.5, width, 1);
       context.fillStyle = text;
       context.textAlign = "left";
-      context.fillText(`${c}${dead[c] ? " dead" : ""}`, left + 1, top - 7);
+      context.fillText(`${c}${dead[c] ? " dead" : ""}${factor === 1 ? "" : ` ×${short(factor)}`}`, left + 1, top - 7);
       const value = metric(view, c);
       context.textAlign = "right";
       if (value !== undefined && width > 55) context.fillText(value.toFixed(2).replace("-", "−"), left + width - 1, top - 7);
@@ -351,14 +355,21 @@ function render({ model, el }) {
   const choices = [plane, sequence, sort, byClass, byMap, scale, colours];
   const save = make("button", { type: "button", title: "Save what is shown as a PNG file", onclick: () => exportPng() }, "PNG");
   const readout = makeReadout("Values");
+  const tools = makeInterventions(model, scene, { planeNow, channelNow: () => channelNow(views[0]), slice: (context, width, height) => {
+    const plane = planeNow(), here = model.get("position")[plane.cut] - start[plane.cut], now = sequenceNow();
+    if (volumes.length) stamp(context, sliceImage(volumes[now], shape, 0, plane, here, greyTable(sequences[now])), 0, 0, width, height);
+    return label && model.get("truth") ? [label, shape, plane, here] : null;
+  } });
+  views[0].facts.after(tools.controls);
   const key = make("ul", { class: "key", "aria-label": "Outlines" }, ...classes.map(([, name, colour]) =>
     make("li", {}, make("i", { style: `--class-colour: ${colour}` }), name)), make("li", {}, make("i", { style: "--class-colour: #009E73" }), "receptive field at the crosshair"));
   const help = makeHelp("Picture: click or drag for the crosshair; click, then wheel, or Page Up and Page Down for the slice; arrow keys (with Shift ten voxels). Channels: click, or arrow keys. "
-    + "Anywhere: [ and ] previous and next layer, S sorting, C scale, T outlines, 1 to 9 input sequence.");
+    + "Anywhere: [ and ] previous and next layer, S sorting, C scale, T outlines, B brain only, 1 to 9 input sequence. Interventions: X silences the channel or gives it back, "
+    + "R takes all changes back, U shows the untrained twin, P the maps that feed the channel.");
   const root = make("div", { class: `medseg-features panels${panels.length}`, role: "group", "aria-label": `Feature explorer: ${scene.title}` },
     make("div", { class: "toolbar" }, plane.box, slice.box, sequence.box, make("label", {}, make("span", {}, "Map opacity"), opacity),
       ...(classes.length ? [make("label", {}, truth, "outlines")] : []), ...(scene.masked ? [make("label", {}, brainOnly, "brain only")] : []), make("span", { class: "together" }, sort.box, byClass.box, byMap.box), scale.box, colours.box, save),
-    make("div", { class: "panels" }, ...views.map((view) => view.root)), readout, key, help);
+    make("div", { class: "panels" }, ...views.map((view) => view.root)), tools.results, readout, key, help);
 
   const cycle = (one) => { const options = [...one.select.options].map((o) => o.value); set(one.key, options[(options.indexOf(model.get(one.key)) + 1) % options.length]); };
   const press = (event) => {
@@ -367,6 +378,8 @@ function render({ model, el }) {
     if (sequences[event.key - 1]) set("sequence", sequences[event.key - 1].name);
     if (event.key === "s") cycle(sort);
     if (event.key === "c") cycle(scale);
+    tools.press(event);
+    if (event.key === "b" && scene.masked) set("brain_only", !model.get("brain_only"));
     if (event.key === "t" && classes.length) set("truth", !model.get("truth"));
     if (event.key === "[" || event.key === "]") {
       const names = view.panel.layers.map((l) => l.name), next = names[names.indexOf(model.get(view.layerKey)) + (event.key === "]" ? 1 : -1)];
@@ -381,6 +394,7 @@ function render({ model, el }) {
     opacity.value = model.get("opacity");
     truth.checked = model.get("truth");
     brainOnly.checked = model.get("brain_only");
+    tools.show();
   }
 
   function exportPng() {
@@ -407,14 +421,16 @@ function render({ model, el }) {
   const all = (act) => () => { showControls(); views.forEach(act); };
   const onChannel = (view) => { draw(view); reveal(view); };
   const onMaps = () => { takeMaps(); views.forEach(load); };
-  const onVersion = () => { received.set(model, {}); takeMaps(); for (const view of views) { view.wanted = ""; load(view); } };
+  const onVersion = () => { received.set(model, {}); tools.forget(); takeMaps(); for (const view of views) { view.wanted = ""; load(view); } };
   const onMessage = (about, buffers) => {
+    if (about.answer) return tools.onAnswer(about, buffers);
     if (!about.key || about.version !== model.get("_version")) return;
     received.get(model)[about.key] = { about, data: buffers[0] };
     for (const view of views) if (keyOf(view) === about.key) load(view);
   };
   const listeners = {
     position: onPosition, plane: all(draw), sequence: all(draw), opacity: all(draw), truth: all(draw), brain_only: all(draw), channel: () => onChannel(views[0]), layer: () => load(views[0]),
+    changes: () => draw(views[0]), untrained: () => load(views[0]), path: showControls,
     sort: all(onSort), class_name: all(onSort), map_name: all(onSort), scale: all(onColours), colours: all(onColours), _version: onVersion, _maps: onMaps, "msg:custom": onMessage,
     ...(views[1] ? { compare_channel: () => onChannel(views[1]), compare_layer: () => load(views[1]) } : {}),
   };

@@ -17,8 +17,9 @@ from ..engine.tiles import check_fits, find_region
 from ..features import FeatureMaps
 from ..volume import Case, bounding_box
 from . import _feature_picture
-from ._base import LARGEST_IMAGE, CaseWidget, StateError, check_images, check_known, pack, script, styles
-from ._feature_numbers import describe_channels, describe_layer, is_signed, offsets, quantise, shrink
+from ._base import LARGEST_IMAGE, StateError, check_images, check_known, pack, script, styles
+from ._feature_numbers import describe_layer, describe_maps, offsets, shrink
+from ._interventions import TWIN, Interventions
 
 # Values of one layer that go to the browser, a byte each. With two layers and the input the page stays under 100 MB.
 LARGEST = 32_000_000
@@ -27,7 +28,7 @@ SCALES = ("channel", "layer", "p1-p99")
 COLOURS = ("auto", *_feature_picture.PALETTES)
 
 
-class FeatureExplorer(CaseWidget):
+class FeatureExplorer(Interventions):
     """A network's layers over one case: click a layer, then a channel, and see it over the input.
 
         model = models.load(paths.shipped("checkpoints", "deepmedic_phantoms.safetensors"))
@@ -45,6 +46,9 @@ class FeatureExplorer(CaseWidget):
     crosshair, sorting and colours. A layer of more than 32 million values keeps every second or third voxel along its longest
     axes; a smaller `region` shows it all. The box on the input is the receptive field of the layer's voxel at the crosshair.
     "Dead" channels have one value everywhere.
+
+        explorer.silence(12)                           # and see explorer.prediction, explorer.effect; restore() ends it
+        explorer.fed_by(12)                            # the three earlier maps that feed channel 12 most
 
     Args:
         model: any convolutional network. It is not changed, and no hook stays in it. After further training the maps are
@@ -72,13 +76,16 @@ class FeatureExplorer(CaseWidget):
         colours: "sequential", "signed" (blue below zero, vermilion above), or "auto" by the layer's values.
         opacity: opacity of the map over the input.
         truth: draw the outline of the label.
-        brain_only: leave out the maps outside the case's mask.
+        brain_only: leave out the maps outside the case's mask; True at first where there is a mask.
+        changes: channels that are multiplied by a factor, lists of layer, channel and factor (0 to 2). All calls of a module change.
+        untrained: show the untrained twin: its builder's network with seed 0, or a copy whose modules are reset one by one.
+        path: tell the maps that feed the channel shown most.
 
     Raises:
         ValueError: for unknown layers, classes and maps, or a case that does not fit the network.
     """
 
-    _esm = script("feature_explorer.js")
+    _esm = script("interventions.js", "feature_explorer.js")
     _css = styles("feature_explorer.css", "medseg-features")
 
     layer = traitlets.Unicode().tag(sync=True)
@@ -125,6 +132,7 @@ class FeatureExplorer(CaseWidget):
             state.setdefault("compare_layer", compare)
         self._memory, self._kept, self._prints = memory, OrderedDict(), [_fingerprint(m) for m in self._models]
         self._described: dict[int, tuple] = {}  # by panel: maps, and what `_describe` tells about them
+        self._twin, self._predicted, self._feeding = None, {}, {}
         self.bytes_sent = 0  # of feature maps, compressed
         self._take_classes_and_maps(classes, maps)
         scene = self._describe_case()
@@ -138,7 +146,7 @@ class FeatureExplorer(CaseWidget):
         self.on_msg(self._on_message)
 
     def __repr__(self) -> str:
-        shown = [f"{layer!r}, channel {channel}" for layer, channel in self._panels()]
+        shown = [f"{layer!r}, channel {channel}" for _, layer, channel in self._panels()]
         return f"FeatureExplorer({self._case.name!r}, {' | '.join(shown)}, at {self.position})"
 
     # -------------------------------------------------------------------------------------------------------- opening
@@ -161,7 +169,7 @@ class FeatureExplorer(CaseWidget):
     def _take_classes_and_maps(self, classes, maps: Mapping[str, np.ndarray] | None) -> None:
         """Set what the channels are compared with: the classes inside the region, and the tissue maps."""
         case = self._case
-        given = classes if classes is not None else case.info.get("classes")
+        given = self._names = classes if classes is not None else case.info.get("classes")
         present = [] if case.label is None else np.flatnonzero(np.bincount(case.label[self._box].reshape(-1))).tolist()
         self._classes = {plotting.class_name(k, given): k for k in present if k}
         self._class_colours = {k: plotting.class_colour(k, given) for k in self._classes.values()}
@@ -181,6 +189,7 @@ class FeatureExplorer(CaseWidget):
             "compare_layer": "" if len(names) == 1 else names[0] if names[0] in self._infos[1] else names[1],
             "position": tuple(s.start + p for s, p in zip(self._box, busiest)),
             "sequence": self._case.channels[0],
+            "brain_only": self._case.mask is not None,
             "class_name": next(iter(self._classes), ""),
             "map_name": next(iter(self._targets), ""),
         }
@@ -191,6 +200,7 @@ class FeatureExplorer(CaseWidget):
         return {
             "masked": self._case.mask is not None,
             "classes": [(k, name, self._class_colours[k]) for name, k in self._classes.items()],
+            **self._describe_network(),
             "maps": list(self._targets),
             "palettes": {name: _feature_picture.hex_colours(name) for name in _feature_picture.PALETTES},
             "panels": [
@@ -200,15 +210,15 @@ class FeatureExplorer(CaseWidget):
 
     # ----------------------------------------------------------------------------------------------------------- maps
 
-    def maps(self, layer: str | None = None, *, panel: int = 0) -> FeatureMaps:
+    def maps(self, layer: str | None = None, *, panel: int | None = None) -> FeatureMaps:
         """Return the feature maps of a layer over the region, by default of the layer shown. They are computed once."""
-        layer = layer or self._panels()[panel][0]
+        panel = self._first if panel is None else panel
+        layer = layer or (self.compare_layer if panel == 1 else self.layer)
         self._check_layer(layer, panel)
-        if self._prints != [_fingerprint(m) for m in self._models]:
-            self.refresh()
-        key = (id(self._models[panel]), layer)
+        self._renew()
+        model, infos = self._network(panel), self._infos[panel % TWIN]
+        key = (id(model), layer)
         if key not in self._kept:
-            model, infos = self._models[panel], self._infos[panel]
             names = [layer]
             # The second layer that is asked for will not be the last: one run computes them all, if they can be kept.
             if any(owner == key[0] for owner, _ in self._kept) and self._size(infos) <= self._memory:
@@ -222,10 +232,15 @@ class FeatureExplorer(CaseWidget):
 
     def refresh(self) -> None:
         """Compute the maps anew, after the network's weights have changed."""
-        self._kept.clear()
+        for kept in (self._kept, self._predicted, self._feeding):
+            kept.clear()
         self._maps = {}
         self._prints = [_fingerprint(m) for m in self._models]
         self._version += 1
+
+    def _renew(self) -> None:
+        if self._prints != [_fingerprint(m) for m in self._models]:
+            self.refresh()
 
     @property
     def table(self) -> pd.DataFrame:
@@ -234,7 +249,7 @@ class FeatureExplorer(CaseWidget):
         There are mean, deviation, extremes, the share of voxels at or below zero, whether the channel is dead, its selectivity
         for each class and its correlation with each map.
         """
-        numbers = {name: v for name, v in self._describe(0)[1].items() if name not in ("histogram", "bottom", "top")}
+        numbers = {name: v for name, v in self._describe(self._first)[1].items() if name not in ("histogram", "bottom", "top")}
         groups = {group: numbers.pop(group) for group in ("selectivity", "correlation")}
         columns = numbers | {f"{group}: {name}": v for group, by in groups.items() for name, v in by.items()}
         return pd.DataFrame(columns).rename_axis("channel")
@@ -242,7 +257,7 @@ class FeatureExplorer(CaseWidget):
     @property
     def order(self) -> tuple[int, ...]:
         """The channels of the layer shown, as sorted."""
-        return self._order(self._describe(0)[1])
+        return self._order(self._describe(self._first)[1])
 
     @property
     def receptive_field(self) -> tuple[slice, slice, slice] | None:
@@ -256,9 +271,9 @@ class FeatureExplorer(CaseWidget):
             for c, a, b, n in zip(centre, first, last, self._case.shape)
         )
 
-    def _panels(self) -> list[tuple[str, int]]:
-        """Return layer and channel of each panel."""
-        both = [(self.layer, self.channel), (self.compare_layer, self.compare_channel)]
+    def _panels(self) -> list[tuple[int, str, int]]:
+        """Return the number of each panel that is shown, its layer and its channel."""
+        both = [(self._first, self.layer, self.channel), (1, self.compare_layer, self.compare_channel)]
         return both[: len(self._models)]
 
     def _size(self, infos: Mapping[str, features.LayerInfo]) -> float:
@@ -270,22 +285,10 @@ class FeatureExplorer(CaseWidget):
         """Return facts about the maps of a layer, the numbers of each channel, and the maps as bytes. The last ones are kept."""
         maps = self.maps(layer, panel=panel)
         if panel not in self._described or self._described[panel][0] is not maps:
-            inside, label = self._inside(maps), maps.sampled(self._case.label) if self._classes else None
-            levels, low, step = quantise(maps.data, inside)
+            label = maps.sampled(self._case.label) if self._classes else None
             classes = {name: label == k for name, k in self._classes.items()}
             targets = {name: maps.sampled(volume) for name, volume in self._targets.items()}
-            facts = {
-                "shape": maps.data.shape,
-                "offset": maps.offset,
-                "stride": maps.stride,
-                "every": maps.every,
-                "field": None if maps.field is None else offsets(maps.field),
-                "low": low.tolist(),
-                "step": step.tolist(),
-                "signed": is_signed(maps.data),
-            }
-            numbers = describe_channels(maps.data, levels, inside, classes, targets)
-            self._described[panel] = maps, (facts, numbers, levels)
+            self._described[panel] = maps, describe_maps(maps, self._inside(maps), classes, targets)
         return self._described[panel][1]
 
     def _inside(self, maps: FeatureMaps) -> np.ndarray | None:
@@ -320,10 +323,12 @@ class FeatureExplorer(CaseWidget):
         return {"about": about, "data": data}
 
     def _on_message(self, _, content, buffers) -> None:
-        """Send a layer that the browser asks for."""
+        """Send a layer that the browser asks for, or the answer to an intervention."""
+        self._reply(content)
         key = str(content.get("want", ""))
         panel, _, layer = key.partition("/")
-        if panel not in ("0", "1")[: len(self._models)] or layer not in self._infos[int(panel)]:
+        known = ("0", "1")[: len(self._models)] + (str(TWIN),) * self._scene["twin"]
+        if panel not in known or layer not in self._infos[int(panel) % TWIN]:
             return
         sent = self._pack_layer(key)
         self.send(sent["about"], [sent["data"]])
@@ -340,7 +345,8 @@ class FeatureExplorer(CaseWidget):
     ) -> str:
         """Return the explorer as a page that needs neither kernel nor network, and write it to `path` if given.
 
-        The page holds the layers shown and those named in `layers`.
+        The page holds the layers shown and those named in `layers`. Of the layer shown it also holds the predictions of the slice
+        shown without each of its maps, where they take no more than a fifth of the page.
 
         Args:
             path: file to write.
@@ -349,24 +355,26 @@ class FeatureExplorer(CaseWidget):
             megabytes: size of the page. Of large layers only every second or third voxel is kept along the
                 longest axes. The page says so.
         """
-        wanted = [(p, layer) for p, (layer, _) in enumerate(self._panels())]
+        wanted = [(p, layer) for p, layer, _ in self._panels()]
         for name in [layers] if isinstance(layers, str) else layers or ():
             self._check_layer(name, 0)
             wanted += [(p, name) for p, infos in enumerate(self._infos) if name in infos]
         found = [self._levels(*one) for one in dict.fromkeys(wanted)]
         volumes = [v for v in (*self._volumes, self._label, self._mask) if v is not None]
         room = megabytes * 0.75e6 - sum(map(len, volumes))  # three bytes become four letters
+        answers = self._stored_answers(room / 5)
+        room -= sum(len(one.get("labels", b"")) for one in answers.values())
         sent = {about["key"]: {} for about, _ in found}
         # The smallest layers come first: what they leave of their share goes to the others.
         for left, (about, levels) in zip(range(len(found), 0, -1), sorted(found, key=lambda one: one[1].size)):
             about, data = shrink(about, levels, room / left)
             room -= len(data)
             sent[about["key"]] = {"about": about, "data": data}
-        return self._write_page(path, title, _maps=sent, _scene=self._scene | {"exported": True})
+        return self._write_page(path, title, _maps=sent, _answers=answers, _scene=self._scene | {"exported": True})
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
         bundle = super()._repr_mimebundle_(**kwargs)
-        shown = [f"{panel}/{layer}" for panel, (layer, _) in enumerate(self._panels())]
+        shown = [f"{panel}/{layer}" for panel, layer, _ in self._panels()]
         if list(self._maps) != shown:  # a kernel that is busy with the next cells cannot answer when the browser asks for them
             self._maps = {key: self._pack_layer(key) for key in shown}
         return bundle
@@ -375,7 +383,7 @@ class FeatureExplorer(CaseWidget):
         return f"Feature maps of {type(self._models[0]).__name__} over {self._case.name}"
 
     def _alt(self) -> str:
-        layer, channel = self._panels()[0]
+        _, layer, channel = self._panels()[0]
         return (
             f"{self._case.name}, {self.plane} slice through voxel {self.position}: channel {channel} of layer {layer} over "
             f"{self.sequence}, with a box round the voxels that it sees at the crosshair, and the layer's channels by {self.sort}"
@@ -383,7 +391,7 @@ class FeatureExplorer(CaseWidget):
 
     def _draw(self) -> Figure:
         panels = []
-        for number, (layer, channel) in enumerate(self._panels()):
+        for number, layer, channel in self._panels():
             maps = self.maps(layer, panel=number)
             numbers = self._describe(number, layer)[1]
             panels.append(_feature_picture.Panel(self, layer, channel, maps, numbers, self._order(numbers)))
@@ -392,9 +400,9 @@ class FeatureExplorer(CaseWidget):
     # --------------------------------------------------------------------------------------------------------- checks
 
     def _check_layer(self, name: str, panel: int) -> str:
-        if name not in self._infos[panel]:
-            known = ", ".join(self._infos[panel])
-            raise StateError(f"{type(self._models[panel]).__name__} has no layer {name!r} here; there are {known}")
+        if name not in self._infos[panel % TWIN]:
+            known = ", ".join(self._infos[panel % TWIN])
+            raise StateError(f"{type(self._models[panel % TWIN]).__name__} has no layer {name!r} here; there are {known}")
         return name
 
     @traitlets.validate("layer")

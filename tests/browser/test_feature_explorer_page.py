@@ -255,8 +255,10 @@ def test_brain_only(page, explored, tmp_path):
     tiles = page.locator("[data-view=grid0] canvas")
     page.focus("[data-view=grid0]")
     page.keyboard.press("End")  # the frame of the chosen channel is elsewhere
+    assert page.get_by_label("brain only").is_checked() and tiles.evaluate(corner) == 0
+    page.get_by_label("brain only").uncheck()
     assert tiles.evaluate(corner) == 255
-    page.get_by_label("brain only").check()
+    page.keyboard.press("b")
     assert tiles.evaluate(corner) == 0
 
 
