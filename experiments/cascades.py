@@ -357,7 +357,7 @@ def plan(store: Store, seeds) -> list[Row]:
                 job = partial(run_average, store, seed) if name == AVERAGE else partial(run, store, name, seed)
                 rows.append(Row("cascades", {"network": name, "seed": seed}, job, MINUTES[name], part=part))
     for copy in COPIES:
-        rows.append(Row("cascades_noise", {"copy": copy}, partial(run_copy, store, copy), 0.9, part="noise floor"))
+        rows.append(Row("cascades_noise", {"copy": copy}, partial(run_copy, store, copy), 0.9, "noise floor", extra=True))
     for seed in seeds:
         for reading in READINGS:
             key = {"reading": reading, "seed": seed}
