@@ -80,7 +80,6 @@ RECIPES = {
     ),
     "mlynarski-table2": ("missing_training.csv", "", "variant", "dice_core", 100, 1, ["complete", "pretrained", "full"]),
     "mlynarski-table2-full": ("missing_training.csv", "", "variant", "dice_whole", 100, 1, ["pretrained", "full"]),
-    "finzel-sec3.1-joint": ("cascades.csv", "", "network", "class pieces", 1, 1, ["input cascade", "two paths"]),
     "finzel-fw-cascade": ("deepmedic_future_work.csv", "", "variant", "Dice whole", 1, 1, ["cascade", "plain"]),
     "finzel-fw-two-phases": (
         "deepmedic_future_work.csv",
@@ -91,16 +90,6 @@ RECIPES = {
         2,
         ["equal classes", "equal, then natural"],
     ),
-    "havaei-table2-cascades": (
-        "cascades.csv",
-        "",
-        "network",
-        "Dice whole",
-        1,
-        1,
-        ["input cascade", "local cascade", "MF cascade", "two paths"],
-    ),
-    "havaei-sec5-smooth": ("cascades.csv", "", "network", "borders / true", 1, 2, ["MF cascade", "input cascade", "two paths"]),
 }
 
 

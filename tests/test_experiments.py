@@ -24,6 +24,7 @@ BESIDE = {  # tables that a row writes beside its own
     "brains_contrasts": ["brains_shares"],
     "brains_healthy": ["brains_healthy_curves"],
     "brains_modalities": ["brains_modalities_curves"],
+    "cascades": ["cascades_curves"],
     "crf_effects": ["crf_effects_chosen", "crf_effects_pieces"],
     "crf_layer": ["crf_layer_curves", "crf_layer_matrix"],
     "deepmedic_acquisition": ["deepmedic_acquisition_curves"],
