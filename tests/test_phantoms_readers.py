@@ -33,8 +33,8 @@ def test_generous_and_cautious_by_brute_force(truth):
     part = truth[4:16, 8:22, 4:9]
     for strength in (1.0, 2.0, 3.2):
         generous, cautious = (draw_as_reader(part, h, strength=strength, spacing=SPACING) for h in ("generous", "cautious"))
-        np.testing.assert_array_equal(generous, distance_to(part > 0) <= strength)
-        np.testing.assert_array_equal(cautious, (part > 0) & (distance_to(part == 0) > strength))
+        np.testing.assert_array_equal(generous, distance_to(part > 0) - 0.5 <= strength)
+        np.testing.assert_array_equal(cautious, (part > 0) & (distance_to(part == 0) - 0.5 > strength))
 
 
 def test_generous_and_cautious_are_opposites(truth):

@@ -5,10 +5,10 @@ does wrong. Real readers have all habits at once, do not know the truth, and dis
 
 | habit | what the reader does |
 |---|---|
-| `generous` | draws outside the border: all voxels within `strength` of the object belong to it |
-| `cautious` | draws inside the border: all voxels within `strength` of the background belong to that |
+| `generous` | draws outside: all voxels within `strength` of the border belong to the object |
+| `cautious` | draws inside: all voxels within `strength` of the border belong to the background |
 | `smooth` | rounds corners and thin parts off: a Gaussian filter with `strength` as standard deviation, cut at one half |
-| `unsteady` | wanders to both sides of the border, smoothly, by `strength` at most and half of it typically |
+| `unsteady` | wanders to both sides of the border, smoothly, by `strength` at most and two thirds of it typically |
 | `slip` | shifts the outline in a third of the axial slices, by `strength`, each in a direction of its own |
 """
 
@@ -29,14 +29,14 @@ WANDERING = 6.0  # mm between the lattice points of an unsteady hand; its bulges
 
 
 def draw_as_reader(
-    label: np.ndarray, habit: str, seed: int = 0, *, strength: float = 2.0, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+    label: np.ndarray, habit: str, seed: int = 0, *, strength: float = 1.5, spacing: Sequence[float] = (1.0, 1.0, 1.0)
 ) -> np.ndarray:
     """Return the object as a reader with a habit outlines it.
 
     Two habits are exact opposites: the cautious reader's background is what the generous one would draw for the background. The
-    cautious outline lies inside that of the unsteady reader, and this one inside the generous outline, at the same strength. Distances
-    are measured between centres of voxels, so a strength below the spacing changes little or nothing, and an object thinner than twice
-    the strength vanishes under a cautious hand.
+    cautious outline lies inside that of the unsteady reader, and this one inside the generous outline, at the same strength. A voxel's
+    distance to the border is that to the nearest voxel beyond it, less half the smallest spacing. So a strength below half the spacing
+    changes nothing, and an object thinner than twice the strength vanishes under a cautious hand.
 
     Args:
         label: truth `(D, H, W)`. All labels above 0 are one object.
@@ -87,14 +87,15 @@ def mean_pairwise_dice(labels: Sequence[np.ndarray]) -> float:
 
 def _move_border(truth: np.ndarray, size: np.ndarray, by: float | np.ndarray) -> np.ndarray:
     """Return the object with its border moved outwards by so many mm, inwards where the number is negative."""
-    outside = ndimage.distance_transform_edt(~truth, size)  # mm to the object, 0 in it
-    inside = np.full(truth.shape, np.inf) if truth.all() else ndimage.distance_transform_edt(truth, size)
+    half = size.min() / 2  # from the border to the centres of the nearest voxels
+    outside = ndimage.distance_transform_edt(~truth, size) - half
+    inside = np.full(truth.shape, np.inf) if truth.all() else ndimage.distance_transform_edt(truth, size) - half
     return np.where(truth, inside > -by, outside <= by)
 
 
 def _wander(truth: np.ndarray, strength: float, size: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     noise = bspline_noise(rng, [n * np.arange(count) for n, count in zip(size, truth.shape)], WANDERING)
-    return _move_border(truth, size, strength * np.clip(noise / 2, -1, 1))
+    return _move_border(truth, size, strength * np.clip(noise, -1, 1))
 
 
 def _slip(truth: np.ndarray, strength: float, size: np.ndarray, rng: np.random.Generator) -> np.ndarray:

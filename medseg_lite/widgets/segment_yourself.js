@@ -16,7 +16,7 @@ function render({ model, el }) {
   const scene = model.get("_scene"), { shape, spacing, plane, sequences, names, colours } = scene, set = setter(model);
   const [, high] = shape, wide = shape[plane.x], tall = shape[plane.y], everybody = ["you", ...names], pixelSize = Math.min(...spacing);
   let images = null, truth = null, others = null, painted = new Uint8Array(shape[0] * high), shown = "you";
-  let brush = 4, erasing = false, cursor = [shape[0] >> 1, high >> 1], last = null, before = null;
+  let brush = 4, erasing = false, hovers = false, cursor = [shape[0] >> 1, high >> 1], last = null, before = null;
   const undone = [];
   const radius = () => (brush * pixelSize) / 2; // in mm
   const parse = () => Uint8Array.from(model.get("painted"), Number);
@@ -37,14 +37,18 @@ function render({ model, el }) {
   }
   function change(next) { const old = painted; painted = next; keep(old); draw(); }
   const undo = () => { if (!undone.length) return; painted = undone.pop(); set("painted", painted.join("")); draw(); };
-  function stroke(event, value) {
+  function pointAt(event) { // in pixels from the array's corner
     const r = stage.getBoundingClientRect();
-    const to = [shape[0] - ((event.clientX - r.left) / r.width) * shape[0], high - ((event.clientY - r.top) / r.height) * high];
+    return [shape[0] - ((event.clientX - r.left) / r.width) * shape[0], high - ((event.clientY - r.top) / r.height) * high];
+  }
+  const aim = (point) => { cursor = point.map((p, axis) => clamp(Math.floor(p), 0, shape[axis] - 1)); };
+  function stroke(event, value) {
+    const to = pointAt(event);
     if (!last) { before = painted; painted = painted.slice(); shown = "you"; }
     const from = last ?? to, steps = Math.max(1, Math.ceil(2 * Math.hypot(to[0] - from[0], to[1] - from[1])));
     for (let k = 1; k <= steps; k++) dab(from.map((a, axis) => a + ((to[axis] - a) * k) / steps), value);
     last = to;
-    cursor = [clamp(Math.floor(to[0]), 0, shape[0] - 1), clamp(Math.floor(to[1]), 0, high - 1)];
+    aim(to);
     draw();
   }
   function finish() {
@@ -104,11 +108,11 @@ function render({ model, el }) {
       drawBorders(context, outline(truth), scale, colours.truth);
       drawBorders(context, outline(array), scale, colours.prediction, { style: "dashes", width: 1.4 });
     } else {
-      fill(context, squares((k) => array[k]), scale, colours.prediction, 0.35);
+      fill(context, squares((k) => array[k]), scale, colours.prediction, 0.45);
       drawBorders(context, outline(array), scale, colours.prediction, { width: 1.4 });
     }
     drawLetters(context, plane, width, height);
-    if (!stage.matches(":focus")) return;
+    if (!hovers && !stage.matches(":focus")) return;
     const u = (wide - cursor[0] - 0.5) * scale[0], v = (tall - cursor[1] - 0.5) * scale[1];
     context.beginPath();
     context.ellipse(u, v, Math.max((radius() / spacing[0]) * scale[0], scale[0] / 2), Math.max((radius() / spacing[1]) * scale[1], scale[1] / 2), 0, 0, 7);
@@ -173,12 +177,19 @@ function render({ model, el }) {
   drag(stage, (event) => stroke(event, erasing ? 0 : 1), (event) => stroke(event, 0));
   for (const event of ["pointerup", "pointercancel"]) stage.addEventListener(event, finish);
   for (const event of ["focus", "blur"]) stage.addEventListener(event, draw);
+  stage.addEventListener("pointermove", (event) => {
+    if (last || event.pointerType === "touch" || !images) return;
+    hovers = true;
+    aim(pointAt(event));
+    drawSlice();
+  });
+  stage.addEventListener("pointerleave", () => { hovers = false; draw(); });
   stage.addEventListener("keydown", (event) => {
     const far = event.shiftKey ? 5 : 1, step = { ArrowLeft: [far, 0], ArrowRight: [-far, 0], ArrowUp: [0, far], ArrowDown: [0, -far] }[event.key];
     if ((!step && event.key !== " ") || event.ctrlKey || event.altKey || event.metaKey) return;
     event.preventDefault();
     if (!step) return dabHere();
-    cursor = [clamp(cursor[0] + step[0], 0, shape[0] - 1), clamp(cursor[1] + step[1], 0, high - 1)];
+    aim(cursor.map((c, axis) => c + step[axis]));
     draw();
   });
   const leave = mount(model, el, root, { channel: draw, revealed: draw, painted: () => { if (painted.join("") !== model.get("painted")) change(parse()); } }, {

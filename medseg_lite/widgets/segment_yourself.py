@@ -144,10 +144,10 @@ class SegmentYourself(Widget):
         grey, aspect = plotting.cut(image, plane, self._index), self._case.voxel_size[1] / self._case.voxel_size[0]
         drawn = {f"{name}: Dice {dice[name]:.2f}": a for name, a in self._everybody().items() if a.any()}
         with plotting.style():
-            figure = Figure(figsize=(2.2 * (1 + len(drawn)), 2.9), dpi=100, layout="constrained")
+            figure = Figure(figsize=(2.2 * (1 + len(drawn)), 3.3), dpi=100, layout="constrained")
             grid = figure.subplots(1, 1 + len(drawn), squeeze=False)[0]
             for axes, (title, array) in zip(grid, {f"the slice, {self.channel}": None, **drawn}.items()):
-                outcomes = np.zeros_like(self.truth) if array is None else plotting.outcomes(self.truth, array)
+                outcomes = np.zeros(self.truth.shape, np.uint8) if array is None else plotting.outcomes(self.truth, array)
                 area = plotting.Overlay("outcomes", plotting.cut(outcomes[:, :, None], plane, 0), "area")
                 axes.imshow(plotting.paint(grey, self._windows[self.channel], [area], 0.65, plotting.OUTCOMES), aspect=aspect)
                 axes.set_title(title, fontsize=9)
