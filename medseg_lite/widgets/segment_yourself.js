@@ -178,7 +178,9 @@ function render({ model, el }) {
   for (const event of ["pointerup", "pointercancel"]) stage.addEventListener(event, finish);
   for (const event of ["focus", "blur"]) stage.addEventListener(event, draw);
   stage.addEventListener("pointermove", (event) => {
-    if (last || event.pointerType === "touch" || !images) return;
+    const finger = event.pointerType === "touch";
+    if (finger && hold.checked && event.buttons & 1) stroke(event, erasing ? 0 : 1); // in all directions
+    if (last || finger || !images) return;
     hovers = true;
     aim(pointAt(event));
     drawSlice();

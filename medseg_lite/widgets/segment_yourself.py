@@ -140,7 +140,11 @@ class SegmentYourself(Widget):
 
     def _draw(self) -> Figure:
         """Draw the slice, and the outcomes of you, the network and the readers."""
-        plane, image, dice = plotting.find_plane("axial"), self._case.image[self._case.channels.index(self.channel)], self.scores["Dice"]
+        plane, image, dice = (
+            plotting.find_plane("axial"),
+            self._case.image[self._case.channels.index(self.channel)],
+            self.scores["Dice"],
+        )
         grey, aspect = plotting.cut(image, plane, self._index), self._case.voxel_size[1] / self._case.voxel_size[0]
         drawn = {f"{name}: Dice {dice[name]:.2f}": a for name, a in self._everybody().items() if a.any()}
         with plotting.style():

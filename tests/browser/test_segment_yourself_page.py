@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
@@ -53,7 +54,7 @@ def rows(page) -> dict[str, list[float]]:
 def brush(shape, points, radius: float) -> np.ndarray:
     """Return the pixels within a radius of a line through points."""
     drawn, grid = np.zeros(shape, bool), np.indices(shape)
-    for a, b in zip(points, points[1:]):
+    for a, b in itertools.pairwise(points):
         for t in np.linspace(0, 1, 400):
             d, h = (1 - t) * np.array(a) + t * np.array(b)
             drawn |= (grid[0] - d) ** 2 + (grid[1] - h) ** 2 <= radius**2
