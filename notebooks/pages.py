@@ -101,6 +101,7 @@ def convert(path: Path, paths: list[Path]) -> str:
 
 LIVE = {
     "slices": "Slice viewer: one brain, four sequences, its tumour and the network's prediction",
+    "paint": "Segment it yourself: paint a tumour, then compare with the truth, a network and three readers",
     "compare": "Two networks compared: found, missed and made up",
     "crf": "CRF explorer: pull the sliders, and specks go while the tumour stays",
     "kernel": "Sliding kernel: nine numbers, and the edges that they find",
@@ -125,6 +126,9 @@ def make_widgets() -> Iterator[tuple[str, widgets.Widget]]:
     trained = models.load(shipped("checkpoints", "deepmedic_phantoms.safetensors"))
     found = inference.predict(trained, case, progress=False)
     yield "slices", widgets.SliceViewer(case, overlays={"prediction": found})
+    habits, tumour = ("generous", "cautious", "unsteady"), case.label > 0
+    readers = {habit: phantoms.draw_as_reader(tumour, habit, spacing=case.spacing) for habit in habits}
+    yield "paint", widgets.SegmentYourself(case, found, readers)
     cascade = models.load(shipped("checkpoints", "havaei_input_cascade.safetensors"))
     twice = {"DeepMedic": found, "InputCascade": inference.predict(cascade, case, progress=False)}
     yield "compare", widgets.CompareSegmentations(case, twice, regions="brats2015")

@@ -11,6 +11,7 @@ from .learning_rate import LearningRate
 from .loss_bench import LossBench
 from .operating_point import OperatingPoint
 from .segment_dial import SegmentDial
+from .segment_yourself import SegmentYourself
 from .signal_explorer import SignalExplorer
 from .slice_viewer import SliceViewer
 from .training_monitor import TrainingMonitor
@@ -31,6 +32,7 @@ __all__ = [
     "LossBench",
     "OperatingPoint",
     "SegmentDial",
+    "SegmentYourself",
     "SignalExplorer",
     "SliceViewer",
     "TrainingMonitor",

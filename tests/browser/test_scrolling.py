@@ -17,6 +17,7 @@ from medseg_lite.widgets import (
     LossBench,
     OperatingPoint,
     SegmentDial,
+    SegmentYourself,
     SignalExplorer,
     SliceViewer,
     TrainingMonitor,
@@ -92,6 +93,10 @@ def make_blocks(case):
     return BlockSwitchboard(model, case), "[data-view=probability]"
 
 
+def make_paint(case):
+    return SegmentYourself(case, np.roll(case.label, 4, axis=0), {"moved": np.roll(case.label, 2, axis=1)}), "[data-view=slice]"
+
+
 def make_gains(case):
     torch.manual_seed(0)
     return GainOffset({"one": models.unet2d(in_channels=2, width=0.05)}, case), "[data-view='network 0']"
@@ -138,6 +143,7 @@ ALL = [
     make_gains,
     make_votes,
     make_valley,
+    make_paint,
 ]
 
 
