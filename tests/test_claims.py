@@ -78,8 +78,6 @@ RECIPES = {
         1,
         [("full", "none"), ("full", "flair"), ("dropped", "flair")],
     ),
-    "mlynarski-table2": ("missing_training.csv", "", "variant", "dice_core", 100, 1, ["complete", "pretrained", "full"]),
-    "mlynarski-table2-full": ("missing_training.csv", "", "variant", "dice_whole", 100, 1, ["pretrained", "full"]),
     "finzel-fw-cascade": ("deepmedic_future_work.csv", "", "variant", "Dice whole", 1, 1, ["cascade", "plain"]),
     "finzel-fw-two-phases": (
         "deepmedic_future_work.csv",

@@ -37,6 +37,7 @@ BESIDE = {  # tables that a row writes beside its own
     "em_real": ["em_real_curves"],
     "em_scores": ["em_curves"],
     "hands_scores": ["hands_curves"],
+    "missing_training": ["missing_curves"],
     "normalisation_prostate": ["normalisation_gain", "normalisation_places", "normalisation_prostate_curves"],
     "puzzles": ["puzzles_curves"],
     "systems_runs": ["systems_scores"],

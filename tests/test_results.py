@@ -78,8 +78,8 @@ def test_shipped_em_networks_score_what_is_stored(em_scores, name, variant, prep
 
 def test_stored_missing_sequences_are_complete():
     training = pd.read_csv(paths.shipped("results", "missing_training.csv"))
-    runs = training.groupby(["variant", "fold"]).size().unstack()
-    assert (runs == 20).all().all() and set(runs.index) == {"complete", "pretrained", "longer", "full"}
+    runs = training.groupby(["variant", "draw"]).size().unstack()
+    assert (runs == 20).all().all() and set(runs.index) == {"complete", "control", "pretrained", "full"}
     at_test = pd.read_csv(paths.shipped("results", "missing_test.csv"), keep_default_na=False)
     runs = at_test.groupby(["variant", "missing"]).size().unstack()
     assert (runs == 20).all().all() and set(runs.columns) == {"none", "flair", "t1", "t1c", "t2"}
