@@ -12,14 +12,16 @@ without scores ("standard") or with them (A, B, C). The paper trains both steps 
 * "A, near": its 2D networks see 23 pixels, no farther than the 3D network. What A has more than this row is far context;
 * "2D, three planes": the sum of the three 2D networks' scores, and no 3D network;
 * "standard, longer": the standard network with so many updates that it takes the CPU time of A and its 2D networks;
+* "2D U-Net": the plain network of the paper's table 1, axial;
 * "A, other cases": A trained on patients (seeds 12 to 23) that the 2D networks have not seen;
-* "A, raw scores": the scores enter as they are. In all other rows they are divided by 4, to have the image's range (section 2.1);
-* "2D U-Net": the plain network of the paper's table 1, axial.
+* "A, raw scores": the scores enter as they are. In all other rows they are divided by 4, to have the image's range (section 2.1).
+
+The last two are made where `--only` names them.
 
 All are trained with the paper's losses and a rate that falls to zero along a cosine: the 2D networks with the paper's steps of fixed
-length, the 3D networks with Adam. With steps of fixed length two runs of a 3D network that differ by a millionth in their first weights
-end many points apart (part "noise floor"). Each network's background score is shifted
-by a number chosen on four validation patients (seeds 200 to 203), the same candidates for all.
+length, the 3D networks with Adam. With steps of fixed length, runs of a 3D network that differ by a millionth in their first weights
+end several points apart, with Adam less than one (part "noise floor"). The score of each network's background is shifted by a number
+chosen on four validation patients (seeds 200 to 203), the same candidates for all.
 
 Labels as in BRATS 2017: 1 necrosis and non-enhancing core, 2 oedema, 3 enhancing core. Networks and scores are kept in runs/context
 (some 2 GB). The tables are data/results/context_*.csv, which notebook 12 reads; networks of seed 0 become
@@ -71,8 +73,10 @@ SOLIDS = {  # rows with a 3D network: variant, kind of its 2D networks, patients
     "A, other cases": ("a", "far", OTHERS, 1 / 4),
     "A, raw scores": ("a", "far", TRAIN, 1),
 }
+LATER = ("A, other cases", "A, raw scores")  # made only where `--only` names them
 PLANES = {f"2D {plane}": (plane,) for plane in context.PLANES} | {"2D, three planes": tuple(context.PLANES)}
-MINUTES = {"standard": 0.9, "A": 1.7, "A, near": 4, "B": 1, "C": 2.5, "standard, longer": 5, "2D axial": 1, "2D U-Net": 1}
+# The first row of a run trains three 2D networks.
+MINUTES = {"2D axial": 4.5, "A": 1.7, "A, near": 3.5, "C": 2.5, "standard, longer": 5}
 
 
 class NearSighted(Subnetwork):
@@ -324,8 +328,9 @@ def plan(store: Store, seeds) -> list[Row]:
     rows = []
     for seed in seeds or SEEDS:
         for name in (*PLANES, *SOLIDS, "2D U-Net"):  # 2D networks first: the others take their scores
-            minutes = MINUTES.get(name, 1)
-            rows.append(Row("context", {"row": name, "seed": seed}, partial(run, store, name, seed), minutes, part="networks"))
+            minutes = MINUTES.get(name, 0.02 if name in PLANES else 1.1)
+            job = partial(run, store, name, seed)
+            rows.append(Row("context", {"row": name, "seed": seed}, job, minutes, part="networks", extra=name in LATER))
     for method, training in (
         ("standard", "normalised steps"),
         ("standard", "Adam"),
@@ -335,8 +340,8 @@ def plan(store: Store, seeds) -> list[Row]:
         for copy in COPIES:
             key = {"method": method, "training": training, "copy": copy}
             job = partial(run_copy, store, method, training, copy)
-            rows.append(Row("context_noise", key, job, MINUTES[method], part="noise floor"))
-    rows.append(baselines_row(store, "2 mm", run_baselines, 0.8))
+            rows.append(Row("context_noise", key, job, 1.7 if method == "A" else 1.1, part="noise floor"))
+    rows.append(baselines_row(store, "2 mm", run_baselines, 0.6))
     for plane in context.PLANES:
         facing = partial(lambda plane: [context.facing(patient(s), plane) for s in TRAIN], plane)
         rows.append(vitals_row(store, f"far_{plane}_0", f"context_2d_{plane}", facing))
