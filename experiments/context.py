@@ -33,9 +33,9 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 
-import _context_page as page
 import numpy as np
 import torch
+from _context_page import report
 from _frame import Row, Store, baseline_rows, baselines_row, main, scan, vitals_row
 from puzzles import start_copy
 from safetensors import safe_open
@@ -350,4 +350,4 @@ def plan(store: Store, seeds) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(__file__, plan, page.report, SETTINGS)
+    main(__file__, plan, report, SETTINGS)
