@@ -121,13 +121,7 @@ def with_scores(case: Case, folder: str | Path, *, planes: Sequence[str] = tuple
 
 
 def influence(
-    networks: Mapping[str, Network],
-    model: Network,
-    case: Case,
-    voxel: Sequence[int],
-    *,
-    class_number: int,
-    scale: float = 1.0,
+    networks: Mapping[str, Network], model: Network, case: Case, voxel: Sequence[int], *, class_number: int, scale: float = 1.0
 ) -> np.ndarray:
     """Measure the influence of every voxel of the image on one prediction of a 3D network, directly and through the 2D networks.
 

@@ -51,7 +51,7 @@ def test_two_scales(variant, stir):
         found = gradient[0, :4].abs().sum(0).nonzero()
         assert (found.amax(0) - found.amin(0) + 1).max() == side
         assert (found.amin(0) + found.amax(0) - 2 * (12 + k)).abs().max() <= 1  # centred
-    with pytest.raises(ValueError, match="scales=4; expected 3 .* or 2"):
+    with pytest.raises(ValueError, match=r"scales=4; expected 3 .* or 2"):
         models.mlynarski_3d(scales=4)
 
 
