@@ -302,7 +302,9 @@ def ship(store: Store, row: str, shift: float) -> None:
     else:
         model, facts = solid_network(store, row, 0)
         model.classifier.bias.data[0] += shift
+    seen = see(store, row, 0, (TRAIN[0],))[0] if row in SOLIDS else patient(TRAIN[0])
     card = {"steps": facts["updates"], "cpu_seconds": facts["seconds"], "trained_on": [patient(s).name for s in TRAIN]}
+    card["channels"] = list(seen.channels)
     store.save(f"context_{names[row]}", model, card, half=True)
 
 
