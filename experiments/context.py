@@ -24,7 +24,7 @@ end several points apart, with Adam less than one (part "noise floor"). The scor
 chosen on four validation patients (seeds 200 to 203), the same candidates for all.
 
 Labels as in BRATS 2017: 1 necrosis and non-enhancing core, 2 oedema, 3 enhancing core. Networks and scores are kept in runs/context
-(some 2 GB). The tables are data/results/context_*.csv, which notebook 12 reads; networks of seed 0 become
+(1.4 GB). The tables are data/results/context_*.csv, which notebook 12 reads; networks of seed 0 become
 data/checkpoints/context_*.safetensors.
 """
 

@@ -1,16 +1,14 @@
 """One repository slug, repeated in badges and addresses, rewritten by `make badges`."""
 
-import importlib.util
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+from scripts import load
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("badges", ROOT / "notebooks" / "badges.py")
-badges = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(badges)
+badges = load("notebooks", "badges")
 
 
 def test_every_address_names_the_one_slug():

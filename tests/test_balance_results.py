@@ -1,21 +1,14 @@
 """The stored results of experiments/deepmedic_balance.py: complete, alive, and with the shares and numbers that their rows promise."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scripts import load
 
 from medseg_lite import paths
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
-sys.path.append(str(EXPERIMENTS))
-SPEC = importlib.util.spec_from_file_location("experiment_balance", EXPERIMENTS / "deepmedic_balance.py")
-experiment = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(experiment)
+experiment = load("experiments", "deepmedic_balance")
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from scripts import load
 
 from medseg_lite import claims, course
 
@@ -109,12 +108,7 @@ def tagged() -> dict[str, list[tuple[str, dict]]]:
 @pytest.fixture(scope="module")
 def made():
     """The module notebooks/claims.py."""
-    sys.path.insert(0, str(ROOT / "notebooks"))
-    spec = importlib.util.spec_from_file_location("ledger_pages", ROOT / "notebooks" / "claims.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(ROOT / "notebooks"))
+    return load("notebooks", "claims")
 
 
 # --------------------------------------------------------------------------------------------------------- the table

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 from claim_cells import read_cells, run_cell, spoil_table
+from scripts import load
+
+from medseg_lite import features
 
 CELLS = read_cells("12")
 NEEDED = ("context-02", "context-31", "context-34")  # imports, the table, the pairs
@@ -51,6 +54,14 @@ def losses_rise(table):
 
 def wide_floor(table):
     table.loc[(table["method"] == "A") & (table["copy"] == 1), "dice_core"] -= 0.05
+
+
+def test_the_control_sees_no_farther_than_the_3d_network():
+    experiment = load("experiments", "context")
+    near = features.receptive_field(experiment.near_sighted().eval()).side
+    solid = features.receptive_field(experiment.solid("standard"), voxel=0, size=28).side
+    assert near == (23, 23) and solid == (26, 26, 26)
+    assert min(features.receptive_field(experiment.FLATS["far"]().eval()).side) > 200
 
 
 def test_all_claims_hold_on_the_stored_tables(monkeypatch):

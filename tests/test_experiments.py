@@ -1,16 +1,16 @@
 """The experiments: plans without training, stored rows that survive every run, pages that hold the stored tables; the benchmarks."""
 
 import dataclasses
-import importlib.util
 import runpy
 import shutil
 import sys
-from functools import cache
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import scripts
 import torch
 
 from medseg_lite import models, paths, training
@@ -55,17 +55,9 @@ IN_ONE_TABLE = [  # experiments whose methods without learning are in baselines.
     "systems",
 ]
 
-sys.path.append(str(ROOT / "experiments"))
+load = partial(scripts.load, "experiments")
+load("puzzles")  # puts the folder on the path
 import _frame  # noqa: E402
-
-
-@cache
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"experiment_{name}", ROOT / "experiments" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def read(path: Path) -> pd.DataFrame:

@@ -1,16 +1,12 @@
 """The tables of PAPERS.md are those that `make papers` makes, and the sources of docstrings are read correctly."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import load
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("papers", ROOT / "notebooks" / "papers.py")
-papers = importlib.util.module_from_spec(spec)
-sys.modules["papers"] = papers  # dataclasses look their module up
-spec.loader.exec_module(papers)
+papers = load("notebooks", "papers")
 
 
 def test_the_stored_tables_are_those_of_the_docstrings():

@@ -1,22 +1,18 @@
 """The stored results of experiments/puzzles.py: complete, alive, and what the page says of them."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from scripts import load
 
 from medseg_lite import models, paths, receptive_field, statistics
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 SEPARATE = ["ring", "tube", "far_plate", "rare", "decoys"]  # puzzles in which the method wins where it is needed
 
-sys.path.append(str(EXPERIMENTS))
-SPEC = importlib.util.spec_from_file_location("experiment_puzzles", EXPERIMENTS / "puzzles.py")
-experiment = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(experiment)
+experiment = load("experiments", "puzzles")
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,13 @@
 """The stored results of experiments/deepmedic_scales.py: complete, alive, and made by the networks that ship."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
+from scripts import load
 
 from medseg_lite import models, paths
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
-
-sys.path.append(str(EXPERIMENTS))
-SPEC = importlib.util.spec_from_file_location("experiment_scales", EXPERIMENTS / "deepmedic_scales.py")
-experiment = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(experiment)
+experiment = load("experiments", "deepmedic_scales")
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,16 @@
 """The rules of CONTRIBUTING.md that can be read off the code: layers, private names, sizes, docstrings. Nothing is imported."""
 
 import ast
-import importlib.util
 import re
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+from scripts import load
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "medseg_lite"
-spec = importlib.util.spec_from_file_location("papers", ROOT / "notebooks" / "papers.py")
-papers = importlib.util.module_from_spec(spec)
-sys.modules["papers"] = papers  # dataclasses look their module up
-spec.loader.exec_module(papers)
+papers = load("notebooks", "papers")
 
 FUNCTION_LINES, FILE_LINES = 60, 450
 # First words that make a fragment of a docstring's first line; a verb in the imperative or a noun phrase makes a whole one.

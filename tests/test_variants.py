@@ -1,22 +1,18 @@
 """The variants of DeepMedic's second pathway: each differs from the network in the one place that its name says; the stored runs."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scripts import load
 from torch.testing import assert_close
 
 from medseg_lite import models, paths
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
-sys.path.append(str(EXPERIMENTS))
-SPEC = importlib.util.spec_from_file_location("experiment_variants", EXPERIMENTS / "deepmedic_variants.py")
-experiment = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(experiment)
+experiment = load("experiments", "deepmedic_variants")
 SIZES = {"widths": (3, 3, 4, 4), "hidden": (5, 5)}
 
 

@@ -182,9 +182,9 @@ class Trunk(nn.Module):
         self.down1 = _valid(in_channels, a)
         self.down2 = nn.Sequential(_valid(a, b), _valid(b, b))
         self.down3 = self.enlarge2 = None
-        for c in coarsest:
-            self.down3 = nn.Sequential(_valid(b, c), _valid(c, c))
-            self.enlarge2 = _valid(c, b, 2)
+        if coarsest:
+            (c,) = coarsest
+            self.down3, self.enlarge2 = nn.Sequential(_valid(b, c), _valid(c, c)), _valid(c, b, 2)
         self.up2 = nn.Sequential(_valid(2 * b if coarsest else b, b), _valid(b, b))
         self.enlarge1, self.up1 = _valid(b, a, 2), nn.Sequential(_valid(2 * a + extra, a), _valid(a, a))
 
