@@ -74,6 +74,25 @@ def page(browser):
     assert not errors, "\n\n".join(errors)
 
 
+@pytest.fixture
+def on_a_phone(browser):
+    """A function that opens an exported page as a phone does; the test fails if a script on the page fails."""
+    contexts, errors = [], []
+
+    def open_page(path: Path, *, width: int = 360, height: int = 800, **options):
+        contexts.append(browser.new_context(viewport={"width": width, "height": height}, has_touch=True, **options))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: errors.append(error.stack or str(error)))
+        page.goto(path.as_uri())
+        page.wait_for_selector("[data-ready]")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not errors, "\n\n".join(errors)
+
+
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
     """Address, token and folder of a JupyterLab that knows nothing of the user's own settings."""

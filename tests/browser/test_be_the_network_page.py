@@ -64,18 +64,14 @@ def test_keys(opened):
     assert step(opened) == "wide"
 
 
-def test_touch(browser, widget, tmp_path):
+def test_touch(on_a_phone, widget, tmp_path):
     widget.to_html(tmp_path / "n.html")
-    context = browser.new_context(viewport={"width": 390, "height": 800}, has_touch=True)
-    page = context.new_page()
-    page.goto((tmp_path / "n.html").as_uri())
-    page.wait_for_selector("[data-ready]")
+    page = on_a_phone(tmp_path / "n.html", width=390)
     for name in ("Lesion", "Not a lesion", "Next voxel"):
         button = page.get_by_role("button", name=name, exact=True)
         assert button.bounding_box()["height"] >= 40
         button.tap()
     assert page.locator(".question").inner_text().startswith("Voxel 2 of 10")
-    context.close()
 
 
 def test_the_truth_is_drawn_only_at_the_end(opened, widget):

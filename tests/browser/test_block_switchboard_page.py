@@ -125,19 +125,15 @@ def test_keys(opened):
     assert off(opened) == [46, 47]
 
 
-def test_a_tap_switches(browser, board, tmp_path):
+def test_a_tap_switches(on_a_phone, board, tmp_path):
     board.to_html(tmp_path / "b.html")
-    context = browser.new_context(viewport={"width": 360, "height": 800}, has_touch=True)
-    page = context.new_page()
-    page.goto((tmp_path / "b.html").as_uri())
-    page.wait_for_selector("[data-ready]")
+    page = on_a_phone(tmp_path / "b.html")
     sizes = page.locator(".block").evaluate_all(
         "all => all.map(b => b.getBoundingClientRect()).flatMap(r => [r.width, r.height])"
     )
     assert min(sizes) >= 24
     block(page, 26).tap()
     assert off(page) == [26]
-    context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

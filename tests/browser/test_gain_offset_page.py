@@ -90,16 +90,12 @@ def test_maps_and_keys_set_both(opened, widget):
     assert told(opened) == expected(widget)
 
 
-def test_a_tap_in_a_map(browser, widget, tmp_path):
+def test_a_tap_in_a_map(on_a_phone, widget, tmp_path):
     widget.to_html(tmp_path / "g.html")
-    context = browser.new_context(viewport={"width": 360, "height": 800}, has_touch=True)
-    page = context.new_page()
-    page.goto((tmp_path / "g.html").as_uri())
-    page.wait_for_selector("[data-ready]")
+    page = on_a_phone(tmp_path / "g.html")
     box = page.locator(".plot.map").first.bounding_box()
     page.touchscreen.tap(box["x"] + 8, box["y"] + 8)
     assert told(page)[0] == "× 0.5 + 900"
-    context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -220,12 +220,9 @@ def test_a_page_without_room_says_that_it_needs_a_kernel(page, explored, tmp_pat
     assert note(page) == "normal.2, channel 0 × 0. Silencing needs a running kernel: open the notebook."
 
 
-def test_a_tap_silences(browser, explored, tmp_path):
+def test_a_tap_silences(on_a_phone, explored, tmp_path):
     explored.to_html(tmp_path / "f.html")
-    context = browser.new_context(viewport={"width": 360, "height": 800}, has_touch=True)
-    page = context.new_page()
-    page.goto((tmp_path / "f.html").as_uri())
-    page.wait_for_selector("[data-ready]")
+    page = on_a_phone(tmp_path / "f.html")
     sizes = page.locator(".intervene button:visible, .intervene input").evaluate_all(
         "all => all.map(b => b.getBoundingClientRect()).flatMap(r => [r.width, r.height])"
     )
@@ -233,7 +230,6 @@ def test_a_tap_silences(browser, explored, tmp_path):
     silence(page).tap()
     settled(page)
     assert dice(page)
-    context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -167,12 +167,9 @@ def test_pictures_of_others_and_the_answer(opened):
     assert not opened.get_by_role("table").is_visible()
 
 
-def test_a_finger_paints_sideways_or_in_all_directions(browser, widget, tmp_path):
+def test_a_finger_paints_sideways_or_in_all_directions(on_a_phone, widget, tmp_path):
     widget.to_html(tmp_path / "s.html")
-    context = browser.new_context(viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
-    page = context.new_page()
-    page.goto((tmp_path / "s.html").as_uri())
-    page.wait_for_selector("[data-ready]")
+    page = on_a_phone(tmp_path / "s.html", width=390, is_mobile=True)
     touch, stage = page.context.new_cdp_session(page), page.locator("[data-view=slice]")
     stage.scroll_into_view_if_needed()
 
@@ -188,7 +185,6 @@ def test_a_finger_paints_sideways_or_in_all_directions(browser, widget, tmp_path
     page.get_by_label("Hold the page still").check()
     swipe(*[(30, 10 + 2 * k) for k in range(10)])
     assert painted_pixels(page) > sideways + 30
-    context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -159,16 +159,12 @@ def test_chips_fall_unless_motion_is_reduced(opened, widget):
     assert set(chips.evaluate_all(names)) == {"none"}
 
 
-def test_a_tap_chooses_a_voxel(browser, widget, tmp_path):
+def test_a_tap_chooses_a_voxel(on_a_phone, widget, tmp_path):
     widget.to_html(tmp_path / "v.html")
-    context = browser.new_context(viewport={"width": 360, "height": 800}, has_touch=True)
-    page = context.new_page()
-    page.goto((tmp_path / "v.html").as_uri())
-    page.wait_for_selector("[data-ready]")
+    page = on_a_phone(tmp_path / "v.html")
     d, h, w = widget.position
     page.touchscreen.tap(*place(page, widget, d - 4, h + 3))
     assert verdict(page).startswith(f"Voxel {d - 4}, {h + 3}, {w}:")
-    context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

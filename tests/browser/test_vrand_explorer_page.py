@@ -137,15 +137,11 @@ def test_segments_that_merge_flash_a_few_times(opened, widget):
     assert opened.eval_on_selector(flash, red) == 0 and opened.eval_on_selector(flash, style)[0] == "none"
 
 
-def test_a_tap_paints(browser, widget, tmp_path):
+def test_a_tap_paints(on_a_phone, widget, tmp_path):
     widget.to_html(tmp_path / "v.html")
-    context = browser.new_context(viewport={"width": 390, "height": 800}, has_touch=True)
-    page = context.new_page()
-    page.goto((tmp_path / "v.html").as_uri())
-    page.wait_for_selector("[data-ready]")
+    page = on_a_phone(tmp_path / "v.html", width=390)
     page.touchscreen.tap(*place(page, widget, 32, 32))
     assert told(page)[7] == "25"
-    context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
